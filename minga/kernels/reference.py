@@ -1,0 +1,123 @@
+"""Each operation in plain torch, written to be read: the definition that every faster form is tested against.
+
+B batch, T query tokens, S cached tokens, H heads, K nope dim, R rope dim, C latent, V value dim
+N tokens of the whole batch, D model dim, E experts, A active experts a token, F expert hidden
+O output rows, I input columns, G blocks of a row
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, einsum
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 whatever the input (as transformers does)."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def masked_softmax(score_BHTS: Tensor, mask_BTS: Tensor | None) -> Tensor:
+    """Softmax over S. `mask_BTS` is true where a query may look; None: T is the tail of S and may look at its past."""
+    T, S = score_BHTS.shape[-2:]
+    if mask_BTS is None:
+        mask_BTS = torch.ones(T, S, dtype=torch.bool, device=score_BHTS.device).tril(S - T)[None]
+    return score_BHTS.masked_fill(~mask_BTS[:, None], float("-inf")).softmax(-1)
+
+
+def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
+    """Softmax attention. Returns (B, T, H, V). Grouped queries: k and v may have fewer heads, which must divide H."""
+    groups = q_BTHK.shape[2] // k_BSHK.shape[2]
+    k_BSHK, v_BSHV = k_BSHK.repeat_interleave(groups, 2), v_BSHV.repeat_interleave(groups, 2)
+    score_BHTS = einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    return einsum("bhts,bshv->bthv", masked_softmax(score_BHTS, mask_BTS), v_BSHV)
+
+
+def attend_latent(
+    q_nope_BTHK: Tensor,
+    q_rope_BTHR: Tensor,
+    latent_BSC: Tensor,
+    rope_BSR: Tensor,
+    mask_BTS: Tensor | None,
+    *,
+    w_uk_HKC: Tensor,
+    w_uv_HVC: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention over the latent cache in its naive form: keys and values are expanded for every cached token.
+
+    V2 paper, section 2.1. Returns (B, T, H, V).
+    """
+    k_nope_BSHK = einsum("bsc,hkc->bshk", latent_BSC, w_uk_HKC)
+    v_BSHV = einsum("bsc,hvc->bshv", latent_BSC, w_uv_HVC)
+    k_rope_BSHR = rope_BSR[:, :, None].expand(-1, -1, k_nope_BSHK.shape[2], -1)
+    q, k = torch.cat([q_nope_BTHK, q_rope_BTHR], -1), torch.cat([k_nope_BSHK, k_rope_BSHR], -1)
+    return attend(q, k, v_BSHV, mask_BTS, scale=scale)
+
+
+def attend_latent_absorbed(
+    q_nope_BTHK: Tensor,
+    q_rope_BTHR: Tensor,
+    latent_BSC: Tensor,
+    rope_BSR: Tensor,
+    mask_BTS: Tensor | None,
+    *,
+    w_uk_HKC: Tensor,
+    w_uv_HVC: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same attention with the up-projections folded into query and output (V2 paper, section 2.1.2).
+
+    Equal to `attend_latent` up to rounding; the cache is read as it lies, H·(K+V)/(C+R) times fewer bytes a token.
+    """
+    q_latent_BTHC = einsum("bthk,hkc->bthc", q_nope_BTHK, w_uk_HKC)
+    score_BHTS = einsum("bthc,bsc->bhts", q_latent_BTHC, latent_BSC) + einsum("bthr,bsr->bhts", q_rope_BTHR, rope_BSR)
+    weight_BHTS = masked_softmax(score_BHTS * scale, mask_BTS)
+    return einsum("bthc,hvc->bthv", einsum("bhts,bsc->bthc", weight_BHTS, latent_BSC), w_uv_HVC)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up, the two halves of the last dimension."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def experts(x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Weighted sum of each token's experts, a SwiGLU each (G = 2F: gate rows, then up rows). Returns (N, D).
+
+    One expert after the other over a mask of the tokens that chose it; nothing is sorted or gathered cleverly.
+    """
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(gate_up_EGD.shape[0]):
+        chosen_NA = index_NA == expert
+        tokens = chosen_NA.any(-1)
+        hidden = swiglu(x_ND[tokens] @ gate_up_EGD[expert].T) @ down_EDF[expert].T
+        out_ND[tokens] += hidden * (weight_NA * chosen_NA).sum(-1)[tokens, None]
+    return out_ND
+
+
+def quantize_int8(weight_OI: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 in blocks along a row: returns int8 (..., O, I) and float16 scales (..., O, ceil(I/block)).
+
+    The scale is max|w|/127, rounded up to float16 so that no value leaves [-127, 127]; a last block may be partial.
+    """
+    *lead, columns = weight_OI.shape
+    padded = F.pad(weight_OI.float(), (0, -columns % block)).reshape(*lead, -1, block)
+    scale = padded.abs().amax(-1) / 127
+    half = scale.clamp(max=65504.0).half()
+    half = torch.where(half.float() < scale, torch.nextafter(half, torch.full_like(half, float("inf"))), half)
+    quantized = (padded / half.float().clamp(min=1e-12)[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return quantized.reshape(*lead, -1)[..., :columns].contiguous(), half
+
+
+def dequantize_int8(weight_OI: Tensor, scale_OG: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize_int8`, up to rounding of half a scale."""
+    wide = scale_OG.to(dtype).repeat_interleave(block, -1)[..., : weight_OI.shape[-1]]
+    return weight_OI.to(dtype) * wide
+
+
+def linear_int8(x: Tensor, weight_OI: Tensor, scale_OG: Tensor, block: int, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T with W stored as int8 blocks and x as it comes."""
+    return F.linear(x, dequantize_int8(weight_OI, scale_OG, block, x.dtype), bias)

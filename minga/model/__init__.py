@@ -1,0 +1,1 @@
+"""The Transformer, readable on one device. `transformer.Transformer` builds any family from its `ModelConfig`."""
