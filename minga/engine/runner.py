@@ -1,0 +1,145 @@
+"""The running batch: sequences of different lengths side by side in one cache.
+
+Prompts are padded on the right and read in chunks; from then on each sequence stands at its own position. Whatever
+padding or a wrong guess left in the cache lies beyond a sequence's end. Its own next tokens are written over it, and
+until then no query looks that far, so neither ever changes an answer.
+
+  B running sequences, T tokens of one call, D model dim, V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minga.engine.sampler import distribution, token_logprobs
+from minga.engine.sequence import Sequence
+from minga.engine.speculative import Draft, no_draft, propose, verify, verify_greedy
+from minga.model.cache import Cache
+from minga.model.transformer import Transformer
+
+PREFILL_TOKENS = 2048  # of one call, all sequences together: bounds the activations, and is wide enough to be fast
+
+
+@dataclass
+class Stats:
+    """Counts and times of the latest call; times leave out what the reader of a stream does between two deltas."""
+
+    num_sequences: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    ttft: float | None = None  # seconds from the call to the first token
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the guesses that stood; None where nothing was guessed."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all sequences together, without each one's first token, which is prefill's."""
+        return (self.tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else None
+
+
+class Runner:
+    """`prefill` once, then `step` while anything is `running`. Leaves the model in evaluation mode."""
+
+    def __init__(self, model: Transformer, sequences: list[Sequence], *, num_drafts: int, stats: Stats):
+        self.model = model.eval()
+        self.running = list(sequences)
+        self.num_drafts = num_drafts
+        self.stats = stats
+        self.cache = Cache(
+            model.config,
+            len(sequences),
+            max(sequence.max_length for sequence in sequences) + num_drafts,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._new_ids: list[list[int]] = []
+        self._hidden_BTD: Tensor
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Reads all prompts and adds the first token of every answer."""
+        began = perf_counter()
+        batch, device = len(self.running), self.model.device
+        prompts = [torch.tensor(sequence.ids, device=device) for sequence in self.running]
+        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        ids_BT = pad_sequence(prompts, batch_first=True)
+        next_BT = F.pad(ids_BT[:, 1:], (0, 1))
+        hidden_B1D = torch.empty(batch, 1, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
+        all_columns = torch.arange(ids_BT.shape[1], device=device)
+        for columns in torch.split(all_columns, max(1, PREFILL_TOKENS // batch)):
+            positions_BT = columns.expand(batch, -1)
+            hidden_BTD = self.model.hidden(ids_BT[:, columns], cache=self.cache, positions_BT=positions_BT)
+            if self.num_drafts:  # the module's rows too; the last token's follows in `propose`, with its successor
+                self.model.mtp_hidden(0, next_BT[:, columns], hidden_BTD, cache=self.cache, positions_BT=positions_BT)
+            ends_here_BT = last_B[:, None] == columns
+            hidden_B1D[ends_here_BT.any(1), 0] = hidden_BTD[ends_here_BT]
+        self.stats.num_sequences += batch
+        self.stats.prompt_tokens += sum(map(len, prompts))
+        self._take(hidden_B1D, no_draft(self.model, batch))
+        self.stats.prefill_seconds += perf_counter() - began
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One call of the model: each running sequence gains a token, and one more for every guess that was right."""
+        began = perf_counter()
+        draft = self._draft()
+        hidden_BTD = self._read_last_and(draft)
+        self._take(hidden_BTD, draft)
+        self.stats.decode_seconds += perf_counter() - began
+
+    def _draft(self) -> Draft:
+        if self.num_drafts == 0:
+            return no_draft(self.model, len(self.running))
+        return propose(self.model, self.cache, self.running, self._new_ids, self._hidden_BTD, self.num_drafts)
+
+    def _read_last_and(self, draft: Draft) -> Tensor:
+        """Hidden states after the last token of each sequence and after each guess, (B, 1 + K, D)."""
+        last_B1 = torch.tensor([sequence.ids[-1:] for sequence in self.running], device=self.model.device)
+        position_B1 = torch.tensor([[sequence.length - 1] for sequence in self.running], device=self.model.device)
+        ids_BT = torch.cat([last_B1, draft.ids_BK], 1)
+        positions_BT = position_B1 + torch.arange(ids_BT.shape[1], device=self.model.device)
+        return self.model.hidden(ids_BT, cache=self.cache, positions_BT=positions_BT)
+
+    def _take(self, hidden_BTD: Tensor, draft: Draft) -> None:
+        """Gives each sequence its new tokens and drops the sequences that are finished."""
+        self._hidden_BTD = hidden_BTD
+        self._new_ids = self._choose(self.model.head(hidden_BTD), draft)
+        self.stats.drafted += draft.ids_BK.numel()
+        self.stats.accepted += sum(len(new) - 1 for new in self._new_ids)
+        self._drop_finished()
+
+    def _choose(self, logits_BTV: Tensor, draft: Draft) -> list[list[int]]:
+        """Extends each sequence by what its logits and its own sampling decide, and returns those tokens."""
+        drafts, best = draft.ids_BK.tolist(), logits_BTV.argmax(-1).tolist()
+        all_new = []
+        for row, sequence in enumerate(self.running):
+            params = sequence.params
+            if params.greedy:
+                new = verify_greedy(drafts[row], best[row])
+            else:
+                new = verify(drafts[row], draft.probs[row], distribution(logits_BTV[row], params), sequence.generator)
+            logprobs = None if params.logprobs is None else token_logprobs(logits_BTV[row], new, params.logprobs)
+            self.stats.tokens += sequence.extend(new, logprobs)
+            all_new.append(new)
+        return all_new
+
+    def _drop_finished(self) -> None:
+        kept = [row for row, sequence in enumerate(self.running) if not sequence.finished]
+        if kept and len(kept) < len(self.running):
+            rows = torch.tensor(kept, device=self.model.device)
+            self.cache.select(rows)
+            self._hidden_BTD = self._hidden_BTD[rows]
+        self.running, self._new_ids = [self.running[row] for row in kept], [self._new_ids[row] for row in kept]

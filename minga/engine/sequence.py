@@ -1,0 +1,150 @@
+"""One prompt and its growing answer: when it ends, and how much of its text may already be shown.
+
+An answer ends with a stop token (the model's end of text), a stop string, `max_tokens` or the end of the context. Text
+is held back while it ends in half a character, or in what may become a stop string. So what was shown is never taken
+back, and the pieces of a stream joined are the text of the completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minga.data.tokenizer import DecodeStream
+from minga.engine.sampler import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added. `finish_reason` is set in the last one: "stop" or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer. `token_ids` has the stop token if there was one; `text` has neither that nor the stop string."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
+    num_prompt_tokens: int = 0
+
+
+class AnswerText:
+    """The text of an answer as far as it may be shown."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.shown = ""
+        self.stopped = False
+        self._stop = stop
+        self._held = ""
+
+    def push(self, piece: str) -> None:
+        """Shows what cannot become part of a stop string any more; `stopped` is true once one is complete."""
+        self._held += piece
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.shown += self._held[: min(found)]
+            self._held, self.stopped = "", True
+            return
+        safe = len(self._held) - self._length_of_a_beginning()
+        self.shown, self._held = self.shown + self._held[:safe], self._held[safe:]
+
+    def close(self) -> None:
+        """The answer is over: what was held back is text after all."""
+        self.shown, self._held = self.shown + self._held, ""
+
+    def _length_of_a_beginning(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        return max((len(start) for start in beginnings if self._held.endswith(start)), default=0)
+
+
+class Sequence:
+    """`ids` are prompt and answer; all but the last are in the cache, and the last is the model's next input.
+
+    `max_length` bounds prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int],
+        max_length: int,
+        decoder: DecodeStream,
+    ):
+        assert 0 < len(prompt_ids) < max_length
+        self.ids = list(prompt_ids)
+        self.num_prompt_tokens = len(prompt_ids)
+        self.params = params
+        self.max_length = max_length
+        self.finish_reason: str | None = None
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+        self._stop_ids = stop_ids
+        self._decoder = decoder
+        self._text = AnswerText(tuple(params.stop))
+        self._num_taken_characters, self._num_taken_tokens = 0, 0
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.ids[self.num_prompt_tokens :]
+
+    def extend(self, token_ids: list[int], logprobs: list[TokenLogprob] | None = None) -> int:
+        """Appends one token after the other up to the one that finishes the answer; returns how many that were."""
+        before = self.length
+        for token in token_ids:
+            if not self.finished:
+                self.ids.append(token)
+                self._read(token)
+        num_added = self.length - before
+        if self.logprobs is not None and logprobs is not None:
+            self.logprobs += logprobs[:num_added]
+        return num_added
+
+    def _read(self, token: int) -> None:
+        if token in self._stop_ids:
+            return self._finish("stop")
+        self._text.push(self._decoder.push(token))
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif self.length == self.max_length:
+            self._finish("length")
+
+    def _finish(self, reason: str) -> None:
+        self._text.push(self._decoder.flush())
+        self._text.close()
+        self.finish_reason = reason
+
+    def take_delta(self) -> Delta:
+        """What was added since the last call."""
+        text = self._text.shown[self._num_taken_characters :]
+        token_ids = self.ids[self.num_prompt_tokens + self._num_taken_tokens :]
+        logprobs = None if self.logprobs is None else self.logprobs[self._num_taken_tokens :]
+        self._num_taken_characters += len(text)
+        self._num_taken_tokens += len(token_ids)
+        return Delta(text, token_ids, self.finish_reason, logprobs)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens)
