@@ -1,0 +1,1 @@
+"""Number formats smaller than float32, and modules that compute from them."""

@@ -1,0 +1,79 @@
+"""How well a model predicts text it has not seen: nats a token, bits a byte, and how often its MTP guess is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from minga.data.packing import MASKED, Batch
+from minga.data.tokenizer import Tokenizer
+from minga.errors import UserError
+from minga.model.transformer import Transformer
+from minga.train.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`val_loss` in nats a token; `bits_per_byte` is comparable across tokenizers.
+
+    `mtp_acceptance`: share of positions where the first MTP module guesses the token the model itself would choose
+    next (greedy), which is how often a draft of speculative decoding is accepted. None without MTP.
+    """
+
+    val_loss: float
+    bits_per_byte: float
+    mtp_acceptance: float | None
+    tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.val_loss)
+
+
+@torch.inference_mode()
+def evaluate(model: Transformer, batches: Iterable[Batch]) -> Evaluation:
+    """Scores each unmasked target of depth 0 once. The model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    nats, tokens, num_bytes, hits, guesses = 0.0, 0, 0, 0, 0
+    for batch in batches:
+        where = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+        hidden_BTD = model.hidden(batch.ids_BT, **where)
+        logits_BTV = model.head(hidden_BTD)
+        nats += float(cross_entropy(logits_BTV, batch.targets_KBT[0], reduction="sum").double())
+        tokens += batch.num_targets
+        num_bytes += batch.num_bytes or 0
+        if len(model.mtp) and batch.ids_BT.shape[1] > 1:
+            next_ids_BT = batch.targets_KBT[0].clamp(min=0)
+            guess_BT = model.head(model.mtp_hidden(0, next_ids_BT, hidden_BTD, **where)).argmax(-1)[:, :-1]
+            counted_BT = (batch.targets_KBT[0, :, 1:] != MASKED) & (batch.targets_KBT[1, :, :-1] != MASKED)
+            hits += int(((guess_BT == logits_BTV[:, 1:].argmax(-1)) & counted_BT).sum())
+            guesses += int(counted_BT.sum())
+    model.train(was_training)
+    if not tokens:
+        raise UserError("there is no text to evaluate on (evaluate). give more text")
+    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else float("nan")
+    return Evaluation(nats / tokens, bits_per_byte, hits / guesses if guesses else None, tokens, num_bytes)
+
+
+def text_batches(text: str, tokenizer: Tokenizer, *, seq_len: int, max_tokens: int | None = None) -> Iterable[Batch]:
+    """Rows of `seq_len` tokens of a text, each with the row's first token as context only, as perplexity is usually taken.
+
+    With a beginning-of-text token the model expects, each row starts with it. One extra target column serves MTP.
+    """
+    ids = tokenizer.encode(text)[:max_tokens]
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    step = seq_len - len(bos)
+    for start in range(0, len(ids), step):
+        row = bos + ids[start : start + step]
+        if len(row) < 2:
+            continue
+        ids_BL = torch.tensor([[*row, 0]])
+        targets_KBT = torch.stack([ids_BL[:, 1:-1], ids_BL[:, 2:]])
+        targets_KBT[1, :, -1] = MASKED
+        num_bytes = sum(len(tokenizer.token_bytes(token)) for token in row[1:])
+        yield Batch(ids_BL[:, :-2], targets_KBT, None, None, num_bytes)

@@ -1,0 +1,205 @@
+"""What this machine has. `describe()` gives it as one dictionary, for run logs, benchmarks and `minga doctor`.
+
+Sizes are bytes. What cannot be found out is None, never a guess. Containers count: cores and memory are what this
+process may use, not what the host has. torch is imported late, only to ask it for a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *("minga", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab", "triton"),
+    *(
+        "starlette",
+        "uvicorn",
+        "transformers",
+        "openai",
+        "httpx",
+        "pytest",
+        "pytest-cov",
+        "ruff",
+        "mypy",
+        "import-linter",
+    ),
+)
+# the instructions that kernels are chosen by: x86 names, then Arm names as Linux spells them
+SIMD = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+_APPLE_SIMD = {
+    "AdvSIMD": "asimd",
+    "FEAT_FP16": "asimdhp",
+    "FEAT_DotProd": "asimddp",
+    "FEAT_I8MM": "i8mm",
+    "FEAT_BF16": "bf16",
+    "FEAT_SME": "sme",
+}
+CHECKOUT = Path(__file__).resolve().parents[2]  # or what holds the package, when it is installed
+_NO_LIMIT = 2**60  # version 1 control groups write "no limit" as a number of this size
+_SECONDS = 10.0  # for programs that are only asked for their version
+
+
+def describe(folder: Path | None = None) -> dict[str, Any]:
+    """Everything below, in one JSON-able dictionary. `folder` is where free disk is measured (default: here)."""
+    name, simd = cpu()
+    total, free = memory()
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": {"name": name, "cores": cores(), "simd": simd},
+        "memory": {"total": total, "free": free},
+        "disk": {"free": free_disk(folder or Path.cwd())},
+        "gpu": gpu(),
+        "compiler": compiler(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def cores(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use: its affinity, cut by a container's quota (2.5 cores of quota are 2)."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota, _, period = _text(control_groups / "cpu.max").partition(" ")
+    if not period:
+        quota = _text(control_groups / "cpu/cpu.cfs_quota_us")
+        period = _text(control_groups / "cpu/cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(period):
+        allowed = min(allowed, max(1, int(quota) // int(period)))
+    return allowed
+
+
+def memory(
+    meminfo: Path = Path("/proc/meminfo"), control_groups: Path = Path("/sys/fs/cgroup")
+) -> tuple[int | None, int | None]:
+    """(total, free) bytes of main memory. Free counts file caches, which the system gives up when asked."""
+    if sys.platform == "darwin":
+        return _apple_memory()
+    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(meminfo), re.MULTILINE))
+    total, free = (int(kilobytes[key]) * 1024 if key in kilobytes else None for key in ("MemTotal", "MemAvailable"))
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = _text(control_groups / limit_file), _text(control_groups / usage_file)
+        if limit.isdigit() and int(limit) < _NO_LIMIT:
+            total = min(int(limit), total or int(limit))
+            if usage.isdigit():
+                left = max(0, int(limit) - int(usage))
+                free = left if free is None else min(left, free)
+    return total, free
+
+
+def free_disk(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str | None, list[str]]:
+    """The processor's name and which of `SIMD` it has."""
+    if sys.platform == "darwin":
+        return _apple_cpu()
+    text = _text(cpuinfo)
+    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    found = set(flags[1].split()) if flags else set()
+    return (name[1].strip() if name else platform.processor() or None), [flag for flag in SIMD if flag in found]
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first GPU that torch can use and how many there are, or None."""
+    try:
+        import torch
+    except (ImportError, OSError):  # OSError: a shared library of torch does not load
+        return None
+    if torch.cuda.is_available():
+        first = torch.cuda.get_device_properties(0)
+        capability = f"{first.major}.{first.minor}"
+        count = torch.cuda.device_count()
+        return {"name": first.name, "memory": first.total_memory, "count": count, "capability": capability}
+    if torch.backends.mps.is_available():
+        return {"name": "Apple GPU", "memory": None, "count": 1, "capability": None}
+    return None
+
+
+def nvidia_card() -> str | None:
+    """The name of an NVIDIA card as its driver gives it, whether or not torch can use it."""
+    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return names.splitlines()[0].strip() if names else None
+
+
+def compiler() -> dict[str, str] | None:
+    """The first C++ compiler that answers: `CXX`, then the usual names."""
+    for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        version = _output(*command.split(), "--version") if command.strip() else None
+        if version:
+            return {"command": command, "version": version.splitlines()[0].strip()}
+    return None
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None. Nothing is imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Of `PACKAGES`, those that are installed."""
+    return {package: found for package in PACKAGES if (found := version(package)) is not None}
+
+
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """The git commit of the checkout that runs, or None for an installed package."""
+    if not (checkout / ".git").exists():  # a folder above an installed package may be somebody else's repository
+        return None
+    return _output("git", "-C", str(checkout), "rev-parse", "--verify", "HEAD")
+
+
+def _apple_cpu() -> tuple[str | None, list[str]]:
+    name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    arm = _output("sysctl", "hw.optional") or ""
+    found = {ours for theirs, ours in _APPLE_SIMD.items() if re.search(rf"\b{theirs}: 1$", arm, re.MULTILINE)}
+    intel = _output("sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features") or ""
+    spelled = {"sse4.2": "sse4_2", "avx1.0": "avx"}
+    found |= {spelled.get(flag, flag) for flag in intel.lower().split()}
+    return name, [flag for flag in SIMD if flag in found]
+
+
+def _apple_memory() -> tuple[int | None, int | None]:
+    total, pages = _output("sysctl", "-n", "hw.memsize"), _output("vm_stat") or ""
+    size = re.search(r"page size of (\d+) bytes", pages)
+    counts = [int(n) for n in re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)\.", pages, re.MULTILINE)]
+    free = int(size[1]) * sum(counts) if size and counts else None
+    return (int(total) if total and total.isdigit() else None), free
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,155 @@
+"""Opens and writes models: joins `checkpoint` (files), `model` (modules) and `data` (tokenizer), which know not each other.
+
+A path is a model folder in the public format, a `.gguf` file, or the folder of a training run, which stands for its
+newest checkpoint that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from minga.checkpoint import gguf, hf, names
+from minga.checkpoint.durable import durable_folder, recover, verify_folder
+from minga.config import ModelConfig
+from minga.data.tokenizer import Tokenizer
+from minga.errors import UserError
+from minga.model.transformer import Transformer
+from minga.quant import int8
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+QUANTS = ("int8",)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves tensors as they are where a module would fill them with random numbers (PyTorch's skip-init recipe)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def load(
+    path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None
+) -> Transformer:
+    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" holds the weights in 8 bits.
+
+    Raises `UserError` for what is no model, is damaged, or is of a family that Minga does not open.
+    """
+    if quant is not None and quant not in QUANTS:
+        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(QUANTS)}")
+    source = resolve(path)
+    if source.is_file():
+        opened = gguf.open_gguf(source)
+        config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
+        tensors = gguf.read_tensors(opened, config, dtype=dtype)
+        stored_int8 = False
+    else:
+        config, stored_int8 = _read_config(source)
+        tensors = hf.read_tensors(source, config, dtype=dtype)
+    with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
+        model = Transformer(config)
+    if stored_int8:
+        int8.quantize(model)
+    model.load_state_dict(tensors, assign=True)
+    if quant == "int8" and not stored_int8:
+        int8.quantize(model)
+    return model.eval()
+
+
+def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a model folder in the public format, MTP and router bias included; whole or not at all."""
+    with durable_folder(path) as folder:
+        write_into(folder, model, tokenizer)
+
+
+def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    """The files of `save`, into a folder that the caller makes durable."""
+    config = model.config.to_hf()
+    if any(isinstance(module, int8.QuantLinear) for module in model.modules()):
+        config["quantization_config"] = {"quant_method": int8.QUANT_METHOD, "weight_block_size": [1, int8.BLOCK]}
+    ends = list(model.config.eos_token_ids)
+    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
+    hf.write_model(folder, config, model.state_dict(), files=files)
+    if tokenizer is not None:
+        tokenizer.save(folder, max_length=model.config.max_position_embeddings)
+
+
+def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model. Raises `UserError` if its vocabulary is larger than the model's."""
+    source = resolve(path)
+    if source.is_file():
+        opened = gguf.open_gguf(source)
+        config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
+        tokenizer = Tokenizer.from_gguf_metadata(opened.metadata)
+    else:
+        config, _ = _read_config(source)
+        tokenizer = Tokenizer.from_folder(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size} ({source}). "
+            "they do not belong together: copy the model's own tokenizer files into the folder"
+        )
+    return tokenizer
+
+
+def resolve(path: str | PathLike[str]) -> Path:
+    """The model folder or `.gguf` file that a path stands for."""
+    source = Path(path)
+    if source.is_file():
+        if source.suffix != ".gguf":
+            raise UserError(f"a model is a folder or a .gguf file, and this is neither ({source}). give its folder")
+        return source
+    if not source.is_dir():
+        raise UserError(f"there is nothing at this path ({source}). check the spelling")
+    if (source / "config.json").is_file():
+        return source
+    checkpoint = latest_checkpoint(source)
+    if checkpoint is not None:
+        return checkpoint
+    files = sorted(source.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    raise UserError(f"this folder holds neither a config.json nor a training checkpoint ({source}). give a model's folder")
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; damaged ones are passed over. None if there is none."""
+    for number in sorted(checkpoint_steps(run), reverse=True):
+        folder = run / f"checkpoint-{number:06d}"
+        recover(folder)
+        try:
+            verify_folder(folder)
+        except UserError:
+            continue
+        return folder
+    return None
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps for which a run has a checkpoint folder, in any state."""
+    matches = (CHECKPOINT_NAME.fullmatch(child.name) for child in run.iterdir() if child.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
+    """The config with as many MTP modules as there are tensors for, and whether the weights are stored as int8.
+
+    transformers drops MTP tensors on save and leaves the promise in config.json; we believe the tensors.
+    """
+    raw = hf.read_config(folder)
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and not isinstance(layers, bool) and raw.get("num_nextn_predict_layers"):
+        raw["num_nextn_predict_layers"] = names.count_mtp(hf.tensor_names(folder), layers)
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "fp8", int8.QUANT_METHOD):
+        raise UserError(f"quantisation {method!r} is not supported ({folder}). use the unquantised or the FP8 weights")
+    return ModelConfig.from_hf(raw), method == int8.QUANT_METHOD

@@ -1,0 +1,31 @@
+"""Losses as pure functions of tensors.
+
+  B batch, T tokens, V vocabulary, N = B·T tokens, E experts, A active experts a token
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minga.data.packing import MASKED
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Nats per counted token ("mean") or in all ("sum"). A batch with nothing to count gives 0, not NaN."""
+    total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=MASKED, reduction="sum")
+    return total if reduction == "sum" else total / (targets_BT != MASKED).sum().clamp(min=1)
+
+
+def sequence_balance(index_NA: Tensor, score_NE: Tensor, batch_size: int) -> Tensor:
+    """Sequence-wise balance loss of one layer (V3 section 2.1.2, equations 17-20), without its weight alpha.
+
+    sum_i f_i P_i, with f_i the share of a sequence's tokens that chose expert i (times E/A, so 1 is even) and P_i its
+    mean normalised score; averaged over sequences. 1.0 is perfect balance.
+    """
+    experts, active = score_NE.shape[1], index_NA.shape[1]
+    chosen_NE = torch.zeros_like(score_NE).scatter_(1, index_NA, 1.0)
+    f_BE = chosen_NE.view(batch_size, -1, experts).mean(1) * experts / active
+    share_NE = score_NE / score_NE.sum(-1, keepdim=True)
+    return (f_BE * share_NE.view(batch_size, -1, experts).mean(1)).sum(-1).mean()

@@ -1,0 +1,92 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, update, balance.
+
+  B batch, T tokens, D model dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minga.config import TrainConfig
+from minga.data.packing import MASKED, Batch
+from minga.errors import UserError
+from minga.model.transformer import Transformer
+from minga.train.balance import LoadCounter
+from minga.train.losses import cross_entropy, sequence_balance
+from minga.train.optim import Optimizer
+
+
+@dataclass
+class StepMetrics:
+    loss: float = 0.0  # nats a token, main head
+    mtp_loss: float | None = None
+    grad_norm: float = 0.0
+    tokens: int = 0
+    load: list[Tensor] = field(default_factory=list)  # relative expert load, a tensor a layer
+
+    @property
+    def max_over_mean(self) -> float:
+        """The most loaded expert of any layer, over its layer's mean."""
+        return max((float(load_E.max()) for load_E in self.load), default=1.0)
+
+
+def batch_loss(
+    model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool
+) -> tuple[Tensor, float, float | None]:
+    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`."""
+    where = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+    hidden_BTD = model.hidden(batch.ids_BT, **where)
+    main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0])
+    loss, mtp_loss = main, None
+    if with_mtp:
+        # V3 equation 25: lambda times the mean over the modules
+        losses = []
+        for depth in range(len(model.mtp)):
+            next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
+            hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **where)
+            losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]))
+        mtp = torch.stack(losses).mean()
+        loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
+    for number, layer in enumerate(counter.layers):
+        if layer.routing is not None:
+            index_NA, score_NE = layer.routing
+            layer.routing = None
+            counter.add(number, index_NA)
+            if config.sequence_loss:
+                loss = loss + config.sequence_loss * sequence_balance(index_NA, score_NE, len(batch.ids_BT))
+    return loss, float(main.detach()), mtp_loss
+
+
+def train_step(
+    model: Transformer,
+    batches: Sequence[Batch],
+    optimizer: Optimizer,
+    config: TrainConfig,
+    counter: LoadCounter,
+    *,
+    with_mtp: bool,
+    balance_rate: float,
+) -> StepMetrics:
+    """Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
+    metrics = StepMetrics()
+    optimizer.zero_grad()
+    for batch in batches:
+        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp)
+        (loss / len(batches)).backward()
+        metrics.loss += main / len(batches)
+        metrics.tokens += batch.ids_BT.numel()
+        if mtp is not None:
+            metrics.mtp_loss = (metrics.mtp_loss or 0.0) + mtp / len(batches)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+    metrics.grad_norm = float(norm)
+    if not torch.isfinite(norm):
+        raise UserError(f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: training diverged. lower the learning rates")
+    optimizer.step()
+    metrics.load = counter.relative()
+    counter.update_bias(balance_rate)
+    return metrics
