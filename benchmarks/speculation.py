@@ -51,7 +51,13 @@ def main() -> int:
     row |= {"unit": "tokens/s", "ratio": ratio, "runs": len(ratios), "spread": [min(ratios), max(ratios)]}
     machine = describe()
     versions = {"minga": minga.__version__, "torch": torch.__version__}
-    document = {"bench": "speculation", "machine": machine, "versions": versions, "commit": machine.get("commit"), "rows": [row]}
+    document = {
+        "bench": "speculation",
+        "machine": machine,
+        "versions": versions,
+        "commit": machine.get("commit"),
+        "rows": [row],
+    }
     print(json.dumps(document))
     return 0
 

@@ -36,9 +36,7 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load(
-    path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None
-) -> Transformer:
+def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None) -> Transformer:
     """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" holds the weights in 8 bits.
 
     Raises `UserError` for what is no model, is damaged, or is of a family that Minga does not open.
@@ -76,7 +74,10 @@ def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) ->
     if any(isinstance(module, int8.QuantLinear) for module in model.modules()):
         config["quantization_config"] = {"quant_method": int8.QUANT_METHOD, "weight_block_size": [1, int8.BLOCK]}
     ends = list(model.config.eos_token_ids)
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    generation = {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
     files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
     hf.write_model(folder, config, model.state_dict(), files=files)
     if tokenizer is not None:
@@ -118,7 +119,9 @@ def resolve(path: str | PathLike[str]) -> Path:
     files = sorted(source.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
-    raise UserError(f"this folder holds neither a config.json nor a training checkpoint ({source}). give a model's folder")
+    raise UserError(
+        f"this folder holds neither a config.json nor a training checkpoint ({source}). give a model's folder"
+    )
 
 
 def latest_checkpoint(run: Path) -> Path | None:

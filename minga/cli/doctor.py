@@ -32,7 +32,10 @@ TORCH = "2.13.0"
 CORE = ("numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab")
 EXTRAS = {
     "serve": ("starlette", "uvicorn"),
-    "dev": ("pytest", "pytest-cov", "ruff", "mypy", "import-linter", "transformers", "openai", "httpx"),
+    "dev": (
+        *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "import-linter", "pre-commit"),
+        *("ruff", "mypy", "transformers", "openai", "httpx"),
+    ),
 }
 GB = 10**9
 ENOUGH_MEMORY, ENOUGH_DISK = 4 * GB, 5 * GB  # the demo's training takes under 2 GB of either
@@ -94,7 +97,7 @@ def examine(found: dict[str, Any], folder: Path | None = None) -> list[Check]:
         _processor(found["cpu"]),
         _room("memory", found["memory"]["free"], found["memory"]["total"], ENOUGH_MEMORY, "close other programs"),
         _room("disk", found["disk"]["free"], None, ENOUGH_DISK, "free some space, or work in another folder"),
-        _folder(folder or Path.cwd()),
+        _folder(folder or Path()),
         _gpu(found["gpu"]),
         _compiler(found["compiler"]),
         _triton(found["gpu"], found["versions"].get("triton")),
@@ -149,7 +152,7 @@ def _room(name: str, free: int | None, total: int | None, enough: int, mend: str
 def _folder(folder: Path) -> Check:
     try:
         with tempfile.TemporaryFile(dir=folder):
-            return Check("folder", f"{folder} is writable", essential=True)
+            return Check("folder", f"{folder.absolute()} is writable", essential=True)
     except OSError as error:
         found = f"{folder}: {error.strerror}"
         return Check("folder", found, ok=False, essential=True, mend="cd to a folder of your own")

@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         shards = open_shards(args.data)
         if shards.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(f"the shards have another tokenizer than the model ({args.data}). rebuild them with its tokenizer")
+            raise UserError(
+                f"the shards have another tokenizer than the model ({args.data}). rebuild them with its tokenizer"
+            )
         extra = 1 + model.config.num_nextn_predict_layers
         sizes = {"batch_size": 8, "seq_len": seq_len, "num_extra": extra}
         result = evaluate(model, evaluation_batches(shards, max_tokens=args.max_tokens, **sizes))

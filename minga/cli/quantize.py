@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    print(f"weights  {float_bytes / 1e6:.1f} MB in float32, {report['bytes_int8'] / 1e6:.1f} MB in int8 ({report['share']:.1%})")
+    print(
+        f"weights  {float_bytes / 1e6:.1f} MB in float32, {report['bytes_int8'] / 1e6:.1f} MB in int8 ({report['share']:.1%})"
+    )
     if args.data:
         before, after = report["bits_per_byte_float32"], report["bits_per_byte_int8"]
         print(f"quality  {before:.4f} bits a byte in float32, {after:.4f} in int8 ({after / before - 1:+.2%})")
@@ -65,4 +67,6 @@ def _bits_per_byte(model: Any, data: str) -> float:
 
     extra = 1 + model.config.num_nextn_predict_layers
     seq_len = min(256, model.config.max_position_embeddings)
-    return evaluate(model, evaluation_batches(open_shards(data), batch_size=16, seq_len=seq_len, num_extra=extra)).bits_per_byte
+    return evaluate(
+        model, evaluation_batches(open_shards(data), batch_size=16, seq_len=seq_len, num_extra=extra)
+    ).bits_per_byte

@@ -34,12 +34,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, metavar="DIR", help="folder that `minga data` wrote")
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; an unfinished run in it goes on")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--hours", type=float, metavar="H", help="time to train; the steps follow from this machine's speed")
+    length.add_argument(
+        "--hours", type=float, metavar="H", help="time to train; the steps follow from this machine's speed"
+    )
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    parser.add_argument("--preset", default="laptop", metavar="NAME", help="architecture: tiny, laptop (default), small")
+    parser.add_argument(
+        "--preset", default="laptop", metavar="NAME", help="architecture: tiny, laptop (default), small"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data order (default 0)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting; model.KEY for the model's own"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting; model.KEY for the model's own",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document on stdout")
     parser.set_defaults(run=run)
@@ -61,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{result.evaluation.bits_per_byte:.3f} bits a byte on held-out text{drafts}, {result.seconds:.0f} s")
         print(f"model  {result.model}\nreport {result.run / 'report.html'}")
     else:
-        print(f"stopped at step {result.step}; everything is saved in {result.model}. the same command goes on from there")
+        print(
+            f"stopped at step {result.step}; everything is saved in {result.model}. the same command goes on from there"
+        )
     return 0
 
 
@@ -101,7 +111,9 @@ def _parse(key: str, text: str, kind: str) -> Any:
             return None
         return text if kind == "str" else float(text) if kind == "float" else int(text)
     except (KeyError, ValueError):
-        raise UserError(f"{text!r} is not {kind.replace(' | None', '')} (--set {key}). give a value of that kind") from None
+        raise UserError(
+            f"{text!r} is not {kind.replace(' | None', '')} (--set {key}). give a value of that kind"
+        ) from None
 
 
 def _known(name: str, names: list[str]) -> str:

@@ -35,6 +35,7 @@ _ROPE_NEEDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_EXPECTED = {"use_cache": True, "attention_dropout": 0.0}  # keys that other readers want and we have no use for
 MAX_SIZE = 2**31  # no dimension of a real model comes near; keeps products of two inside 64 bits
 _MLA_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _EXPERT_KEYS = ("num_experts_per_tok", "moe_intermediate_size")
@@ -270,7 +271,7 @@ class ModelConfig:
                 )
             _refuse_sliding_window(config)
         used = known_fields | {"rope_theta", "rope_scaling", "rope_parameters", "model_type", *_SINGLE_FILE_KEYS}
-        values["extra"] = {k: v for k, v in config.items() if k not in used}
+        values["extra"] = {k: v for k, v in config.items() if k not in used and (k, v) not in _EXPECTED.items()}
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
@@ -292,9 +293,7 @@ class ModelConfig:
         if isinstance(self.eos_token_id, tuple):
             hf["eos_token_id"] = list(self.eos_token_id)
         hf.update(self.rope.to_hf())
-        hf.setdefault("use_cache", True)
-        hf.setdefault("attention_dropout", 0.0)
-        return hf
+        return {**_EXPECTED, **hf}
 
     # ------------------------------------------------------------------ what cannot be
 

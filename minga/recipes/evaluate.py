@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch]) -> Evaluation:
     model.eval()
     nats, tokens, num_bytes, hits, guesses = 0.0, 0, 0, 0, 0
     for batch in batches:
-        where = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+        where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
         hidden_BTD = model.hidden(batch.ids_BT, **where)
         logits_BTV = model.head(hidden_BTD)
         nats += float(cross_entropy(logits_BTV, batch.targets_KBT[0], reduction="sum").double())

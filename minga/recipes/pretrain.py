@@ -68,6 +68,9 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
     """
     shards = open_shards(config.data)
     tokenizer = shards.tokenizer
+    tokenizer.chat_template = (
+        None  # a base model has seen no conversations; a later tuning adds the template it teaches
+    )
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     config = _fit_to_tokenizer(config, shards)
@@ -206,7 +209,7 @@ def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
 
 def _loader(shards: Shards, config: TrainConfig) -> Loader:
     extra = 1 + config.model.num_nextn_predict_layers
-    sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
     return Loader(shards, seed=config.seed, **sizes)
 
 
@@ -231,18 +234,23 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(wishes)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 def _evaluate(model: Transformer, shards: Shards, config: TrainConfig, max_tokens: int | None) -> Evaluation:
     extra = 1 + config.model.num_nextn_predict_layers
-    sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
     return evaluate(model, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
 
 
 def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: float, speed: float) -> None:
-    values: dict[str, Any] = {"loss": metrics.loss, "mtp_loss": metrics.mtp_loss, "lr": lr, "grad_norm": metrics.grad_norm}
+    values: dict[str, Any] = {
+        "loss": metrics.loss,
+        "mtp_loss": metrics.mtp_loss,
+        "lr": lr,
+        "grad_norm": metrics.grad_norm,
+    }
     values |= {"tokens": state.tokens, "tokens_per_second": speed, "seconds": state.seconds}
     values["expert_max_over_mean"] = metrics.max_over_mean
     if state.step % LOAD_EVERY == 0:
@@ -251,7 +259,7 @@ def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: f
 
 
 def _log_evaluation(log: MetricsLog, state: TrainingState, evaluation: Evaluation) -> None:
-    values = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
+    values: dict[str, Any] = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
     values |= {"mtp_acceptance": evaluation.mtp_acceptance, "seconds": state.seconds}
     log.write("eval", step=state.step, **values)
 
@@ -260,5 +268,3 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The settings as JSON can hold them, the model under its public keys."""
     shallow = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {**shallow, "model": config.model.to_hf()}
-
-

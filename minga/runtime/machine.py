@@ -18,18 +18,8 @@ from typing import Any
 
 PACKAGES = (
     *("minga", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab", "triton"),
-    *(
-        "starlette",
-        "uvicorn",
-        "transformers",
-        "openai",
-        "httpx",
-        "pytest",
-        "pytest-cov",
-        "ruff",
-        "mypy",
-        "import-linter",
-    ),
+    *("starlette", "uvicorn", "transformers", "openai", "httpx", "ruff", "mypy", "import-linter", "pre-commit"),
+    *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "gguf", "llama-cpp-python"),
 )
 # the instructions that kernels are chosen by: x86 names, then Arm names as Linux spells them
 SIMD = (
@@ -59,7 +49,7 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": {"name": name, "cores": cores(), "simd": simd},
         "memory": {"total": total, "free": free},
-        "disk": {"free": free_disk(folder or Path.cwd())},
+        "disk": {"free": free_disk(folder or Path())},
         "gpu": gpu(),
         "compiler": compiler(),
         "versions": versions(),

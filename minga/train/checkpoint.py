@@ -65,9 +65,11 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> T
         raise UserError(f"this is a model without training state ({folder}). choose a run's checkpoint to resume")
     saved = load(folder)
     if saved.config != model.config:
-        raise UserError(f"the checkpoint has another model config than this run ({folder}). resume with the same settings")
+        raise UserError(
+            f"the checkpoint has another model config than this run ({folder}). resume with the same settings"
+        )
     model.load_state_dict(saved.state_dict())
-    with safe_open(folder / "training_state" / "optimizer.safetensors", framework="pt") as tensors:  # type: ignore[no-untyped-call]
+    with safe_open(folder / "training_state" / "optimizer.safetensors", framework="pt") as tensors:
         moments = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118  not a dict
     torch.set_rng_state(moments.pop(RANDOM_STATE))
     optimizer.load_state_tensors(moments)

@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors.
 
-  B batch, T tokens, V vocabulary, N = B·T tokens, E experts, A active experts a token
+B batch, T tokens, V vocabulary, N = B·T tokens, E experts, A active experts a token
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class Optimizer:
         states = {}
         for part in self._parts:
             for p, state in part.state.items():
-                states.update({f"{self._names[p]}|{key}": value for key, value in state.items()})
+                name = self._names[cast(nn.Parameter, p)]
+                states.update({f"{name}|{key}": value for key, value in state.items()})
         return states
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

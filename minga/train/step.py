@@ -1,12 +1,13 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update, balance.
 
-  B batch, T tokens, D model dim
+B batch, T tokens, D model dim
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def batch_loss(
     model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool
 ) -> tuple[Tensor, float, float | None]:
     """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`."""
-    where = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+    where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
     hidden_BTD = model.hidden(batch.ids_BT, **where)
     main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0])
     loss, mtp_loss = main, None
@@ -85,7 +86,9 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
     if not torch.isfinite(norm):
-        raise UserError(f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: training diverged. lower the learning rates")
+        raise UserError(
+            f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: training diverged. lower the learning rates"
+        )
     optimizer.step()
     metrics.load = counter.relative()
     counter.update_bias(balance_rate)

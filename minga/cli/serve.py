@@ -1,0 +1,84 @@
+"""minga serve: models behind an OpenAI-compatible API, with a web page to talk to them and to watch runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from minga.errors import UserError
+
+DESCRIPTION = """\
+Serves models through an OpenAI-compatible API (/v1), with a web page at / to chat and to watch training runs.
+Only this machine can connect, unless --host opens another address; that needs an API key."""
+
+EXAMPLE = """\
+examples:
+  minga serve runs/shakespeare
+  minga serve small=SmolLM2.gguf mine=runs/mine --port 0
+  curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "serve",
+        help="an OpenAI-compatible API and a web page",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="a model folder, run folder or .gguf file; NAME=PATH names it"
+    )
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port; 0 finds a free one (default %(default)s)"
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="training runs to show (default %(default)s)")
+    parser.add_argument("--quant", choices=["int8"], help="hold the weights in 8 bits")
+    parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="clients must send this key (default: the environment's MINGA_API_KEY)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the address as one JSON line when ready")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    models = named_models(args.models)
+    try:
+        from minga.serve.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"{error.name} is not installed (minga serve). pip install 'minga[serve]'") from None
+    serve(
+        models,
+        host=args.host,
+        port=args.port,
+        runs_dir=args.runs,
+        api_key=args.api_key,
+        quant=args.quant,
+        speculate=not args.no_speculate,
+        as_json=args.json,
+    )
+    return 0
+
+
+def named_models(specs: list[str]) -> dict[str, Path]:
+    """`NAME=PATH` or `PATH` -> {name: path}; a path alone is named after its folder, or its file without the ending."""
+    models: dict[str, Path] = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        named = bool(equals) and not os.path.exists(spec)
+        path = Path(rest if named else spec)
+        name = name if named else path.stem if path.suffix == ".gguf" else path.resolve().name
+        if not (name and (rest or not named) and name.isprintable()):
+            raise UserError(f"{spec!r} names no model (MODEL). write PATH or NAME=PATH")
+        if name in models:
+            raise UserError(f"two models are called {name!r} (MODEL). give one another name with NAME=PATH")
+        models[name] = path
+    return models

@@ -1,0 +1,461 @@
+"""A run's report: `run.jsonl` in, one self-contained `report.html` out.
+
+The page answers, in this order, what one asks of a finished run: how good is it, did it learn steadily, did the experts
+share the work, what does it write, and with which settings on which machine was it made. It holds no script and loads
+nothing, so it can be mailed, archived and opened in ten years; the curves are inline SVG whose colours follow the
+reader's light or dark theme.
+
+`run.jsonl` is written by a process that may have died in the middle of a line, or been resumed after that. So a line
+that is not a JSON object is skipped, each section is left out when its lines are missing, and when a resumed run says
+a step for the second time the later word counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minga.errors import UserError
+
+Points = list[tuple[float, float]]  # (step, value), steps rising
+MAX_POINTS = 600  # a curve is drawn 640 wide: more points cannot be seen
+MAX_SAMPLES = 8
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write `run_dir/report.html` from `run_dir/run.jsonl` and return its path; a reader never sees half of it.
+
+    Raises `UserError` when run.jsonl is missing or holds no line of a run, or when the report cannot be written.
+    """
+    folder = Path(run_dir)
+    run = _gather(_read_lines(folder / "run.jsonl"))
+    page = _page(folder.resolve().name, run)
+    return _write_atomically(folder / "report.html", page)
+
+
+# ---- reading
+
+
+@dataclass
+class _Run:
+    """What the lines of run.jsonl say, arranged by question."""
+
+    start: dict[str, Any] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
+    last_step: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    expert_load: list[list[float]] = field(default_factory=list)  # the latest: MoE layers x experts, mean 1
+    curves: dict[str, Points] = field(default_factory=dict)  # by key of the line: "loss", "bits_per_byte", ...
+
+    def curve(self, key: str) -> Points:
+        return self.curves.get(key, [])
+
+    def latest(self, key: str) -> float | None:
+        points = self.curve(key)
+        return points[-1][1] if points else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there (report). name a folder that `minga train --out` wrote") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror} (report). check the file and its rights") from None
+    lines = list(_objects(text.splitlines()))
+    if not lines:
+        raise UserError(f"{path} holds no line of a run (report). train for at least one step first")
+    return lines
+
+
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue  # torn when its writer died
+        if isinstance(value, dict):
+            yield value
+
+
+def _gather(lines: Iterable[dict[str, Any]]) -> _Run:
+    run = _Run()
+    for line in lines:
+        kind = line.get("kind")
+        if kind == "start":
+            run.start, run.end = line, {}
+        elif kind == "step":
+            run.last_step = line
+            _add_points(run, line, ("loss", "tokens_per_second", "expert_max_over_mean"))
+            run.expert_load = _load_table(line.get("expert_load")) or run.expert_load
+        elif kind == "eval":
+            _add_points(run, line, ("val_loss", "bits_per_byte", "mtp_acceptance"))
+        elif kind == "sample":
+            run.samples.append(line)
+        elif kind == "end":
+            run.end = line
+    return run
+
+
+def _add_points(run: _Run, line: Mapping[str, Any], keys: Iterable[str]) -> None:
+    step = _number(line.get("step"))
+    for key in keys:
+        value = _number(line.get(key))
+        if step is None or value is None:
+            continue
+        points = run.curves.setdefault(key, [])
+        while points and points[-1][0] >= step:  # the run was resumed from an earlier checkpoint
+            points.pop()
+        points.append((step, value))
+
+
+def _load_table(value: Any) -> list[list[float]]:
+    if not isinstance(value, list):
+        return []
+    table = [[_number(load) or 0.0 for load in row] for row in value if isinstance(row, list)]
+    return [row for row in table if row]
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float, or None for what cannot be drawn: no number, NaN, infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# ---- numbers for people
+
+
+def _compact(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if size == 1e4 else size):.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def _decimal(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# ---- curves
+
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 28
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Data to pixels on one axis. `first` and `last` may be given in falling order: y grows upwards."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def __call__(self, value: float) -> float:
+        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def _thin(points: Points) -> Points:
+    """At most MAX_POINTS points, each the mean of an equal share, so that a long run's report stays small."""
+    if len(points) <= MAX_POINTS:
+        return points
+    bounds = [i * len(points) // MAX_POINTS for i in range(MAX_POINTS + 1)]
+    parts = [points[a:b] for a, b in pairwise(bounds)]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _smooth(points: Points, reach: int = 12) -> Points:
+    """Means over 2 * reach + 1 neighbours; centred, and so without the lag of a running mean on a falling curve."""
+    out = []
+    for i, (step, _) in enumerate(points):
+        half = min(reach, i, len(points) - 1 - i)
+        near = points[i - half : i + half + 1]
+        out.append((step, sum(value for _, value in near) / len(near)))
+    return out
+
+
+def _chart(title: str, series: Sequence[tuple[str, str, Points]]) -> str:
+    """A card with curves; `series` holds (name, CSS class, points), and a name of "" stays out of the legend."""
+    series = [(name, kind, _thin(points)) for name, kind, points in series if points]
+    if not series:
+        return ""
+    steps = [step for _, _, points in series for step, _ in points]
+    values = [value for _, _, points in series for _, value in points]
+    margin = 0.06 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
+    x = _Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, WIDTH - RIGHT)
+    y = _Scale(min(values) - margin, max(values) + margin, HEIGHT - BOTTOM, TOP)
+    legend = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind, _ in series if name)
+    said = "; ".join(f"{name} {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, _, points in series if name)
+    label = escape(f"{title}: {said}")
+    drawn = _axes(x, y) + "".join(_curve(name, kind, points, x, y) for name, kind, points in series)
+    return (
+        f'<figure><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawn}</svg></figure>'
+    )
+
+
+def _axes(x: _Scale, y: _Scale) -> str:
+    rows = _ticks(y.low, y.high, 5)
+    digits = max(0, -math.floor(math.log10(rows[1] - rows[0]) + 1e-9)) if len(rows) > 1 else 2
+    lines = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:,.{digits}f}</text>'
+        for v in rows
+    )
+    columns = [v for v in _ticks(x.low, x.high, 7) if v == round(v)]  # there is no half step
+    anchors = ("end" if x(v) > WIDTH - 30 else "middle" for v in columns)
+    labels = "".join(
+        f'<text x="{x(v):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{v:,.0f}</text>'
+        for v, anchor in zip(columns, anchors, strict=True)
+    )
+    return lines + labels
+
+
+def _curve(name: str, kind: str, points: Points, x: _Scale, y: _Scale) -> str:
+    line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+    out = f'<polyline class="curve {kind}" points="{line}"/>'
+    if name and len(points) <= 40:  # few enough to be pointed at: each says its value
+        out += "".join(
+            f'<circle class="{kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3">'
+            f"<title>{escape(name)}, step {step:,.0f}: {value:.4f}</title></circle>"
+            for step, value in points
+        )
+    return out
+
+
+def _heat_map(table: Sequence[Sequence[float]]) -> str:
+    """Rows are MoE layers, columns experts; colour is the distance from an even share: a calm map is a balanced one."""
+    if not table:
+        return ""
+    columns = max(len(row) for row in table)
+    wide, high = (WIDTH - LEFT - RIGHT) / columns, max(9, min(36, HEIGHT // len(table)))
+    every = 1 if high >= 12 else 5  # labels need 12
+    cells = "".join(
+        f'<text x="{LEFT - 8}" y="{(layer - 0.5) * high + 4:.1f}" text-anchor="end">{layer}</text>'
+        for layer in range(every, len(table) + 1, every)
+    )
+    for layer, row in enumerate(table):
+        for expert, load in enumerate(row):
+            distance = min(1.0, abs(math.log2(max(load, 0.05))) / 2)
+            box = f'x="{LEFT + expert * wide:.2f}" y="{layer * high + 1}" width="{wide * 0.94:.2f}" height="{high - 2}"'
+            kind, said = "hot" if load > 1 else "cold", f"layer {layer + 1}, expert {expert + 1}: {load:.2f}"
+            cells += (
+                f'<rect class="cell" {box}/>'
+                f'<rect class="load {kind}" {box} fill-opacity="{distance:.2f}"><title>{said}</title></rect>'
+            )
+    legend = '<span class="key held">more than its share</span><span class="key cold">less</span>'
+    return (
+        f'<figure><figcaption>Load of each expert (rows: layers)<span class="legend">{legend}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {len(table) * high}" role="img" '
+        f'aria-label="Expert load, {len(table)} layers by {columns} experts">{cells}</svg></figure>'
+    )
+
+
+# ---- the page
+
+
+def _tiles(run: _Run) -> str:
+    parameters = _mapping(run.start.get("parameters"))
+    seconds = _number(run.end.get("seconds")) or _number(run.last_step.get("seconds"))
+    tokens = _number(run.last_step.get("tokens"))
+    facts = (
+        ("parameters", _compact(_number(parameters.get("total")))),
+        ("active for a token", _compact(_number(parameters.get("active")))),
+        ("bits per byte, held-out", _decimal(run.latest("bits_per_byte"), 3)),
+        ("loss, held-out", _decimal(run.latest("val_loss"), 3)),
+        ("steps", _compact(_number(run.last_step.get("step")))),
+        ("tokens", _compact(tokens)),
+        ("tokens a second", _compact(_speed(run, tokens))),
+        ("time", _duration(seconds)),
+        ("MTP acceptance", _percent(run.latest("mtp_acceptance"))),
+    )
+    return "".join(f"<div><dd>{escape(value)}</dd><dt>{name}</dt></div>" for name, value in facts if value != "–")
+
+
+def _speed(run: _Run, tokens: float | None) -> float | None:
+    """The median over the steps: one slow step (a checkpoint, a suspended laptop) does not move it."""
+    speeds = sorted(value for _, value in run.curve("tokens_per_second"))
+    return speeds[len(speeds) // 2] if speeds and tokens else None
+
+
+def _outcome(run: _Run) -> str:
+    if not run.end:
+        return "still training, or interrupted"
+    return {"done": "finished", "stopped": "stopped before its end"}.get(str(run.end.get("reason")), "ended")
+
+
+def _samples(run: _Run) -> str:
+    blocks = []
+    for sample in reversed(run.samples[-MAX_SAMPLES:]):
+        prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
+        step = _compact(_number(sample.get("step")))
+        rest = escape(text.removeprefix(prompt))
+        blocks.append(f"<blockquote><small>step {step}</small><p><b>{escape(prompt)}</b>{rest}</p></blockquote>")
+    return "".join(blocks)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as rows: {"model": {"vocab_size": 4096}} gives ("model.vocab_size", "4096")."""
+    if not isinstance(value, dict):
+        yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _table(value: Any) -> str:
+    if not value:
+        return ""
+    rows = _flat(value) if isinstance(value, dict) else [("", str(value))]
+    cells = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
+    return f"<table>{cells}</table>"
+
+
+def _section(title: str, *parts: str, kind: str = "") -> str:
+    body = "".join(parts)
+    return f'<section class="{kind}"><h2>{title}</h2>{body}</section>' if body else ""
+
+
+def _page(name: str, run: _Run) -> str:
+    loss = run.curve("loss")
+    charts = (
+        _chart(
+            "Loss (nats a token)",
+            [
+                ("", "raw", loss),
+                ("training, smoothed", "train", _smooth(_thin(loss))),
+                ("held-out", "held", run.curve("val_loss")),
+            ],
+        ),
+        _chart("Bits per byte", [("held-out", "held", run.curve("bits_per_byte"))]),
+    )
+    balance = [("busiest expert / mean", "train", run.curve("expert_max_over_mean"))]
+    sections = (
+        _section("Learning", *charts, kind="pair"),
+        _section("Experts", _heat_map(run.expert_load), _chart("Imbalance", balance), kind="pair"),
+        _section(
+            "Speed",
+            _chart("Training (tokens a second)", [("this machine", "train", run.curve("tokens_per_second"))]),
+            _chart("MTP acceptance (share of drafts)", [("held-out", "held", run.curve("mtp_acceptance"))]),
+            kind="pair",
+        ),
+        _section("Samples", _samples(run)),
+        _section("Machine", _table(run.start.get("machine"))),
+        _section("Settings", _table(run.start.get("config"))),
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} · Minga</title><style>{STYLE}</style></head>\n<body><main>"
+        f"<header><p>Minga · a model of your own, on the machines you have</p><h1>{escape(name)}</h1>"
+        f'<p class="outcome">{_outcome(run)}</p></header>'
+        f'<dl class="tiles">{_tiles(run)}</dl>\n'
+        + "\n".join(part for part in sections if part)
+        + "</main></body></html>\n"
+    )
+
+
+def _write_atomically(path: Path, text: str) -> Path:
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the report from a web server
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (report). free some space or check the rights"
+        ) from None
+    return path
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #faf8f4; --card: #fffefb; --sunk: #f2eee6; --line: #e2dccf; --ink: #23282b;
+  --soft: #667069; --teal: #0d7468; --amber: #b45f06; --blue: #2f6fa8; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181a; --card: #1b2023; --sunk: #22282b; --line: #31393c;
+  --ink: #e9e5dc; --soft: #9aa5a0; --teal: #62c9b6; --amber: #e8a75a; --blue: #78b2e4; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: clamp(20px, 5vw, 56px) clamp(14px, 4vw, 32px) 64px; }
+header p, .outcome { margin: 0; color: var(--soft); }
+h1 { margin: 2px 0; font-size: clamp(1.6rem, 5vw, 2.4rem); line-height: 1.2; letter-spacing: -.02em; }
+h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column: 1 / -1; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 180px), 1fr)); gap: 10px;
+  margin: 26px 0 0; }
+.tiles div, figure, table, blockquote { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
+.tiles div { padding: 12px 16px; }
+dd { margin: 0; font-size: 1.35rem; font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
+.pair figure { margin: 0 0 18px; align-self: start; }
+figure { padding: 14px 16px; min-width: 0; }
+figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: space-between; font-weight: 600;
+  font-size: .95rem; margin-bottom: 10px; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: .82rem; color: var(--soft); }
+.key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0;
+  background: var(--teal); }
+.key.held::before { background: var(--amber); }
+.key.cold::before { background: var(--blue); }
+svg { display: block; width: 100%; }
+svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--line); }
+.curve { fill: none; stroke: var(--teal); stroke-width: 2; stroke-linejoin: round; }
+.curve.raw { stroke-width: 1; opacity: .3; }
+.curve.held { stroke: var(--amber); }
+circle { fill: var(--teal); }
+circle.held, .hot { fill: var(--amber); }
+.cold { fill: var(--blue); }
+.cell { fill: var(--sunk); }
+blockquote { margin: 0 0 12px; padding: 12px 18px; }
+blockquote small { color: var(--soft); }
+blockquote p { margin: 2px 0 0; white-space: pre-wrap; font-family: Georgia, "Noto Serif", "DejaVu Serif", serif; }
+blockquote b { color: var(--teal); }
+table { width: 100%; border-collapse: separate; border-spacing: 0; padding: 6px 16px; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: 5px 8px 5px 0; border-bottom: 1px solid var(--line); }
+tr:last-child > * { border-bottom: 0; }
+th { font-weight: 400; color: var(--soft); width: 45%; }
+td { font-variant-numeric: tabular-nums; }
+@media print { figure, blockquote, .tiles div { break-inside: avoid; } }
+"""

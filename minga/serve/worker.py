@@ -1,0 +1,190 @@
+"""One thread a model: requests wait in a short queue, and what the model says goes to the event loop piece by piece.
+
+An `LLM` is not thread-safe, so a model answers one request at a time, first come, first served. The thread is an
+executor's: whatever a job raises ends in its future, and the next job runs as if nothing had happened. All counters are
+read and written on the event loop only; the thread reaches it through `call_soon_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from minga.errors import UserError
+from minga.planner.counts import count_parameters
+from minga.serve.protocol import ApiError, ChatRequest
+
+if TYPE_CHECKING:
+    from minga.engine.llm import LLM
+    from minga.engine.sequence import Delta
+
+MAX_WAITING = 32
+RETRY_AFTER_SECONDS = 5
+_SPEED_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A model and those who wait for it."""
+
+    def __init__(self, name: str, llm: LLM, *, max_waiting: int = MAX_WAITING):
+        self.name, self.llm = name, llm
+        self.num_parameters = count_parameters(llm.config).total
+        self._max_waiting = max_waiting
+        self._num_pending = 0
+        self._speed = Speed()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"minga-{name}")
+
+    @property
+    def running(self) -> int:
+        return min(1, self._num_pending)
+
+    @property
+    def waiting(self) -> int:
+        return self._num_pending - self.running
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._speed.tokens_per_second()
+
+    def submit(self, request: ChatRequest) -> Job:
+        """Queues a request; call it on the event loop. Raises `ApiError` 429 when the queue is full."""
+        if self.waiting >= self._max_waiting:
+            raise ApiError(
+                f"the queue is full: {self.waiting} requests are waiting for {self.name}; try again later",
+                status=429, code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)},
+            )  # fmt: skip
+        job = Job(request)
+        self._num_pending += 1
+        job.future = self._executor.submit(self._generate, job)
+        job.future.add_done_callback(lambda _: self._announce_end(job))
+        return job
+
+    def close(self) -> None:
+        """Drops what waits. The caller has cancelled what runs."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------ on the model's thread
+
+    def _generate(self, job: Job) -> None:
+        num_prompt_tokens, stream = self._open(job.request)
+        with closing(stream):
+            job.call_soon(job.put, num_prompt_tokens)
+            for delta in stream:
+                if job.cancelled.is_set():
+                    return
+                job.call_soon(self._arrive, job, delta)
+
+    def _open(self, request: ChatRequest) -> tuple[int, Generator[Delta, None, None]]:
+        """The number of prompt tokens, and the answer to come. What cannot be answered is refused here."""
+        try:
+            ids = self._prompt_ids(request)
+            room = self.llm.max_context - len(ids)
+            if room < 1:
+                raise ApiError(
+                    f"the messages have {len(ids)} tokens and the context of {self.name} {self.llm.max_context}, "
+                    "which must hold the answer too; shorten them",
+                    param="messages", code="context_length_exceeded",
+                )  # fmt: skip
+            return len(ids), self.llm.stream(ids, request.params_within(room))
+        except UserError as error:
+            raise ApiError(str(error), param="messages", code="invalid_value") from None
+
+    def _prompt_ids(self, request: ChatRequest) -> list[int]:
+        """A model without a chat template was only ever shown plain text: it goes on from the end of what was said."""
+        if self.llm.tokenizer.chat_template is not None:
+            return self.llm.tokenizer.render_chat(request.messages)
+        contents = (message["content"] for message in request.messages)
+        return self.llm.encode("\n\n".join(content for content in contents if content))
+
+    # ------------------------------------------------------------------ on the event loop
+
+    def _arrive(self, job: Job, delta: Delta) -> None:
+        self._speed.add(len(delta.token_ids))
+        job.put(delta)
+
+    def _announce_end(self, job: Job) -> None:
+        with suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
+            job.call_soon(self._end, job)
+
+    def _end(self, job: Job) -> None:
+        self._num_pending -= 1
+        job.put(None)
+
+
+class Job:
+    """One request's way through a worker, seen from the event loop: first `started`, then `deltas`."""
+
+    future: Future[None]
+
+    def __init__(self, request: ChatRequest):
+        self.request = request
+        self.cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Any] = asyncio.Queue()  # the number of prompt tokens, deltas, None at the end
+
+    def call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(function, *args)
+
+    def put(self, item: int | Delta | None) -> None:
+        self._items.put_nowait(item)
+
+    async def started(self) -> int:
+        """Waits for the request's turn; returns its number of prompt tokens. Raises `ApiError` if it is refused."""
+        item = await self._items.get()
+        if item is None:
+            self._raise_failure()
+        return int(item)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The answer. Raises `ApiError` if the model fails."""
+        while (item := await self._items.get()) is not None:
+            yield item
+        self._raise_failure()
+
+    def cancel(self) -> None:
+        """Leaves the queue, or stops the model after its current step. Does nothing to a job that is done."""
+        self.cancelled.set()
+        self.future.cancel()
+
+    def _raise_failure(self) -> None:
+        error = self.future.exception()
+        if isinstance(error, ApiError):
+            raise error
+        if error is not None:
+            log.error("a request failed", exc_info=error)
+            raise ApiError(
+                "the model failed while answering; the server's log has the details",
+                status=500, code="generation_failed", headers={"x-should-retry": "false"},
+            ) from error  # fmt: skip
+
+
+class Speed:
+    """Tokens per second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._arrivals: deque[tuple[float, int]] = deque()
+
+    def add(self, num_tokens: int) -> None:
+        self._arrivals.append((monotonic(), num_tokens))
+        self._forget_old()
+
+    def tokens_per_second(self) -> float:
+        self._forget_old()
+        if len(self._arrivals) < 2:
+            return 0.0
+        (first, num_first), (last, _) = self._arrivals[0], self._arrivals[-1]
+        num_tokens = sum(num for _, num in self._arrivals) - num_first  # the first ones came before the time counted
+        return num_tokens / max(last - first, 1e-6)
+
+    def _forget_old(self) -> None:
+        while self._arrivals and self._arrivals[0][0] < monotonic() - _SPEED_SECONDS:
+            self._arrivals.popleft()

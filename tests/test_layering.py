@@ -1,0 +1,82 @@
+"""Imports point down, every module imports, and nothing heavy is loaded before it is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+import minga
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"jinja2", "numpy", "rich", "safetensors", "shtab", "starlette", "tokenizers", "torch", "transformers"}
+MODULES = [module.name for module in pkgutil.walk_packages(minga.__path__, "minga.")]
+
+
+def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+def test_imports_point_down(capsys: pytest.CaptureFixture[str]) -> None:
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name: str) -> None:
+    assert importlib.import_module(name).__doc__, "a module says what it is for"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import minga",
+        "import minga.config",
+        "import minga.errors; minga.UserError; minga.ModelConfig; minga.__version__; dir(minga)",
+        "from minga.cli.main import main; main([])",
+        "from minga.cli.main import main; main(['tran'])",
+        "from minga.cli.main import build_parser; build_parser()",
+    ],
+)
+def test_loads_nothing_heavy(code: str) -> None:
+    done = _python(f"{code}\nimport sys\nprint(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert HEAVY.isdisjoint(done.stdout.split())
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, time\n"
+        "from minga.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print(time.process_time(), *sys.modules, file=sys.stderr)\n"
+    )
+    runs = [_python(code) for _ in range(3)]
+    assert all(run.stdout.startswith("usage: minga") for run in runs)
+    seconds, *modules = runs[0].stderr.split()
+    assert HEAVY.isdisjoint(modules)
+    assert min(float(run.stderr.split()[0]) for run in runs) <= 0.3, seconds
+
+
+def test_public_names() -> None:
+    assert set(minga.__all__) <= set(dir(minga))
+    for name in minga.__all__:
+        assert getattr(minga, name) is not None
+    assert minga.__version__ == _version_in_pyproject()
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        minga.lod  # noqa: B018
+
+
+def _version_in_pyproject() -> str:
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minga
+from minga import store
+from minga.config.presets import tiny
+from minga.data.tokenizer import train_bpe
+from minga.errors import UserError
+from minga.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(tiny().replace(initializer_range=0.1)).init_weights().eval()
+    model.moe_layers()[0].gate.e_score_correction_bias += torch.randn(8)
+    return model
+
+
+def test_save_and_load_change_no_bit(model: Transformer, tmp_path: Path) -> None:
+    minga.save(model, tmp_path / "m")
+    again = minga.load(tmp_path / "m")
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not again.training
+
+
+def test_float64_models_answer_in_float64(model: Transformer, tmp_path: Path) -> None:
+    minga.save(model, tmp_path / "m")
+    wide = store.load(tmp_path / "m", dtype=torch.float64)
+    logits = wide(torch.arange(5)[None]).logits
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits.float(), model(torch.arange(5)[None]).logits, atol=1e-4, rtol=1e-4)
+    assert wide.moe_layers()[0].gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_int8_folder_loads_without_quantising_again(model: Transformer, tmp_path: Path) -> None:
+    minga.save(model, tmp_path / "m")
+    quantized = minga.load(tmp_path / "m", quant="int8")
+    minga.save(quantized, tmp_path / "q")
+    again = minga.load(tmp_path / "q")
+    for name, value in quantized.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.3.gate_proj.weight"].dtype == torch.int8
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "minga-int8"
+
+
+def test_a_promise_of_mtp_without_tensors_is_not_believed(model: Transformer, tmp_path: Path) -> None:
+    """transformers drops the MTP tensors on save and leaves num_nextn_predict_layers in config.json."""
+    minga.save(model, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.3." not in k}, tmp_path / "m" / "model.safetensors")
+    assert minga.load(tmp_path / "m").config.num_nextn_predict_layers == 0
+
+
+def test_mistakes_are_one_line_that_names_the_place(model: Transformer, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    minga.save(model, tmp_path / "m", tokenizer=train_bpe(["ab cd " * 50], 262))
+    cases = {"nothing": "nothing at this path", "empty": "neither a config.json", "text.txt": "folder or a .gguf"}
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            minga.load(tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="262 tokens and the model 256"):
+        store.load_tokenizer(tmp_path / "m")
+    with pytest.raises(UserError, match="int8"):
+        minga.load(tmp_path / "m", quant="int3")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UserError, match="awq"):
+        minga.load(tmp_path / "m")
+
+
+def test_loading_leaves_the_random_state_alone(model: Transformer, tmp_path: Path) -> None:
+    minga.save(model, tmp_path / "m")
+    before = torch.get_rng_state()
+    minga.load(tmp_path / "m")
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from minga.config import TrainConfig
+from minga.config.presets import tiny
+from minga.data.loader import Loader
+from minga.data.shards import open_shards
+from minga.model.transformer import Transformer
+from minga.train.balance import LoadCounter
+from minga.train.optim import Optimizer
+from minga.train.step import train_step
+
+
+def test_bias_moves_against_the_load_by_exactly_the_rate() -> None:
+    model = Transformer(tiny()).init_weights()
+    counter = LoadCounter(model.moe_layers())
+    counter.add(0, torch.tensor([[0, 1], [0, 2], [0, 3]]))
+    counter.add(0, torch.tensor([[0, 4]]))
+    counter.update_bias(0.01)
+    bias = model.moe_layers()[0].gate.e_score_correction_bias
+    # mean load is 8 / 8 = 1: expert 0 has 4, experts 1-4 have 1, experts 5-7 none
+    torch.testing.assert_close(bias, torch.tensor([-0.01, 0, 0, 0, 0, 0.01, 0.01, 0.01]))
+    assert all(not counts.any() for counts in counter.counts_LE)
+
+
+def test_training_levels_a_skewed_router(make_config: Callable[..., TrainConfig]) -> None:
+    """A router that sends everything to two experts is brought below 1.5 times the mean load by the bias alone."""
+    config = make_config(accumulate=1, batch_size=8, sequence_loss=0.0)
+    shards = open_shards(config.data)
+    model_config = config.model.replace(vocab_size=384, n_group=1, topk_group=1)
+    torch.manual_seed(0)
+    model = Transformer(model_config).init_weights().train()
+    for layer in model.moe_layers():
+        layer.gate.e_score_correction_bias += torch.tensor([0.2, 0.2, 0, 0, 0, 0, 0, 0])
+    before = [layer.gate.e_score_correction_bias.clone() for layer in model.moe_layers()]
+    optimizer, counter = Optimizer(model, config), LoadCounter(model.moe_layers())
+    loader = Loader(shards, batch_size=16, seq_len=32, num_extra=2)
+    ratios = []
+    for _ in range(60):
+        optimizer.set_scale(0.0)  # the weights stand still: what levels the load is the bias
+        metrics = train_step(model, [next(loader)], optimizer, config, counter, with_mtp=True, balance_rate=0.005)
+        ratios.append(metrics.max_over_mean)
+    assert ratios[0] > 3.0
+    assert sum(ratios[-10:]) / 10 < 1.5
+    for layer, bias in zip(model.moe_layers(), before, strict=True):
+        assert not torch.equal(layer.gate.e_score_correction_bias, bias)
+        assert layer.gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_routers_of_mtp_modules_are_counted_too() -> None:
+    model = Transformer(tiny()).init_weights()
+    assert len(model.moe_layers()) == 2 + 1  # layers 1 and 2, and the MTP module
