@@ -1,4 +1,4 @@
-"""What the documents show is true: commands parse, links lead somewhere, the lists are complete and in both languages."""
+"""What the documents show is true: commands parse, links lead somewhere, lists are complete in both languages."""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from minga.errors import UserError
 
@@ -38,8 +39,14 @@ _ROPE_NEEDS = {
 _EXPECTED = {"use_cache": True, "attention_dropout": 0.0}  # keys that other readers want and we have no use for
 MAX_SIZE = 2**31  # no dimension of a real model comes near; keeps products of two inside 64 bits
 _MLA_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MLP_BIAS = ("llama", "deepseek_v2")  # families whose feed-forward may have biases
 _EXPERT_KEYS = ("num_experts_per_tok", "moe_intermediate_size")
 _SINGLE_FILE_KEYS = ("architectures", "auto_map", "transformers_version", "quantization_config", "torch_dtype", "dtype")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """A finite number of float64's range; a bool is none, nor is an integer of 400 digits, which JSON may hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,27 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope type {self.rope_type!r} is not known (rope_scaling). known: {', '.join(ROPE_TYPES)}")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
-            raise UserError(f"rope_theta is {self.rope_theta} (config). it must be a number above 1")
         for name in _ROPE_NEEDS.get(self.rope_type, ()):
-            value = getattr(self, name)
-            if value is None:
+            if getattr(self, name) is None:
                 raise UserError(f"rope type {self.rope_type!r} needs {name!r} (rope_scaling). add it to config.json")
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise UserError(f"{name} is {value!r} (rope_scaling). it must be a positive number")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            least = 0.0 if f.name.startswith("mscale") else 1e-300  # 0 turns DeepSeek's two factors off
+            if (
+                f.name not in ("rope_type", "truncate")
+                and value is not None
+                and not (_is_number(value) and value >= least)
+            ):
+                raise UserError(f"{f.name} is {value!r} (rope_scaling). it must be a positive number")
+        if self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta} (config). it must be a number above 1")
+        if not isinstance(self.truncate, bool):
+            raise UserError(f"truncate is {self.truncate!r} (rope_scaling). it must be true or false")
+        if self.rope_type == "llama3" and (self.high_freq_factor or 0) <= (self.low_freq_factor or 0):
+            raise UserError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor} "
+                "(rope_scaling). the band between them is blended: raise it"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
@@ -90,9 +110,13 @@ class RopeConfig:
             )
         values = {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
         values["rope_type"] = given.get("rope_type", given.get("type", "default"))
-        values["rope_theta"] = float(given.get("rope_theta", config.get("rope_theta") or 10000.0))
+        theta = given.get("rope_theta", config.get("rope_theta"))
+        values["rope_theta"] = float(theta) if _is_number(theta) else 10000.0 if theta is None else theta
         if values["rope_type"] in ("yarn", "llama3"):
             values.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+            trained, stretched = values["original_max_position_embeddings"], config.get("max_position_embeddings")
+            if values["rope_type"] == "yarn" and _is_number(trained) and trained > 0 and _is_number(stretched):
+                values.setdefault("factor", stretched / trained)  # as transformers does when the key is missing
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
@@ -238,7 +262,7 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads the dictionary of a `config.json`. Raises `UserError` for a missing key or a family that is not known."""
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UserError(f"model_type {model_type!r} is not one that Minga opens (config.json). it opens: {known}")
         deepseek = model_type.startswith("deepseek")
@@ -253,6 +277,8 @@ class ModelConfig:
             if key not in values:
                 raise UserError(f"{key!r} is missing (config.json). a {model_type} model cannot be built without it")
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        if model_type not in _MLP_BIAS:
+            values.pop("mlp_bias", None)  # transformers ignores the key there, and so do we
         if deepseek:
             v3 = model_type == "deepseek_v3"
             values.pop(
@@ -286,7 +312,7 @@ class ModelConfig:
             skip = (
                 skip
                 or (f.name == "head_dim" and deepseek)
-                or (f.name == "mlp_bias" and self.model_type not in ("llama", "deepseek_v2"))
+                or (f.name == "mlp_bias" and self.model_type not in _MLP_BIAS)
             )
             if not skip:
                 hf[f.name] = getattr(self, f.name)
@@ -305,6 +331,11 @@ class ModelConfig:
                 f"hidden_act {self.hidden_act!r} is not supported (config). every family Minga opens uses silu"
             )
         _check_types(self)
+        if self.is_mla != self.model_type.startswith("deepseek"):
+            raise UserError(
+                f"kv_lora_rank is {self.kv_lora_rank} in a {self.model_type} model (config). "
+                "latent attention is DeepSeek's, and DeepSeek's only attention"
+            )
         positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         positive += ["num_key_value_heads", "max_position_embeddings", "moe_layer_freq", "n_group", "topk_group"]
         positive += ["kv_lora_rank", *_MLA_KEYS] if self.is_mla else ["head_dim"]
@@ -327,8 +358,10 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads} (config). each key head must serve the same number of query heads"
             )
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
+        if self.rms_norm_eps <= 0:
             raise UserError(f"rms_norm_eps is {self.rms_norm_eps} (config). it must be a small positive number")
+        if self.initializer_range < 0:
+            raise UserError(f"initializer_range is {self.initializer_range} (config). it must not be negative")
         if self.n_routed_experts:
             self._check_experts()
 
@@ -389,7 +422,7 @@ def _check_types(config: ModelConfig) -> None:
             items = value if isinstance(value, tuple) else (value,)
             ok = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
         elif annotation == "float":
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            ok = _is_number(value)
         elif annotation == "bool":
             ok = isinstance(value, bool)
         else:
@@ -401,5 +434,7 @@ def _check_types(config: ModelConfig) -> None:
 
 def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
     layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, (list, tuple)):
+        raise UserError(f"layer_types is {layer_types!r} (config.json). it must be a list")
     if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
         raise UserError("sliding-window attention is not supported (config.json). only models with full attention load")

@@ -34,7 +34,7 @@ def laptop() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """Model B of the benchmarks: 394 M parameters, about 98 M touched per decoded token."""
+    """Model B of the benchmarks: 394 M parameters, 121.6 M active; 96.4 M read for a decoded token (one row of the embedding)."""
     return ModelConfig(
         vocab_size=32768, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=8192, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,

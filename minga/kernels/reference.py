@@ -107,7 +107,7 @@ def quantize_int8(weight_OI: Tensor, block: int) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight_OI.float(), (0, -columns % block)).reshape(*lead, -1, block)
     scale = padded.abs().amax(-1) / 127
     half = scale.clamp(max=65504.0).half()
-    half = torch.where(half.float() < scale, torch.nextafter(half, torch.full_like(half, float("inf"))), half)
+    half = torch.where(half.float() < scale, torch.nextafter(half, torch.full_like(half, 65504.0)), half)
     quantized = (padded / half.float().clamp(min=1e-12)[..., None]).round().clamp(-127, 127).to(torch.int8)
     return quantized.reshape(*lead, -1)[..., :columns].contiguous(), half
 

@@ -352,7 +352,7 @@ def _section(title: str, *parts: str, kind: str = "") -> str:
 
 
 def _page(name: str, run: _Run) -> str:
-    loss = run.curve("loss")
+    loss, speed = run.curve("loss"), run.curve("tokens_per_second")
     charts = (
         _chart(
             "Loss (nats a token)",
@@ -370,7 +370,7 @@ def _page(name: str, run: _Run) -> str:
         _section("Experts", _heat_map(run.expert_load), _chart("Imbalance", balance), kind="pair"),
         _section(
             "Speed",
-            _chart("Training (tokens a second)", [("this machine", "train", run.curve("tokens_per_second"))]),
+            _chart("Training (tokens a second)", [("", "raw", speed), ("smoothed", "train", _smooth(_thin(speed)))]),
             _chart("MTP acceptance (share of drafts)", [("held-out", "held", run.curve("mtp_acceptance"))]),
             kind="pair",
         ),
@@ -426,7 +426,8 @@ h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column
   margin: 26px 0 0; }
 .tiles div, figure, table, blockquote { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
 .tiles div { padding: 12px 16px; }
-dd { margin: 0; font-size: 1.35rem; font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+dd { margin: 0; font-size: 1.25rem; white-space: nowrap;
+  font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
 dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
 .pair figure { margin: 0 0 18px; align-self: start; }

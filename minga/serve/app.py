@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,13 +132,19 @@ class Api:
 
     async def status(self, _: Request) -> Response:
         """Each model with its speed and its queue, and their sums."""
-        live = ("tokens_per_second", "running", "waiting")
-        models = [
-            {"name": name, "parameters": worker.num_parameters, "max_context": worker.llm.max_context}
-            | {field: getattr(worker, field) for field in live}
+        models: list[dict[str, Any]] = [
+            {
+                "name": name,
+                "parameters": worker.num_parameters,
+                "max_context": worker.llm.max_context,
+                "tokens_per_second": worker.tokens_per_second,
+                "running": worker.running,
+                "waiting": worker.waiting,
+            }
             for name, worker in self.workers.items()
         ]
-        return json_response({"models": models} | {field: sum(model[field] for model in models) for field in live})
+        sums = {name: sum(model[name] for model in models) for name in ("tokens_per_second", "running", "waiting")}
+        return json_response({"models": models, **sums})
 
     def list_runs(self, _: Request) -> Response:  # not async: Starlette runs it, and its file reading, in a thread
         return json_response({"runs": self.runs.summaries()})
@@ -204,7 +210,7 @@ class Answer:
         )
         return json_response(document)
 
-    async def _events(self, num_prompt_tokens: int) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, num_prompt_tokens: int) -> AsyncGenerator[dict[str, Any], None]:
         """The documents of a stream. A model that fails in the middle ends it with an error."""
         no_usage = {"usage": None} if self._request.include_usage else {}
         yield self._reply.chunk({"role": "assistant", "content": ""}) | no_usage

@@ -364,7 +364,7 @@ def _refuse_lone_surrogates(value: Any, path: str) -> None:
 
 def _type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"the number {_short(value)}")
+    return names[type(value)] if type(value) in names else f"the number {_short(value)}"
 
 
 def _short(value: Any) -> str:

@@ -84,7 +84,7 @@ def test_headline_numbers(tmp_path):
 
 def test_curves_hold_one_point_a_line_and_fall(tmp_path):
     page = report_of(tmp_path, full_run())
-    (raw,) = curves(page, "raw")
+    raw, _ = curves(page, "raw")  # of the loss, then of the speed
     assert len(raw) == 40
     assert [x for x, _ in raw] == sorted(x for x, _ in raw)
     assert all(a[1] < b[1] for a, b in pairwise(raw))  # loss falls, so SVG's y grows
@@ -98,7 +98,7 @@ def test_curves_hold_one_point_a_line_and_fall(tmp_path):
 
 def test_points_lie_where_the_axis_says(tmp_path):
     page = report_of(tmp_path, [START, *(step_line(n, loss=float(n)) for n in range(1, 11))])
-    (raw,) = curves(page, "raw")
+    raw = curves(page, "raw")[0]
     figure = page[: page.index('<polyline class="curve raw"')]
     labels = re.findall(r'<text x="38" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', figure)
     ticks = {float(value): float(y) - 4 for y, value in labels}
@@ -203,7 +203,7 @@ def test_a_single_point_and_a_flat_curve_are_drawn(tmp_path):
 
 def test_long_runs_are_thinned_to_means(tmp_path):
     lines = [step_line(n, loss=5.0 + (-1) ** n, expert_max_over_mean=None) for n in range(1, 2 * MAX_POINTS + 1)]
-    (raw,) = curves(report_of(tmp_path, lines), "raw")
+    raw = curves(report_of(tmp_path, lines), "raw")[0]
     assert len(raw) == MAX_POINTS
     assert len({y for _, y in raw}) == 1  # each bucket of two averages 6 and 4
 

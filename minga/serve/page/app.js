@@ -9,18 +9,18 @@ const WORDS = { // English, Spanish
 	noModel: ["No model is loaded", "No hay modelos cargados"], settings: ["Settings", "Ajustes"], clear: ["Clear", "Borrar"],
 	system: ["System prompt", "Instrucción de sistema"],
 	temperature: ["Temperature", "Temperatura"], topP: ["Top-p", "Top-p"], maxTokens: ["Most tokens", "Máx. de tokens"],
-	conversation: ["Conversation", "Conversación"], message: ["Message", "Mensaje"], say: ["Write a message", "Escribe un mensaje"],
+	conversation: ["Conversation", "Conversación"], say: ["Write a message", "Escribe un mensaje"],
 	send: ["Send", "Enviar"], stop: ["Stop", "Parar"],
 	keys: ["Enter sends · Shift + Enter new line · Esc stops", "Enter envía · Mayús + Enter nueva línea · Esc detiene"],
 	keyTitle: ["This server asks for a key", "Este servidor pide una clave"],
-	keyText: ["It stays in this tab and is forgotten when you close it.", "Queda en esta pestaña y se olvida al cerrarla."], key: ["Key", "Clave"],
+	key: ["Key", "Clave"],
 	cancel: ["Cancel", "Cancelar"], continue: ["Continue", "Continuar"],
 	welcome: ["It runs here, and what you write stays here.", "Corre aquí, y lo que escribes se queda aquí."],
 	ideas: [["Tell me a short story about the sea.", "What is a neural network?"], ["Cuéntame un cuento corto sobre el mar.", "¿Qué es una red neuronal?"]],
 	you: ["You", "Tú"], retry: ["Retry", "Reintentar"], stopped: ["stopped", "detenida"],
 	cut: ["cut at the token limit", "cortada en el límite de tokens"], answering: ["Answering", "Respondiendo"], tokens: ["tokens", "tokens"],
 	perSecond: ["tokens/s", "tokens/s"], failed: ["The answer did not arrive", "La respuesta no llegó"],
-	noRuns: ["No runs yet. Start one:", "Aún no hay corridas. Empieza una:"], gone: ["This run is no longer there.", "Esta corrida ya no está."],
+	noRuns: ["No runs yet. Start one:", "Aún no hay corridas. Empieza una:"],
 	running: ["training", "entrenando"], done: ["finished", "terminada"], halted: ["stopped", "detenida"], dead: ["interrupted", "interrumpida"],
 	deadText: ["Its last checkpoint can be resumed.", "Su último punto de control se puede reanudar."],
 	nothing: ["Nothing written yet.", "Todavía no hay nada escrito."], step: ["Step", "Paso"], of: ["of", "de"], loss: ["Loss", "Pérdida"],
@@ -29,7 +29,7 @@ const WORDS = { // English, Spanish
 	elapsed: ["Time", "Tiempo"], seen: ["Tokens seen", "Tokens vistos"], params: ["Parameters", "Parámetros"], active: ["active", "activos"],
 	mtp: ["MTP acceptance", "Aceptación MTP"], lossCurve: ["Loss (nats a token)", "Pérdida (nats por token)"],
 	bpbCurve: ["Bits per byte, held-out", "Bits por byte, texto reservado"], experts: ["Expert load", "Carga de expertos"],
-	expertsKey: ["more than its share", "más de su parte"], expertsCold: ["less", "menos"], even: ["pale is even", "pálido es parejo"],
+	expertsKey: ["more than its share", "más de su parte"], expertsCold: ["less", "menos"],
 	worst: ["busiest / mean", "más ocupado / media"], samples: ["Samples", "Muestras"],
 	noKey: ["This server needs a key.", "Este servidor pide una clave."],
 };
@@ -48,6 +48,7 @@ function el(tag, attributes = {}, ...children) {
 	node.append(...children);
 	return node;
 }
+const mark = (link, here) => here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
 const finite = (x) => typeof x === "number" && Number.isFinite(x);
 const number = (x, digits = 2) => finite(x) ? new Intl.NumberFormat(lang, { maximumFractionDigits: digits, minimumFractionDigits: Math.abs(x) < 100 ? digits : 0 }).format(x) : "–";
 const whole = (x) => finite(x) ? new Intl.NumberFormat(lang, { maximumFractionDigits: 0 }).format(x) : "–";
@@ -67,13 +68,13 @@ function speak() {
 }
 
 // the server
-let asking = null; // one question for the key, however many requests wait for it
+let asking = null, declined = false; // one question for the key, however many requests wait; no nagging after a no
 function askKey() {
 	asking ??= new Promise((resolve) => {
 		const dialog = $("key-dialog");
 		dialog.returnValue = "";
 		$("key").value = "";
-		dialog.addEventListener("close", () => { asking = null; resolve(dialog.returnValue === "ok"); }, { once: true });
+		dialog.addEventListener("close", () => { asking = null; declined = !dialog.returnValue; resolve(!declined); }, { once: true });
 		dialog.showModal();
 	});
 	return asking;
@@ -99,8 +100,7 @@ async function api(path, options = {}, patient = false) {
 		if (reply.ok) return reply;
 		if (reply.status === 401) {
 			if (recall(sessionStorage, "key", "") !== key) continue; // another request asked meanwhile
-			if (!patient && await askKey()) continue;
-			throw new Error(t("noKey"));
+			if (!patient && !(declined && !options.method) && await askKey()) continue;
 		}
 		const body = await reply.json().catch(() => ({}));
 		throw Object.assign(new Error(body.error?.message ?? body.error ?? `HTTP ${reply.status}`), { status: reply.status });
@@ -232,9 +232,8 @@ function retry() {
 }
 
 function request() {
-	const history = chat.messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
-	const body = { model: chat.model, messages: chat.system.trim() ? [{ role: "system", content: chat.system }, ...history] : history, stream: true, stream_options: { include_usage: true } };
-	for (const dial of ["temperature", "top_p", "max_tokens"]) if (chat[dial] !== "" && finite(Number(chat[dial]))) body[dial] = Number(chat[dial]);
+	const body = { model: chat.model, messages: [{ role: "system", content: chat.system.trim() }, ...chat.messages].filter((m) => m.content).map(({ role, content }) => ({ role, content })), stream: true, stream_options: { include_usage: true } };
+	for (const dial of ["temperature", "top_p", "max_tokens"]) if (chat[dial] !== "") body[dial] = Number(chat[dial]);
 	return body;
 }
 
@@ -376,7 +375,7 @@ function drawChart(chart) {
 	y0 -= pad; y1 += pad;
 	const X = (x) => left + (x - x0) / (x1 - x0) * (W - left - right), Y = (y) => H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom);
 	chart.invert = (px) => x0 + (px - left) / (W - left - right) * (x1 - x0);
-	const parts = [], yt = ticks(y0, y1, 4), digits = Math.max(0, -Math.floor(Math.log10(yt.step)));
+	const parts = [], yt = ticks(y0, y1, 5), digits = Math.max(0, -Math.floor(Math.log10(yt.step)));
 	for (const y of yt.out) parts.push(el("svg:line", { class: "grid", x1: left, x2: W - right, y1: Y(y), y2: Y(y) }), el("svg:text", { x: left - 7, y: Y(y) + 4, "text-anchor": "end" }, number(y, digits)));
 	for (const x of ticks(x0, x1, W / 90).out) parts.push(el("svg:text", { x: X(x), y: H - 6, "text-anchor": X(x) > W - 20 ? "end" : "middle" }, x < 1e5 ? whole(x) : compact(x)));
 	for (const { points, kind, dots } of shown) {
@@ -403,10 +402,10 @@ function drawChart(chart) {
 
 function drawHeat(view, state) { // rows are layers, columns are experts; colour is the distance from an even share
 	view.heat.hidden = !state.load?.length;
-	if (view.heat.hidden || view.heatStep === state.loadStep && view.heatLang === lang) return;
-	[view.heatStep, view.heatLang] = [state.loadStep, lang];
+	if (view.heat.hidden || view.heatStep === state.loadStep) return;
+	view.heatStep = state.loadStep;
 	const columns = Math.max(...state.load.map((row) => row.length)), cell = 100 / columns, rows = state.load.length, high = rows > 12 ? 9 : 20;
-	view.heatRead.replaceChildren(el("span", { class: "key held" }), t("expertsKey"), el("span", { class: "key cool" }), t("expertsCold"), ` · ${t("even")} · ${t("worst")} ${number(state.worst)}`);
+	view.heatRead.replaceChildren(el("span", { class: "key held" }), t("expertsKey"), el("span", { class: "key cool" }), t("expertsCold"), ` · ${t("worst")} ${number(state.worst)}`);
 	const svg = el("svg:svg", { viewBox: `0 0 100 ${rows * high}`, preserveAspectRatio: "none", height: rows * high, role: "img", "aria-label": `${t("experts")}: ${rows} × ${columns}` });
 	state.load.forEach((row, l) => row.forEach((load, e) => {
 		const box = { x: e * cell + cell * 0.04, y: l * high + 0.75, width: cell * 0.92, height: high - 1.5 };
@@ -435,11 +434,11 @@ function showList() {
 		small.textContent = facts.join(" · ");
 		state.className = `state ${condition(run)}`;
 		state.textContent = t(condition(run));
-		row.firstChild.toggleAttribute("aria-current", run.name === open?.name);
+		mark(row.firstChild, run.name === open?.name);
 	});
 }
 
-const fresh = () => ({ config: {}, loss: [], held: [], bpb: [], clock: [], samples: [], last: {}, evaluation: {}, start: null, end: null, load: null, loadStep: null, worst: null });
+const fresh = () => ({ config: {}, loss: [], held: [], bpb: [], clock: [], samples: [], last: {}, evaluation: {} });
 function put(points, x, y) { // a resumed run says its steps again: the newer word counts
 	if (!finite(x) || !finite(y)) return;
 	while (points.length && points.at(-1)[0] >= x) points.pop();
@@ -456,7 +455,7 @@ function absorb(state, line) {
 		if (load.length) [state.load, state.loadStep] = [load, line.step];
 	}
 	if (line.kind === "eval") {
-		state.evaluation = { ...state.evaluation, ...Object.fromEntries(Object.entries(line).filter(([, v]) => v != null)) };
+		state.evaluation = line;
 		put(state.held, line.step, line.val_loss);
 		put(state.bpb, line.step, line.bits_per_byte);
 	}
@@ -491,20 +490,19 @@ function showRun() {
 	view.state.textContent = t(how);
 	const done = share(state);
 	view.bar.hidden = !finite(done);
-	view.bar.value = how === "done" ? 1 : finite(done) ? Math.min(1, done) : 0;
-	const empty = !state.loss.length && !start;
-	view.note.hidden = !(empty || how === "dead");
-	view.note.textContent = how === "dead" ? t("deadText") : t("nothing");
+	view.bar.value = how === "done" ? 1 : Math.min(1, done || 0);
+	view.note.hidden = start && how !== "dead";
+	view.note.textContent = start ? t("deadText") : t("nothing");
 	const params = start?.parameters ?? {}, steps = state.config.steps > 0 ? ` ${t("of")} ${whole(state.config.steps)}` : "";
 	const facts = [
 		[t("step") + steps, whole(last.step)], [t("loss"), number(state.loss.at(-1)?.[1])], [t("bpb"), number(evaluation.bits_per_byte, 3)], [t("speed"), whole(last.tokens_per_second)],
-		how === "running" ? [t("left"), duration(timeLeft(state) ?? NaN)] : [t("elapsed"), duration(end?.seconds ?? last.seconds)], [t("seen"), compact(last.tokens)],
+		how === "running" ? [t("left"), duration(timeLeft(state))] : [t("elapsed"), duration(end?.seconds ?? last.seconds)], [t("seen"), compact(last.tokens)],
 		[t("params") + (finite(params.active) ? ` (${compact(params.active)} ${t("active")})` : ""), compact(params.total)], [t("mtp"), finite(evaluation.mtp_acceptance) ? number(evaluation.mtp_acceptance * 100, 0) + " %" : "–"],
 	].filter(([, value]) => value !== "–");
 	view.tiles.replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 	const points = thin(state.loss);
-	view.loss.series = [{ points, kind: "raw" }, { points: smooth(points), kind: "", name: "smooth" }, { points: thin(state.held), kind: "held", name: "held", dots: true }];
-	view.bpb.series = [{ points: thin(state.bpb), kind: "held", name: "held", dots: true }];
+	view.loss.series = [{ points, kind: "raw" }, { points: smooth(points), kind: "", name: "smooth" }, { points: state.held, kind: "held", name: "held", dots: true }];
+	view.bpb.series = [{ points: state.bpb, kind: "held", name: "held", dots: true }];
 	drawChart(view.loss);
 	drawChart(view.bpb);
 	drawHeat(view, state);
@@ -534,18 +532,12 @@ async function refreshRuns() {
 	if (open?.name !== name || !open.view) openRun(name);
 	showList();
 	const mine = open;
-	try {
-		const { lines, next } = await (await api(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`)).json();
-		if (mine !== open) return; // another run was chosen meanwhile
-		if (next < mine.next) { mine.state = fresh(); mine.next = 0; return; } // the file was begun anew
-		for (const line of lines) if (line && typeof line === "object") absorb(mine.state, line);
-		mine.next = next;
-		showRun();
-	} catch (error) {
-		if (error.status !== 404) throw error;
-		open = null;
-		emptyRuns(el("p", {}, t("gone")));
-	}
+	const { lines, next } = await (await api(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`)).json();
+	if (mine !== open) return; // another run was chosen meanwhile
+	if (next < mine.next) { mine.state = fresh(); mine.next = 0; return; } // the file was begun anew
+	for (const line of lines) if (line && typeof line === "object") absorb(mine.state, line);
+	mine.next = next;
+	showRun();
 }
 
 // the page
@@ -554,15 +546,18 @@ function route() {
 	const on = onRuns();
 	$("chat").hidden = on;
 	$("runs").hidden = !on;
-	$("nav-chat").toggleAttribute("aria-current", !on);
-	$("nav-runs").toggleAttribute("aria-current", on);
+	mark($("nav-chat"), !on);
+	mark($("nav-runs"), on);
 	if (on) tick();
 }
 let ticking = false;
 async function tick() {
 	if (ticking || document.hidden || !onRuns()) return;
 	ticking = true;
-	try { await refreshRuns(); } catch (error) { if (error.status) emptyRuns(el("p", {}, error.message)); }
+	try { await refreshRuns(); } catch (error) { 
+		if (error.status === 404) history.replaceState(null, "", "#runs"); // the run is gone: show another
+		if (error.status) { open = null; emptyRuns(el("p", {}, error.message)); }
+	}
 	ticking = false;
 }
 async function pulse() { // is the server there; which Minga is it
@@ -576,7 +571,6 @@ async function pulse() { // is the server there; which Minga is it
 
 addEventListener("hashchange", () => { if (location.hash !== "#main") route(); });
 addEventListener("resize", () => { if (open?.view && onRuns()) { drawChart(open.view.loss); drawChart(open.view.bpb); } });
-document.addEventListener("visibilitychange", () => { tick(); pulse(); });
 $("lang").addEventListener("click", () => {
 	lang = lang === "en" ? "es" : "en";
 	keep(localStorage, "lang", lang);
