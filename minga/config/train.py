@@ -22,7 +22,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=laptop)
     steps: int = 0  # optimizer steps; 0: as many as `hours` allows
     hours: float = 0.0  # wall clock for the whole run; the schedule follows the clock when steps is 0
-    batch_size: int = 16  # sequences a micro-batch
+    batch_size: int = 8  # sequences a micro-batch
     accumulate: int = 1  # micro-batches an optimizer step
     seq_len: int = 256  # tokens a sequence
     seed: int = 0
@@ -41,7 +41,7 @@ class TrainConfig:
     balance_warm_steps: int = 200
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     mtp_loss: float = 0.3  # weight of the multi-token prediction loss
-    mtp_from: float = 0.0  # share of the run after which MTP is trained
+    mtp_from: float = 0.6  # share of the run after which MTP is trained: as many drafts are right, a lower loss (docs/log.md)
     # watching
     eval_every: int = 100  # steps; 0: only at the end
     eval_tokens: int = 50_000  # held-out tokens of an evaluation during the run; the last one reads all

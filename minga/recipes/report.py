@@ -260,7 +260,7 @@ def _heat_map(table: Sequence[Sequence[float]]) -> str:
         return ""
     columns = max(len(row) for row in table)
     wide, high = (WIDTH - LEFT - RIGHT) / columns, max(9, min(36, HEIGHT // len(table)))
-    every = 1 if high >= 12 else 5  # labels need 12
+    every = 1 if high >= 18 else 5  # room for the labels
     cells = "".join(
         f'<text x="{LEFT - 8}" y="{(layer - 0.5) * high + 4:.1f}" text-anchor="end">{layer}</text>'
         for layer in range(every, len(table) + 1, every)
@@ -439,7 +439,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
   background: var(--teal); }
 .key.held::before { background: var(--amber); }
 .key.cold::before { background: var(--blue); }
-svg { display: block; width: 100%; }
+svg { display: block; width: 100%; overflow: visible; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--line); }
 .curve { fill: none; stroke: var(--teal); stroke-width: 2; stroke-linejoin: round; }
@@ -458,5 +458,6 @@ th, td { text-align: left; vertical-align: top; padding: 5px 8px 5px 0; border-b
 tr:last-child > * { border-bottom: 0; }
 th { font-weight: 400; color: var(--soft); width: 45%; }
 td { font-variant-numeric: tabular-nums; }
+@media (max-width: 640px) { svg text { font-size: 18px; } } /* the drawing shrinks, its words must not */
 @media print { figure, blockquote, .tiles div { break-inside: avoid; } }
 """

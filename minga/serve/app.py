@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+import minga
 from minga.engine.sampler import TokenLogprob
 from minga.serve.guard import Guard
 from minga.serve.protocol import (
@@ -131,7 +132,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def status(self, _: Request) -> Response:
-        """Each model with its speed and its queue, and their sums."""
+        """The version, each model with its speed and its queue, and the sums of these."""
         models: list[dict[str, Any]] = [
             {
                 "name": name,
@@ -144,7 +145,7 @@ class Api:
             for name, worker in self.workers.items()
         ]
         sums = {name: sum(model[name] for model in models) for name in ("tokens_per_second", "running", "waiting")}
-        return json_response({"models": models, **sums})
+        return json_response({"version": minga.__version__, "models": models, **sums})
 
     def list_runs(self, _: Request) -> Response:  # not async: Starlette runs it, and its file reading, in a thread
         return json_response({"runs": self.runs.summaries()})

@@ -57,7 +57,7 @@ class Worker:
 
     def submit(self, request: ChatRequest) -> Job:
         """Queues a request; call it on the event loop. Raises `ApiError` 429 when the queue is full."""
-        if self.waiting >= self._max_waiting:
+        if self._num_pending > self._max_waiting:  # one of the pending runs, the others wait
             raise ApiError(
                 f"the queue is full: {self.waiting} requests are waiting for {self.name}; try again later",
                 status=429, code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)},

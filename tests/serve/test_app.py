@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+import minga
 from minga.planner.counts import count_parameters
+from minga.serve.app import create_app
 
 ANSWER = "Hola, ¿qué tal? Adiós."
 
@@ -203,7 +206,7 @@ def test_status_tells_size_speed_and_queue(client, llm):
     assert (model["name"], model["max_context"]) == ("fake", llm.max_context)
     assert model["parameters"] == count_parameters(llm.config).total
     assert model["tokens_per_second"] > 0
-    assert (document["running"], document["waiting"]) == (0, 0)
+    assert (document["version"], document["running"], document["waiting"]) == (minga.__version__, 0, 0)
     assert document["tokens_per_second"] == model["tokens_per_second"]
 
 
@@ -256,8 +259,6 @@ def test_a_resumed_run_has_not_ended(client, run_file):
 
 
 def test_a_run_that_is_not_written_any_more_is_not_alive(client, run_file):
-    import os
-
     run_file.write_text('{"kind": "start"}\n')
     os.utime(run_file, (1, 1))
     assert client.get("/api/runs").json()["runs"][0]["alive"] is False
@@ -297,24 +298,18 @@ def test_after_must_be_a_line_number(client, run_file, after):
     assert (response.status_code, response.json()["error"]["param"]) == (400, "after")
 
 
-@pytest.mark.parametrize("name", ["..", "%2e%2e", "..%2f..", "%2e%2e%2fsecret", "first%00", "%2fetc", "other", "~"])
-def test_names_of_runs_lead_nowhere_else(make_client, make_llm, tmp_path, name):
-    (tmp_path / "secret").mkdir()
-    for folder in (tmp_path, tmp_path / "secret"):
-        (folder / "run.jsonl").write_text('{"secret": 1}\n')
-    from minga.serve.app import create_app
-
-    client = make_client({"fake": make_llm()})
+@pytest.mark.parametrize("name", ["..", "%2e%2e", "..%2f..", "%2e%2e%2fother", "first%00", "%2fetc", "other", "~"])
+def test_names_of_runs_lead_nowhere_else(make_llm, client, tmp_path, name):
+    for folder in ("", "other", "runs/first"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "run.jsonl").write_text('{"kind": "a secret"}\n')
     client.app = create_app({"fake": make_llm()}, tmp_path / "runs")
-    (tmp_path / "runs" / "first").mkdir(parents=True)
-    (tmp_path / "runs" / "first" / "run.jsonl").write_text("{}\n")
+    assert client.get("/api/runs/first").status_code == 200
     response = client.get(f"/api/runs/{name}")
     assert response.status_code == 404 and "secret" not in response.text
 
 
 def test_without_a_runs_folder_there_are_no_runs(make_llm, client, tmp_path):
-    from minga.serve.app import create_app
-
     client.app = create_app({"fake": make_llm()}, tmp_path / "nowhere")
     assert client.get("/api/runs").json() == {"runs": []}
 

@@ -79,11 +79,10 @@ def test_a_closed_connection_stops_the_model(address, llm, stream):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         wait_for(lambda: len(llm.params) == 1)
-    wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
-    sleep(0.05)  # the server reads the end of the connection
+    sleep(0.3)  # the server reads the end of the connection
     llm.gate.set()
     wait_for(lambda: llm.num_closed == 1)
-    assert llm.num_made < 60
+    assert llm.num_made <= 1
 
 
 def test_a_large_body_gets_its_answer_before_the_connection_closes(address):

@@ -40,6 +40,11 @@ class Visit:
     async def _send(self, message: dict[str, Any]) -> None:
         self.sent.append(message)
 
+    def hold_body(self) -> None:
+        """Only half of the body was ever sent."""
+        self._incoming.get_nowait()
+        self._incoming.put_nowait({"type": "http.request", "body": b'{"mess', "more_body": True})
+
     async def leave(self) -> None:
         self._incoming.put_nowait({"type": "http.disconnect"})
         await asyncio.wait_for(self.task, timeout=5)
@@ -84,6 +89,16 @@ def test_a_client_that_leaves_the_queue_is_never_served(client, llm, stream):
         assert len(llm.params) == 1
 
     asyncio.run(story())
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(client, llm, caplog):
+    async def story() -> None:
+        visit = Visit(client.app)
+        visit.hold_body()
+        await visit.leave()
+
+    asyncio.run(story())
+    assert llm.params == [] and caplog.text == ""
 
 
 def test_a_server_that_is_stopped_cancels_what_it_cannot_finish(client, llm):

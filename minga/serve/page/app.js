@@ -18,17 +18,17 @@ const WORDS = { // English, Spanish
 	welcome: ["It runs here, and what you write stays here.", "Corre aquí, y lo que escribes se queda aquí."],
 	ideas: [["Tell me a short story about the sea.", "What is a neural network?"], ["Cuéntame un cuento corto sobre el mar.", "¿Qué es una red neuronal?"]],
 	you: ["You", "Tú"], retry: ["Retry", "Reintentar"], stopped: ["stopped", "detenida"],
-	cut: ["cut at the token limit", "cortada en el límite de tokens"], answering: ["Answering", "Respondiendo"], tokens: ["tokens", "tokens"],
+	cut: ["cut at the limit", "cortada en el límite"], answering: ["Answering", "Respondiendo"], tokens: ["tokens", "tokens"],
 	perSecond: ["tokens/s", "tokens/s"], failed: ["The answer did not arrive", "La respuesta no llegó"],
 	noRuns: ["No runs yet. Start one:", "Aún no hay corridas. Empieza una:"],
 	running: ["training", "entrenando"], done: ["finished", "terminada"], halted: ["stopped", "detenida"], dead: ["interrupted", "interrumpida"],
 	deadText: ["Its last checkpoint can be resumed.", "Su último punto de control se puede reanudar."],
 	nothing: ["Nothing written yet.", "Todavía no hay nada escrito."], step: ["Step", "Paso"], of: ["of", "de"], loss: ["Loss", "Pérdida"],
-	held: ["held-out", "reservado"], smooth: ["training, smoothed", "entrenamiento, suavizada"],
+	held: ["held-out", "reservado"], smooth: ["training", "entrenamiento"],
 	bpb: ["Bits per byte", "Bits por byte"], speed: ["Tokens a second", "Tokens por segundo"], left: ["Time left", "Tiempo restante"],
 	elapsed: ["Time", "Tiempo"], seen: ["Tokens seen", "Tokens vistos"], params: ["Parameters", "Parámetros"], active: ["active", "activos"],
 	mtp: ["MTP acceptance", "Aceptación MTP"], lossCurve: ["Loss (nats a token)", "Pérdida (nats por token)"],
-	bpbCurve: ["Bits per byte, held-out", "Bits por byte, texto reservado"], experts: ["Expert load", "Carga de expertos"],
+	experts: ["Expert load", "Carga de expertos"],
 	expertsKey: ["more than its share", "más de su parte"], expertsCold: ["less", "menos"],
 	worst: ["busiest / mean", "más ocupado / media"], samples: ["Samples", "Muestras"],
 	noKey: ["This server needs a key.", "Este servidor pide una clave."],
@@ -406,7 +406,7 @@ function drawHeat(view, state) { // rows are layers, columns are experts; colour
 	view.heatStep = state.loadStep;
 	const columns = Math.max(...state.load.map((row) => row.length)), cell = 100 / columns, rows = state.load.length, high = rows > 12 ? 9 : 20;
 	view.heatRead.replaceChildren(el("span", { class: "key held" }), t("expertsKey"), el("span", { class: "key cool" }), t("expertsCold"), ` · ${t("worst")} ${number(state.worst)}`);
-	const svg = el("svg:svg", { viewBox: `0 0 100 ${rows * high}`, preserveAspectRatio: "none", height: rows * high, role: "img", "aria-label": `${t("experts")}: ${rows} × ${columns}` });
+	const svg = el("svg:svg", { viewBox: `0 0 100 ${rows * high}`, preserveAspectRatio: "none", height: rows * high, role: "img", "aria-label": t("experts") });
 	state.load.forEach((row, l) => row.forEach((load, e) => {
 		const box = { x: e * cell + cell * 0.04, y: l * high + 0.75, width: cell * 0.92, height: high - 1.5 };
 		const far = Math.min(1, Math.abs(Math.log2(Math.max(load, 0.05))) / 2);
@@ -476,7 +476,7 @@ function share(state) {
 function makeView(name) {
 	const view = {
 		state: el("span", { class: "state" }), bar: el("progress", { max: 1, "aria-label": name }), note: el("p", { class: "note" }), tiles: el("dl", { class: "tiles" }),
-		loss: makeChart("lossCurve"), bpb: makeChart("bpbCurve"), heatRead: el("p", { class: "readout" }), heatMap: el("div"), samples: el("div", { class: "card" }),
+		loss: makeChart("lossCurve"), bpb: makeChart("bpb"), heatRead: el("p", { class: "readout" }), heatMap: el("div"), samples: el("div", { class: "card" }),
 	};
 	view.heat = el("div", { class: "card" }, el("h3", {}, t("experts")), view.heatRead, view.heatMap);
 	$("run").replaceChildren(el("div", { class: "title" }, el("h2", {}, name), view.state), view.bar, view.note, view.tiles, el("div", { class: "pair" }, view.loss.node, view.bpb.node), view.heat, view.samples);
