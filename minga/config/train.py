@@ -41,7 +41,7 @@ class TrainConfig:
     balance_warm_steps: int = 200
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     mtp_loss: float = 0.3  # weight of the multi-token prediction loss
-    mtp_from: float = 0.6  # share of the run after which MTP is trained: as many drafts are right, a lower loss (docs/log.md)
+    mtp_from: float = 0.6  # share of the run after which MTP is trained too (docs/log.md says what it gains)
     # watching
     eval_every: int = 100  # steps; 0: only at the end
     eval_tokens: int = 50_000  # held-out tokens of an evaluation during the run; the last one reads all

@@ -178,6 +178,10 @@ class Answer:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 answering.result()
+        except asyncio.CancelledError:  # the server is told to stop, and its patience is over
+            message = "the server stops, and this answer took too long to finish"
+            self._job.abort(ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"}))
+            await answering
         finally:
             answering.cancel()
             leaving.cancel()

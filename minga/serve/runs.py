@@ -23,13 +23,13 @@ class Runs:
         self._folder = folder
 
     def summaries(self) -> list[dict[str, Any]]:
-        """One entry a run, the latest written first."""
+        """One entry a run, the latest written first. `ended` is why it did, null if it has not."""
         found = []
         for name, path in self._files().items():
             stat = path.stat()
             alive = time() - stat.st_mtime < ALIVE_SECONDS
             summary = _summary(path, stat.st_mtime_ns, stat.st_size)
-            found.append((stat.st_mtime, {"name": name, "alive": alive and not summary["ended"], **summary}))
+            found.append((stat.st_mtime, {"name": name, "alive": alive and summary["ended"] is None, **summary}))
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
     def lines(self, name: str, after: int) -> dict[str, Any] | None:
@@ -54,14 +54,14 @@ class Runs:
 @lru_cache(maxsize=1024)
 def _summary(path: Path, _modified: int, size: int) -> dict[str, Any]:
     """Read again only when the file has changed, which its time and size tell."""
-    summary: dict[str, Any] = {"step": None, "loss": None, "bits_per_byte": None, "ended": False}
+    summary: dict[str, Any] = {"step": None, "loss": None, "bits_per_byte": None, "ended": None}
     with path.open("rb") as file:
         file.seek(max(0, size - _TAIL_BYTES))
         lines = file.read(_TAIL_BYTES).split(b"\n")
     for entry in _entries(lines):
         kind = entry.get("kind")
         if kind in ("start", "step", "end"):
-            summary["ended"] = kind == "end"
+            summary["ended"] = entry.get("reason", "done") if kind == "end" else None
         if kind == "step":
             summary |= {"step": entry.get("step"), "loss": entry.get("loss")}
         elif kind == "eval":

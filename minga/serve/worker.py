@@ -128,6 +128,7 @@ class Job:
     def __init__(self, request: ChatRequest):
         self.request = request
         self.cancelled = threading.Event()
+        self._aborted_by: ApiError | None = None
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()  # the number of prompt tokens, deltas, None at the end
 
@@ -155,8 +156,14 @@ class Job:
         self.cancelled.set()
         self.future.cancel()
 
+    def abort(self, error: ApiError) -> None:
+        """Cancels, and raises `error` in whoever reads the answer."""
+        self._aborted_by = error
+        self.cancel()
+        self.put(None)
+
     def _raise_failure(self) -> None:
-        error = self.future.exception()
+        error = self._aborted_by or self.future.exception()
         if isinstance(error, ApiError):
             raise error
         if error is not None:

@@ -246,16 +246,16 @@ def test_runs_are_summed_up(client, run_file, tmp_path):
     (tmp_path / "no-run").mkdir()
     (tmp_path / "a-file").write_text("")
     (run,) = client.get("/api/runs").json()["runs"]
-    assert run == {"name": "first", "alive": True, "step": 2, "loss": 4.0, "bits_per_byte": 3.5, "ended": False}
+    assert run == {"name": "first", "alive": True, "step": 2, "loss": 4.0, "bits_per_byte": 3.5, "ended": None}
     with run_file.open("a") as file:
         file.write('ep"}\n{"kind": "end", "reason": "done"}\n')
     (run,) = client.get("/api/runs").json()["runs"]
-    assert run["ended"] and not run["alive"]
+    assert run["ended"] == "done" and not run["alive"]
 
 
 def test_a_resumed_run_has_not_ended(client, run_file):
     run_file.write_text('{"kind": "end"}\n{"kind": "start"}\n')
-    assert client.get("/api/runs").json()["runs"][0]["ended"] is False
+    assert client.get("/api/runs").json()["runs"][0]["ended"] is None
 
 
 def test_a_run_that_is_not_written_any_more_is_not_alive(client, run_file):

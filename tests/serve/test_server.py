@@ -121,6 +121,39 @@ def test_it_serves_a_model_and_ends_in_order(model_folder, number):
         process.stdout.close()
 
 
+def test_a_server_that_stops_does_not_wait_for_ever(tmp_path):
+    """An answer that outlasts the patience ends with an error event, and the process in order."""
+    code = f"""
+import sys, threading
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import FakeLLM
+from minga.serve import server
+from minga.serve.app import create_app
+server.SHUTDOWN_SECONDS = 1
+llm = FakeLLM("word " * 1000)
+llm.gate.wait = lambda timeout: threading.Event().wait(0.1) or True
+with server.bind("127.0.0.1", 0) as listener:
+    listener.listen()
+    print(listener.getsockname()[1], flush=True)
+    server.run_until_signal(create_app({{"slow": llm}}, {str(tmp_path)!r}), listener)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as process:
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1/chat/completions"
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.terminate()
+            *_, failure, done = [line for line in lines if line]
+        assert "shutting_down" in failure and done == "data: [DONE]"
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_ipv6_or_refusal():
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")

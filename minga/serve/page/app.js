@@ -1,4 +1,4 @@
-// Minga's page: talk to the models this server holds, and watch runs learn. No framework, no build, nothing from elsewhere.
+// Minga's page: talk to models, watch runs learn. No framework, no build, nothing from elsewhere.
 "use strict";
 
 // words
@@ -451,7 +451,7 @@ function absorb(state, line) {
 		put(state.loss, line.step, line.loss);
 		put(state.clock, line.step, line.seconds);
 		if (finite(line.expert_max_over_mean)) state.worst = line.expert_max_over_mean;
-		const load = Array.isArray(line.expert_load) ? line.expert_load.filter((row) => Array.isArray(row) && row.length) : [];
+		const load = (line.expert_load ?? []).filter((row) => row?.length);
 		if (load.length) [state.load, state.loadStep] = [load, line.step];
 	}
 	if (line.kind === "eval") {
@@ -532,11 +532,14 @@ async function refreshRuns() {
 	if (open?.name !== name || !open.view) openRun(name);
 	showList();
 	const mine = open;
-	const { lines, next } = await (await api(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`)).json();
-	if (mine !== open) return; // another run was chosen meanwhile
-	if (next < mine.next) { mine.state = fresh(); mine.next = 0; return; } // the file was begun anew
-	for (const line of lines) if (line && typeof line === "object") absorb(mine.state, line);
-	mine.next = next;
+	let lines, next;
+	do { // the server hands out a long run in parts
+		({ lines, next } = await (await api(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`)).json());
+		if (mine !== open) return; // another run was chosen meanwhile
+		if (next < mine.next) { mine.state = fresh(); mine.next = 0; return; } // the file was begun anew
+		for (const line of lines) absorb(mine.state, line);
+		mine.next = next;
+	} while (lines.length > 99);
 	showRun();
 }
 
