@@ -37,8 +37,8 @@ class TrainConfig:
     clip: float = 1.0  # norm of all gradients together; 0: off
     # losses and balance (V3 sections 2.1.2, 2.2, 4.2)
     balance_rate: float = 0.001  # how far the router's bias moves after a step
-    balance_rate_warm: float = 0.01  # the same for the first `balance_warm_steps` steps, when loads are furthest apart
-    balance_warm_steps: int = 200
+    balance_rate_warm: float = 0.01  # the same for the first `balance_warm_steps` steps of a router
+    balance_warm_steps: int = 400
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     mtp_loss: float = 0.3  # weight of the multi-token prediction loss
     mtp_from: float = 0.6  # share of the run after which MTP is trained too (docs/log.md says what it gains)

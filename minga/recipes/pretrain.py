@@ -35,7 +35,7 @@ from minga.runtime.machine import describe
 from minga.runtime.metrics import MetricsLog
 from minga.runtime.progress import ProgressBar
 from minga.store import latest_checkpoint
-from minga.train.balance import LoadCounter
+from minga.train.balance import LoadCounter, balance_rates
 from minga.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from minga.train.optim import Optimizer
 from minga.train.schedule import lr_scale
@@ -105,7 +105,6 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
             with_mtp = bool(len(model.mtp)) and progress >= config.mtp_from
-            warm = state.step < config.balance_warm_steps
             began_step = time.monotonic()
             metrics = train_step(
                 model,
@@ -114,7 +113,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
                 config,
                 counter,
                 with_mtp=with_mtp,
-                balance_rate=config.balance_rate_warm if warm else config.balance_rate,
+                balance_rates=balance_rates(config, state.step, counter.layers),
             )
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
@@ -191,7 +190,9 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
         for _ in range(repeats):
             began = time.monotonic()
             batches = [next(loader) for _ in range(config.accumulate)]
-            train_step(model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rate=0.0)
+            train_step(
+                model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
+            )
             times.append(time.monotonic() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
 

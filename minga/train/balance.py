@@ -8,9 +8,13 @@ more. The bias changes who is chosen, never how much an expert's output weighs, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from minga.config import TrainConfig
 from minga.model.experts import MoE
 
 
@@ -30,10 +34,21 @@ class LoadCounter:
         return [counts_E / counts_E.mean() for counts_E in self.counts_LE if counts_E.sum() > 0]
 
     @torch.no_grad()
-    def update_bias(self, rate: float) -> None:
-        """One step of every router's bias by the sign of its expert's load error; then the counts start again."""
-        for layer, counts_E in zip(self.layers, self.counts_LE, strict=True):
+    def update_bias(self, rates: Sequence[float]) -> None:
+        """One step of each router's bias, by its layer's rate and the sign of each expert's load error. Counts restart."""
+        for layer, counts_E, rate in zip(self.layers, self.counts_LE, rates, strict=True):
             bias_E = layer.gate.e_score_correction_bias
             if bias_E is not None and counts_E.sum() > 0:
                 bias_E += rate * torch.sign(counts_E.mean() - counts_E).to(bias_E)
             counts_E.zero_()
+
+
+def balance_rates(config: TrainConfig, step: int, layers: list[MoE]) -> list[float]:
+    """How far each layer's bias moves after `step`: further at first, when loads are furthest apart.
+
+    The MTP modules' routers, last in `layers`, start when MTP does.
+    """
+    mtp_start = math.ceil(config.mtp_from * config.steps)
+    num_main = len(layers) - config.model.num_nextn_predict_layers
+    ages = [step if number < num_main else step - mtp_start for number in range(len(layers))]
+    return [config.balance_rate_warm if age < config.balance_warm_steps else config.balance_rate for age in ages]

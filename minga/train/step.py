@@ -70,7 +70,7 @@ def train_step(
     counter: LoadCounter,
     *,
     with_mtp: bool,
-    balance_rate: float,
+    balance_rates: Sequence[float],
 ) -> StepMetrics:
     """Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
     metrics = StepMetrics()
@@ -91,5 +91,5 @@ def train_step(
         )
     optimizer.step()
     metrics.load = counter.relative()
-    counter.update_bias(balance_rate)
+    counter.update_bias(balance_rates)
     return metrics

@@ -9,7 +9,7 @@ from minga.config.presets import tiny
 from minga.data.loader import Loader
 from minga.data.shards import open_shards
 from minga.model.transformer import Transformer
-from minga.train.balance import LoadCounter
+from minga.train.balance import LoadCounter, balance_rates
 from minga.train.optim import Optimizer
 from minga.train.step import train_step
 
@@ -19,7 +19,7 @@ def test_bias_moves_against_the_load_by_exactly_the_rate() -> None:
     counter = LoadCounter(model.moe_layers())
     counter.add(0, torch.tensor([[0, 1], [0, 2], [0, 3]]))
     counter.add(0, torch.tensor([[0, 4]]))
-    counter.update_bias(0.01)
+    counter.update_bias([0.01] * 3)
     bias = model.moe_layers()[0].gate.e_score_correction_bias
     # mean load is 8 / 8 = 1: expert 0 has 4, experts 1-4 have 1, experts 5-7 none
     torch.testing.assert_close(bias, torch.tensor([-0.01, 0, 0, 0, 0, 0.01, 0.01, 0.01]))
@@ -41,7 +41,9 @@ def test_training_levels_a_skewed_router(make_config: Callable[..., TrainConfig]
     ratios = []
     for _ in range(60):
         optimizer.set_scale(0.0)  # the weights stand still: what levels the load is the bias
-        metrics = train_step(model, [next(loader)], optimizer, config, counter, with_mtp=True, balance_rate=0.005)
+        metrics = train_step(
+            model, [next(loader)], optimizer, config, counter, with_mtp=True, balance_rates=[0.005] * 3
+        )
         ratios.append(metrics.max_over_mean)
     assert ratios[0] > 3.0
     assert sum(ratios[-10:]) / 10 < 1.5
@@ -53,3 +55,13 @@ def test_training_levels_a_skewed_router(make_config: Callable[..., TrainConfig]
 def test_routers_of_mtp_modules_are_counted_too() -> None:
     model = Transformer(tiny()).init_weights()
     assert len(model.moe_layers()) == 2 + 1  # layers 1 and 2, and the MTP module
+
+
+def test_a_router_starts_fast_and_mtps_starts_with_mtp() -> None:
+    config = TrainConfig(steps=1000, model=tiny(), mtp_from=0.6, balance_warm_steps=100)
+    layers = Transformer(tiny()).moe_layers()
+    fast, slow = config.balance_rate_warm, config.balance_rate
+    assert balance_rates(config, 0, layers) == [fast, fast, fast]
+    assert balance_rates(config, 100, layers) == [slow, slow, fast]
+    assert balance_rates(config, 699, layers) == [slow, slow, fast]
+    assert balance_rates(config, 700, layers) == [slow, slow, slow]
