@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+from importlinter.cli import EXIT_STATUS_ERROR, EXIT_STATUS_SUCCESS, lint_imports
 
 import minga
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"jinja2", "numpy", "rich", "safetensors", "shtab", "starlette", "tokenizers", "torch", "transformers"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FLOORS = set(re.findall(r"\w+", " ".join(PYPROJECT["tool"]["importlinter"]["contracts"][0]["layers"])))
 MODULES = [module.name for module in pkgutil.walk_packages(minga.__path__, "minga.")]
 
 
@@ -28,6 +33,41 @@ def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_imports_point_down(capsys: pytest.CaptureFixture[str]) -> None:
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("config", "model"),  # up
+        ("model", "data"),  # across
+        ("errors", "cli"),
+        ("attic", "errors"),  # a module without a floor
+    ],
+)
+def test_the_contract_refuses(importer: str, imported: str, tmp_path: Path) -> None:
+    """In an empty house with the real floors, and one import that should not be."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for module in FLOORS | {"__init__"}:
+        _module(tmp_path, module, "")
+    assert _lint(tmp_path).returncode == EXIT_STATUS_SUCCESS
+    _module(tmp_path, importer, f"import minga.{imported}\n")
+    done = _lint(tmp_path)
+    assert done.returncode == EXIT_STATUS_ERROR
+    assert "Imports point down BROKEN" in done.stdout
+
+
+def _module(folder: Path, name: str, text: str) -> None:
+    path = folder / "minga" / f"{name}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one has imported the real minga."""
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -77,6 +117,4 @@ def test_public_names() -> None:
 
 
 def _version_in_pyproject() -> str:
-    import tomllib
-
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    return PYPROJECT["project"]["version"]

@@ -9,6 +9,7 @@ EXAMPLE = """\
 examples:
   minga completion bash > ~/.local/share/bash-completion/completions/minga
   minga completion zsh > ~/.zfunc/_minga       with fpath+=~/.zfunc before compinit in ~/.zshrc
+  minga completion fish > ~/.config/fish/completions/minga.fish
   minga completion tcsh > ~/.minga.tcsh        with `source ~/.minga.tcsh` in ~/.tcshrc
 """
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="the shell to write for")
+    parser.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"], help="the shell to write for")
     parser.set_defaults(run=run)
     return parser
 

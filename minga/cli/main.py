@@ -2,7 +2,7 @@
 
     0    done
     2    the user's to mend: one line `error: ...` on stderr, and with --json {"error": {"message": ...}} on stdout
-    130  stopped with Ctrl-C
+    130  stopped with Ctrl-C, and with --json a document like that one
     1    a bug of ours, with its traceback
 
 Only the chosen subcommand's module is imported: `minga --help` takes no longer than Python itself.
@@ -47,6 +47,7 @@ _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
     errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.ENOENT: "check the name",
 }
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror}{where}. {_REMEDIES[error.errno]}", args)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
+        _answer("stopped", args)
         return 130
 
 
@@ -155,6 +157,11 @@ def _nearest(name: str, known: Iterable[str], help_command: str) -> str:
 def _fail(message: str, argv: list[str]) -> int:
     line = " ".join(message.splitlines())
     print(f"error: {line}", file=sys.stderr)
-    if "--json" in argv:
-        print(json.dumps({"error": {"message": line}}, ensure_ascii=False))
+    _answer(line, argv)
     return 2
+
+
+def _answer(message: str, argv: list[str]) -> None:
+    """Who asked for JSON gets a document also when there is no result."""
+    if "--json" in argv:
+        print(json.dumps({"error": {"message": message}}, ensure_ascii=False))

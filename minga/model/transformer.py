@@ -143,10 +143,10 @@ class Transformer(nn.Module):
         self, ids_BT: Tensor, *, cache: Cache | None, positions_BT: Tensor | None, segments_BT: Tensor | None
     ) -> Context:
         """Angles and mask of one call. Raises `UserError` when a position does not fit the cache."""
-        B, T = ids_BT.shape
+        T = ids_BT.shape[1]
         causal = positions_BT is None and segments_BT is None and cache is None
         if positions_BT is None:
-            positions_BT = torch.arange(T, device=ids_BT.device).expand(B, T)
+            positions_BT = torch.arange(T, device=ids_BT.device)[None]  # (1, T): the same for every row
         cos, sin = self.rope(positions_BT, self.dtype)
         if causal:
             return Context(cos, sin, None, positions_BT)

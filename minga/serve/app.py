@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 4 << 20
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
-_STATIC_FILES = ("style.css", "app.js")
+_STATIC_FILES = ("style.css", "app.js", "icon.svg")
 
 
 def create_app(

@@ -214,7 +214,7 @@ def test_status_tells_size_speed_and_queue(client, llm):
 
 
 @pytest.mark.parametrize(
-    "path, kind", [("/", "text/html"), ("/static/style.css", "text/css"), ("/static/app.js", "javascript")]
+    "path, kind", [("/", "text/html"), ("/static/style.css", "text/css"), ("/static/app.js", "javascript"), ("/static/icon.svg", "svg")]
 )
 def test_the_page_and_its_files(client, path, kind):
     response = client.get(path)
