@@ -55,10 +55,11 @@ def evaluate(model: Transformer, batches: Iterable[Batch]) -> Evaluation:
             hits += int(((guess_BT == logits_BTV[:, 1:].argmax(-1)) & counted_BT).sum())
             guesses += int(counted_BT.sum())
     model.train(was_training)
-    if not tokens:
+    if not (tokens and num_bytes):
         raise UserError("there is no text to evaluate on (evaluate). give more text")
-    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else float("nan")
-    return Evaluation(nats / tokens, bits_per_byte, hits / guesses if guesses else None, tokens, num_bytes)
+    return Evaluation(
+        nats / tokens, nats / math.log(2) / num_bytes, hits / guesses if guesses else None, tokens, num_bytes
+    )
 
 
 def text_batches(text: str, tokenizer: Tokenizer, *, seq_len: int, max_tokens: int | None = None) -> Iterable[Batch]:

@@ -70,7 +70,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not there (report). name a folder that `minga train --out` wrote") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror} (report). check the file and its rights") from None
-    lines = list(_objects(text.splitlines()))
+    lines = list(_objects(text.split("\n")))  # not splitlines: JSON may hold the other line ends of Unicode
     if not lines:
         raise UserError(f"{path} holds no line of a run (report). train for at least one step first")
     return lines
@@ -80,7 +80,7 @@ def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # torn when its writer died
         if isinstance(value, dict):
             yield value
@@ -125,8 +125,8 @@ def _load_table(value: Any) -> list[list[float]]:
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a float, or None for what cannot be drawn: no number, NaN, infinity."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` as a float, or None for what cannot be drawn: no number, NaN, infinity and its neighbours."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(value)
 
@@ -255,7 +255,10 @@ def _curve(name: str, kind: str, points: Points, x: _Scale, y: _Scale) -> str:
 
 
 def _heat_map(table: Sequence[Sequence[float]]) -> str:
-    """Rows are MoE layers, columns experts; colour is the distance from an even share: a calm map is a balanced one."""
+    """Rows are MoE layers, columns experts; colour is the distance from an even share, full at twice or half of it.
+
+    So a calm map is a balanced one.
+    """
     if not table:
         return ""
     columns = max(len(row) for row in table)
@@ -267,14 +270,14 @@ def _heat_map(table: Sequence[Sequence[float]]) -> str:
     )
     for layer, row in enumerate(table):
         for expert, load in enumerate(row):
-            distance = min(1.0, abs(math.log2(max(load, 0.05))) / 2)
+            distance = min(1.0, abs(math.log2(max(load, 0.05))))
             box = f'x="{LEFT + expert * wide:.2f}" y="{layer * high + 1}" width="{wide * 0.94:.2f}" height="{high - 2}"'
             kind, said = "hot" if load > 1 else "cold", f"layer {layer + 1}, expert {expert + 1}: {load:.2f}"
             cells += (
                 f'<rect class="cell" {box}/>'
                 f'<rect class="load {kind}" {box} fill-opacity="{distance:.2f}"><title>{said}</title></rect>'
             )
-    legend = '<span class="key held">more than its share</span><span class="key cold">less</span>'
+    legend = '<span class="key held">twice its share</span><span class="key cold">half</span>'
     return (
         f'<figure><figcaption>Load of each expert (rows: layers)<span class="legend">{legend}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {len(table) * high}" role="img" '
@@ -320,8 +323,9 @@ def _samples(run: _Run) -> str:
     for sample in reversed(run.samples[-MAX_SAMPLES:]):
         prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
         step = _compact(_number(sample.get("step")))
-        rest = escape(text.removeprefix(prompt))
-        blocks.append(f"<blockquote><small>step {step}</small><p><b>{escape(prompt)}</b>{rest}</p></blockquote>")
+        said = f"<b>{escape(prompt)}</b>" if prompt.strip() else ""  # a bare line end asks for any text
+        rest = text.removeprefix(prompt) if said else text.strip()
+        blocks.append(f"<blockquote><small>step {step}</small><p>{said}{escape(rest)}</p></blockquote>")
     return "".join(blocks)
 
 

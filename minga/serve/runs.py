@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from time import time
 from typing import Any
 
-ALIVE_SECONDS = 60
+ALIVE_SECONDS, ALIVE_STEPS = 60, 5  # silent for longer than both, a run is taken for dead
 MAX_LINES = 5000  # in one reply
 _TAIL_BYTES = 1 << 20  # a summary reads no more than this of a long run
 
@@ -26,10 +28,11 @@ class Runs:
         """One entry a run, the latest written first. `ended` is why it did, null if it has not."""
         found = []
         for name, path in self._files().items():
-            stat = path.stat()
-            alive = time() - stat.st_mtime < ALIVE_SECONDS
-            summary = _summary(path, stat.st_mtime_ns, stat.st_size)
-            found.append((stat.st_mtime, {"name": name, "alive": alive and summary["ended"] is None, **summary}))
+            with suppress(OSError):  # deleted, or put out of our reach, since the folder was listed
+                stat = path.stat()
+                summary, pace = _summary(path, stat.st_mtime_ns, stat.st_size)
+                alive = time() - stat.st_mtime < max(ALIVE_SECONDS, ALIVE_STEPS * pace)
+                found.append((stat.st_mtime, {"name": name, "alive": alive and summary["ended"] is None, **summary}))
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
     def lines(self, name: str, after: int) -> dict[str, Any] | None:
@@ -37,23 +40,29 @@ class Runs:
 
         The name is looked up among the runs there are, so none leads out of the folder.
         """
-        path = self._files().get(name)
-        if path is None:
+        try:
+            whole = self._files()[name].read_bytes().split(b"\n")[:-1]
+        except (KeyError, OSError):  # unknown, or gone since the folder was listed
             return None
-        whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
+        # what followed the last newline was nothing, or torn
         lines = whole[after : after + MAX_LINES]
         return {"lines": list(_entries(lines)), "next": min(after, len(whole)) + len(lines)}
 
     def _files(self) -> dict[str, Path]:
-        if not self._folder.is_dir():
+        try:
+            paths = [folder / "run.jsonl" for folder in self._folder.iterdir()]
+        except OSError:  # not there yet, or not ours to read
             return {}
-        paths = (folder / "run.jsonl" for folder in self._folder.iterdir())
-        return {path.parent.name: path for path in paths if path.is_file()}
+        return {path.parent.name: path for path in paths if os.path.isfile(path)}
 
 
 @lru_cache(maxsize=1024)
-def _summary(path: Path, _modified: int, size: int) -> dict[str, Any]:
-    """Read again only when the file has changed, which its time and size tell."""
+def _summary(path: Path, _modified: int, size: int) -> tuple[dict[str, Any], float]:
+    """What the list shows of a run, and the seconds its latest step took.
+
+    Read again only when the file has changed, which its time and size tell.
+    """
+    seconds: list[float] = []  # since the start, at each step
     summary: dict[str, Any] = {"step": None, "loss": None, "bits_per_byte": None, "ended": None}
     with path.open("rb") as file:
         file.seek(max(0, size - _TAIL_BYTES))
@@ -64,9 +73,10 @@ def _summary(path: Path, _modified: int, size: int) -> dict[str, Any]:
             summary["ended"] = entry.get("reason", "done") if kind == "end" else None
         if kind == "step":
             summary |= {"step": entry.get("step"), "loss": entry.get("loss")}
+            seconds += [entry["seconds"]] if isinstance(entry.get("seconds"), int | float) else []
         elif kind == "eval":
             summary["bits_per_byte"] = entry.get("bits_per_byte")
-    return summary
+    return summary, seconds[-1] - seconds[-2] if len(seconds) > 1 else 0.0
 
 
 def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -112,7 +112,7 @@ def test_heat_map_has_a_cell_for_each_expert(tmp_path):
     page = report_of(tmp_path, full_run())
     cells = re.findall(r'class="load (hot|cold)"[^>]*fill-opacity="([\d.]+)"><title>([^<]*)</title>', page)
     assert len(cells) == 12
-    assert cells[2] == ("hot", "0.50", "layer 1, expert 3: 2.00")
+    assert cells[2] == ("hot", "1.00", "layer 1, expert 3: 2.00")
     assert cells[4] == ("hot", "1.00", "layer 2, expert 1: 4.00")
     assert cells[5][:2] == ("cold", "1.00")
     assert [opacity for _, opacity, _ in cells[8:]] == ["0.00"] * 4  # an even layer is calm
@@ -171,9 +171,15 @@ def test_resumed_run_counts_each_step_once(tmp_path):
 
 def test_values_that_cannot_be_drawn_are_skipped(tmp_path):
     bad = [step_line(2, loss=math.nan), step_line(3, loss=math.inf), step_line(4, loss=None), step_line(5, loss="x")]
-    page = report_of(tmp_path, [step_line(1), *bad, step_line(6)])
+    page = report_of(tmp_path, [step_line(1), *bad, step_line(6, loss=10**400), step_line(7)], tail="[" * 99_999)
     assert len(curves(page, "raw")[0]) == 2
     assert "nan" not in page and "inf," not in page
+
+
+def test_line_ends_of_unicode_do_not_end_a_line(tmp_path):
+    line = json.dumps({"kind": "sample", "step": 1, "text": "one\u2028two\x85three"}, ensure_ascii=False)
+    page = report_of(tmp_path, [START], tail=line + "\n")
+    assert "one\u2028two\x85three</p>" in page
 
 
 @pytest.mark.parametrize(
@@ -219,6 +225,11 @@ def test_settings_and_machine_tables(tmp_path):
 
 def test_prompt_is_not_said_twice(tmp_path):
     assert "<b>To be</b>, or not</p>" in report_of(tmp_path, full_run())
+
+
+def test_a_prompt_that_is_only_a_line_end_is_not_shown(tmp_path):
+    page = report_of(tmp_path, [{"kind": "sample", "step": 1, "prompt": "\n", "text": "\n\nExeunt."}])
+    assert "<p>Exeunt.</p>" in page
 
 
 def test_missing_and_empty_runs_are_user_errors(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -214,12 +215,23 @@ def test_status_tells_size_speed_and_queue(client, llm):
 
 
 @pytest.mark.parametrize(
-    "path, kind", [("/", "text/html"), ("/static/style.css", "text/css"), ("/static/app.js", "javascript"), ("/static/icon.svg", "svg")]
+    "path, kind",
+    [
+        ("/", "text/html"),
+        ("/static/style.css", "text/css"),
+        ("/static/app.js", "text/javascript"),
+        ("/static/icon.svg", "image/svg+xml"),
+    ],
 )
 def test_the_page_and_its_files(client, path, kind):
     response = client.get(path)
-    assert response.status_code == 200 and kind in response.headers["content-type"]
+    assert response.status_code == 200 and response.headers["content-type"].split(";")[0] == kind
     assert response.content
+
+
+@pytest.mark.parametrize("name", ["index.html", "../app.py", "%2e%2e%2fapp.py", "..%5capp.py", "app.js/", "nope.js"])
+def test_nothing_else_is_a_file_of_the_page(client, name):
+    assert client.get(f"/static/{name}").status_code == 404
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):
@@ -262,6 +274,20 @@ def test_a_run_that_is_not_written_any_more_is_not_alive(client, run_file):
     run_file.write_text('{"kind": "start"}\n')
     os.utime(run_file, (1, 1))
     assert client.get("/api/runs").json()["runs"][0]["alive"] is False
+
+
+def test_a_run_with_slow_steps_is_given_their_time(client, run_file):
+    run_file.write_text("".join(f'{{"kind": "step", "step": {n}, "seconds": {400 * n}}}\n' for n in (1, 2, 3)))
+    for age, alive in ((1900, True), (2100, False)):
+        os.utime(run_file, (time.time() - age,) * 2)
+        assert client.get("/api/runs").json()["runs"][0]["alive"] is alive
+
+
+def test_a_run_that_vanishes_while_it_is_read_is_left_out(client, run_file, monkeypatch):
+    monkeypatch.setattr("minga.serve.runs.os.path.isfile", lambda path: True)
+    run_file.parent.joinpath("other").touch()  # the folder is there, its run.jsonl is not
+    assert client.get("/api/runs").json() == {"runs": []}
+    assert client.get("/api/runs/first").status_code == 404
 
 
 def test_lines_are_read_from_where_the_last_call_ended(client, run_file):
@@ -357,7 +383,9 @@ def test_other_web_pages_may_not_ask(client, origin, status):
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nowhere", "/api/runs"])
 def test_every_reply_has_the_security_headers(client, path):
     headers = client.get(path).headers
-    assert headers["content-security-policy"].startswith("default-src 'self'")
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'self';") and "require-trusted-types-for 'script'" in policy
+    assert "unsafe" not in policy
     assert headers["x-content-type-options"] == "nosniff"
 
 

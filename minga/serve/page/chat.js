@@ -71,14 +71,16 @@ function welcome() {
 		el("div", { class: "chips" }, ...ideas));
 }
 
-export function showChat() {
-	if (abort) return showSend(); // the answer that is arriving holds on to its place on the page
+function showChat() {
 	const log = $("log"), { messages } = chat;
 	log.replaceChildren(...(messages.length ? messages.map((message) => bubble(message, message === messages.at(-1))) : [welcome()]));
 	log.scrollTop = log.scrollHeight;
 	$("clear").disabled = !messages.length;
 	showSend();
 }
+
+// In another language, say. An answer that is arriving keeps its place on the page.
+export const repaint = () => abort ? showSend() : showChat();
 
 // ---- asking
 
@@ -104,11 +106,11 @@ function request() {
 }
 
 async function answer() {
-	const asked = request(), control = new AbortController(), log = $("log");
+	const asked = request(), control = abort = new AbortController(), log = $("log");
 	const message = { role: "assistant", content: "", model: chat.model, tokens: 0 };
 	chat.messages.push(message);
 	showChat();
-	abort = control;
+	tell(t("answering"));
 	const node = log.lastElementChild;
 	let began = 0, frame = 0;
 	const follow = (change) => { // to the end, unless the reader has scrolled away
@@ -117,10 +119,6 @@ async function answer() {
 		if (atEnd) log.scrollTop = log.scrollHeight;
 	};
 	const draw = () => { frame = 0; follow(() => paint(node, message)); };
-	node.replaceWith(node);
-	draw();
-	showSend();
-	tell(t("answering"));
 	try {
 		for await (const event of events(await api("/v1/chat/completions", { ...asked, signal: control.signal }))) {
 			if (event.error) throw new Error(event.error.message);
@@ -142,7 +140,7 @@ async function answer() {
 	}
 	cancelAnimationFrame(frame);
 	abort = null;
-	if (!chat.messages.includes(message)) return showChat(); // cleared meanwhile
+	if (!chat.messages.includes(message)) return showSend(); // cleared meanwhile
 	save();
 	follow(() => node.replaceWith(bubble(message, true)));
 	showSend();
@@ -166,9 +164,9 @@ function grow() {
 }
 
 function toggleDrawer() {
-	const open = $("drawer").toggleAttribute("hidden");
-	$("settings").ariaExpanded = !open;
-	if (!open) $("system").focus();
+	const hidden = $("drawer").toggleAttribute("hidden");
+	$("settings").ariaExpanded = !hidden;
+	$(hidden ? "settings" : "system").focus();
 }
 
 export function startChat() {
@@ -187,7 +185,7 @@ export function startChat() {
 	document.addEventListener("keydown", (event) => {
 		if (event.key !== "Escape" || $("key-dialog").open) return;
 		if (abort) abort.abort();
-		else if (!$("drawer").hidden) { toggleDrawer(); $("settings").focus(); }
+		else if (!$("drawer").hidden) toggleDrawer();
 	});
 	$("settings").addEventListener("click", toggleDrawer);
 	for (const dial of Object.keys(DIALS)) {

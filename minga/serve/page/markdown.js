@@ -2,14 +2,14 @@
 // Text in, trees of [tag, attributes, ...children] out. Whatever is not one of these stays text (dom.js).
 
 const FENCE = /^\s*```/, HEADING = /^#{1,6}\s+/, BULLET = /^\s*[-*+]\s+(?=\S)/, NUMBER = /^\s*(\d{1,6})[.)]\s+(?=\S)/;
-const INLINE = /`([^`\n]+)`|\*\*(?=\S)(.+?)\*\*|(?<![\w*])\*(?=[^\s*])([^*\n]+?)\*(?![\w*])/;
+const INLINE = /`([^`\n]+)`|\*\*(?=\S)(.+?)\*\*(?!\*)|(?<![\w*])\*(?=[^\s*])([^*\n]+?)\*(?![\w*])/;
 
-function inline(text) {
-	const out = [];
+function inline(text, depth = 0) {
+	const out = [], inner = (text) => depth < 3 ? inline(text, depth + 1) : [text];
 	for (let found; (found = INLINE.exec(text)); text = text.slice(found.index + found[0].length)) {
 		const [, code, strong, em] = found;
 		if (found.index) out.push(text.slice(0, found.index));
-		out.push(code ? ["code", {}, code] : strong ? ["strong", {}, ...inline(strong)] : ["em", {}, ...inline(em)]);
+		out.push(code ? ["code", {}, code] : strong ? ["strong", {}, ...inner(strong)] : ["em", {}, ...inner(em)]);
 	}
 	return text ? [...out, text] : out;
 }
