@@ -88,7 +88,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
 
     log = MetricsLog(run / "run.jsonl")
     parameters = count_parameters(config.model)
-    counts = {"total": parameters.total_with_mtp, "active": parameters.active}
+    counts = {"total": parameters.total, "active": parameters.active, "mtp": parameters.mtp}
     log.write("start", time=time.time(), config=as_dict(config), parameters=counts, machine=describe(), step=state.step)
     began = time.monotonic() - state.seconds
     saved = state.step if checkpoint is not None else -1

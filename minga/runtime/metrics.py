@@ -26,7 +26,9 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; torn ones are passed over."""
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not splitlines: a text may hold U+2028
         try:
             entry = json.loads(line)
         except ValueError:
