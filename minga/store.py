@@ -105,6 +105,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 def resolve(path: str | PathLike[str]) -> Path:
     """The model folder or `.gguf` file that a path stands for."""
     source = Path(path)
+    if not source.exists() and source.parent.is_dir():
+        recover(source)  # a save that replaced this folder may have been killed between its two renames
     if source.is_file():
         if source.suffix != ".gguf":
             raise UserError(f"a model is a folder or a .gguf file, and this is neither ({source}). give its folder")

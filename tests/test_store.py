@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import minga
 from minga import store
+from minga.checkpoint.durable import verify_folder
 from minga.config.presets import tiny
 from minga.data.tokenizer import train_bpe
 from minga.errors import UserError
@@ -87,3 +93,27 @@ def test_loading_leaves_the_random_state_alone(model: Transformer, tmp_path: Pat
     before = torch.get_rng_state()
     minga.load(tmp_path / "m")
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_during_a_save_at_50_random_moments_leaves_a_whole_model(model: Transformer, tmp_path: Path) -> None:
+    """A child saves over and over, with weights that say which save they are of; it is killed at random."""
+    folder = tmp_path / "m"
+    minga.save(model, folder)
+    rng = random.Random(0)
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            mine = Transformer(model.config)
+            for number in count():
+                with torch.no_grad():
+                    for p in mine.parameters():
+                        p.fill_(number)
+                minga.save(mine, folder)
+        time.sleep(rng.uniform(0.0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        values = [p.detach() for p in minga.load(folder).parameters()]
+        verify_folder(folder)
+        first = values[0].flatten()[0]
+        assert all((v == first).all() for v in values) or torch.equal(values[0], next(model.parameters()))
