@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from minga.errors import UserError
+from minga.runtime.files import sync
 
 CHECKSUMS = "checksums.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -74,7 +75,7 @@ def recover(path: str | os.PathLike[str]) -> None:
     complete = [folder for folder in _leftovers(target, "partial") if not find_problems(folder)]
     for folder in (*complete, *_leftovers(target, "old")):
         folder.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return
 
 
@@ -130,13 +131,13 @@ def _seal(partial: Path) -> None:
     """Forces every file to the disk, then lists them with their checksums, then forces the folders."""
     files = sorted(file for file in partial.rglob("*") if file.is_file())
     for file in files:
-        _sync(file)
+        sync(file)
     listed = {file.relative_to(partial).as_posix(): _measure(file) for file in files}
     sums = partial / CHECKSUMS
     sums.write_text(json.dumps({"files": listed}, indent=1) + "\n")
-    _sync(sums)
+    sync(sums)
     for folder in (*(entry for entry in partial.rglob("*") if entry.is_dir()), partial):
-        _sync(folder)
+        sync(folder)
 
 
 def _replace(target: Path, partial: Path) -> None:
@@ -149,7 +150,7 @@ def _replace(target: Path, partial: Path) -> None:
         if aside.exists():
             aside.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -229,11 +230,3 @@ def _file_problem(file: Path, size: int, sha256: str) -> str | None:
         return None if _measure(file)["sha256"] == sha256 else "does not match its checksum"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

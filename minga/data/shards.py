@@ -32,6 +32,7 @@ from minga.data.corpus import PIECE, Corpus, Progress, SourceInfo, pieces
 from minga.data.sources import Source, find_sources
 from minga.data.tokenizer import Tokenizer, train_bpe
 from minga.errors import UserError
+from minga.runtime.files import sync
 
 FORMAT = "minga-shards"
 VERSION = 1
@@ -438,7 +439,7 @@ def _check_place(out: Path) -> None:
 def _publish(built: Path, out: Path) -> None:
     """Puts the finished folder in its place. A build before it steps aside first, and back should that fail."""
     aside = _aside(out)
-    _sync_folder(built)
+    sync(built)
     replaces = (out / "manifest.json").exists()
     if replaces:
         out.rename(aside)
@@ -448,7 +449,7 @@ def _publish(built: Path, out: Path) -> None:
         if replaces:
             aside.rename(out)
         raise
-    _sync_folder(out.parent)
+    sync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -479,11 +480,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from minga.config import ModelConfig
 from minga.kernels import ops
 from minga.model.cache import Cache
 from minga.model.rope import rotate
+from minga.quant.int8 import dense_weight
 
 
 class RMSNorm(nn.Module):
@@ -115,16 +116,11 @@ class LatentAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, mask: Tensor | None
     ) -> Tensor:
         c = self.config
-        w_HOC = self.kv_b_weight().view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
+        w_HOC = dense_weight(self.kv_b_proj).view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
         w_uk, w_uv = w_HOC.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         return ops.attend_latent_absorbed(
             q_nope, q_rope, latent_BSC, rope_BSR, mask, w_uk_HKC=w_uk, w_uv_HVC=w_uv, scale=c.attention_scale
         )
-
-    def kv_b_weight(self) -> Tensor:
-        """The up-projection as floats, also when its storage is 8-bit."""
-        dense = getattr(self.kv_b_proj, "dense_weight", None)
-        return self.kv_b_proj.weight if dense is None else dense()
 
 
 class GroupedQueryAttention(nn.Module):

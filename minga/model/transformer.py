@@ -21,6 +21,7 @@ from minga.model.cache import Cache
 from minga.model.experts import Experts, MoE, Router
 from minga.model.mtp import MTPModule
 from minga.model.rope import Rope
+from minga.quant.int8 import dense_weight
 
 
 @dataclass
@@ -134,9 +135,7 @@ class Transformer(nn.Module):
         if self.lm_head is not None:
             logits = self.lm_head(hidden_BTD)
         else:
-            embed = self.model.embed_tokens
-            dense = getattr(embed, "dense_weight", None)
-            logits = F.linear(hidden_BTD, embed.weight if dense is None else dense())
+            logits = F.linear(hidden_BTD, dense_weight(self.model.embed_tokens))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def context(

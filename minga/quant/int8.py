@@ -33,9 +33,6 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_int8(x, self.weight, self.weight_scale, BLOCK, self.bias)
 
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return ops.dequantize_int8(self.weight, self.weight_scale, BLOCK, dtype)
-
 
 class QuantEmbedding(nn.Module):
     """`nn.Embedding` over int8 rows: only the rows that are looked up are widened."""
@@ -51,9 +48,6 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows, scales = F.embedding(ids, self.weight), F.embedding(ids, self.weight_scale)
         return ops.dequantize_int8(rows, scales, BLOCK, torch.float32)
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return ops.dequantize_int8(self.weight, self.weight_scale, BLOCK, dtype)
 
 
 class QuantExperts(nn.Module):
@@ -76,6 +70,13 @@ class QuantExperts(nn.Module):
         gate_up = ops.dequantize_int8(self.gate_up_proj[used], self.gate_up_proj_scale[used], BLOCK, x_ND.dtype)
         down = ops.dequantize_int8(self.down_proj[used], self.down_proj_scale[used], BLOCK, x_ND.dtype)
         return ops.experts(x_ND, local_NA, weight_NA, gate_up, down)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear or embedding layer as floats, whatever it is stored in."""
+    if isinstance(module, (QuantLinear, QuantEmbedding)):
+        return ops.dequantize_int8(module.weight, module.weight_scale, BLOCK, torch.float32)
+    return module.get_parameter("weight")
 
 
 def quantize(module: nn.Module) -> nn.Module:
