@@ -10,7 +10,6 @@ AdamW, as in the original and in DeepSeek-V4.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import cast
 
@@ -52,22 +51,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
-                rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
-                by_shape[rows, columns].append((p, nesterov.reshape(-1, rows, columns)))
-            for (rows, columns), items in by_shape.items():
                 # a tall matrix moves each output by more columns' worth; sqrt keeps the step per output the same
-                step_size = -group["lr"] * max(1.0, rows / columns) ** 0.5
-                updates = orthogonalize(torch.cat([update for _, update in items])).split([len(u) for _, u in items])
-                for (p, _), update in zip(items, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape), alpha=step_size)
+                rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
+                step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
+                stack = (-1, rows, columns)
+                self._update(
+                    *(p.view(stack), p.grad.contiguous().view(stack), momentum.view(stack)),
+                    momentum=group["momentum"],
+                    weight_decay=group["lr"] * group["weight_decay"],
+                    step_size=step_size,
+                )
+
+    @staticmethod
+    def _update(
+        p_SMN: Tensor, grad_SMN: Tensor, momentum_SMN: Tensor, *, momentum: float, weight_decay: float, step_size: float
+    ) -> None:
+        if ops.compiled(p_SMN, grad_SMN, momentum_SMN):
+            rates = {"momentum": momentum, "weight_decay": weight_decay, "step_size": step_size}
+            cpu.muon_step(p_SMN, grad_SMN, momentum_SMN, torch.tensor([_COEFFICIENTS] * 5), **rates, precision="bf16")
+            return
+        momentum_SMN.lerp_(grad_SMN, 1 - momentum)
+        update_SMN = orthogonalize(grad_SMN.lerp(momentum_SMN, momentum))
+        p_SMN.mul_(1 - weight_decay).add_(update_SMN, alpha=-step_size)
 
 
 class Optimizer:

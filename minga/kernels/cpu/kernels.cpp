@@ -132,6 +132,19 @@ Head open_head(const Latent& a, int64_t b, int64_t h) {
   return head;
 }
 
+void newton_schulz(float* x, const float* coefficients, int64_t M, int64_t N, int64_t steps, int precision, int threads) {
+  std::vector<float> gram(M * M), poly(M * M), next(M * N);
+  for (int64_t step = 0; step < steps; step++) {
+    float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
+    multiply({{M, M, N, rows(x, N), rows(x, N), gram.data(), M, false, true}}, precision, threads, 0);
+    multiply({{M, M, M, rows(gram.data(), M), rows(gram.data(), M), poly.data(), M, false, true}}, precision, threads, 0);
+    for (int64_t i = 0; i < M * M; i++) poly[i] = b * gram[i] + c * poly[i];
+    for (int64_t i = 0; i < M; i++) poly[i * M + i] += a;
+    multiply({{M, N, M, rows(poly.data(), M), columns(x, N), next.data(), N, false, false}}, precision, threads, 0);
+    std::memcpy(x, next.data(), M * N * 4);
+  }
+}
+
 constexpr int64_t QUERIES = 96;  // rows of scores computed at a time
 
 }  // namespace
@@ -427,22 +440,38 @@ void minga_cross_entropy(float* logits, const int64_t* target, float* loss, int6
   }
 }
 
-// A stack of S matrices x (M, N), M <= N, becomes nearly orthogonal in place, by steps of x <- a x + (b G + c G G) x,
-// G = x x^T. coefficients (steps, 3). work: S * M * (2 M + N) floats.
-void minga_orthogonalize(float* x, float* work, const float* coefficients, int64_t S, int64_t M, int64_t N, int64_t steps,
+// Newton-Schulz steps x <- a x + (b G + c G G) x, G = x x^T, on a stack of S matrices (M, N), M <= N, in place:
+// x becomes nearly orthogonal. coefficients (steps, 3).
+void minga_orthogonalize(float* x, const float* coefficients, int64_t S, int64_t M, int64_t N, int64_t steps,
                          int64_t precision, int64_t threads) {
 #pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
-  for (int64_t s = 0; s < S; s++) {  // each stays in one core's cache; a few large ones share all cores instead
-    int inner = S < threads ? threads : 1;
-    float *xs = x + s * M * N, *gram = work + s * M * (2 * M + N), *poly = gram + M * M, *next = poly + M * M;
-    for (int64_t step = 0; step < steps; step++) {
-      float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
-      multiply({{M, M, N, rows(xs, N), rows(xs, N), gram, M, false, true}}, precision, inner, 0);
-      multiply({{M, M, M, rows(gram, M), rows(gram, M), poly, M, false, true}}, precision, inner, 0);
-      for (int64_t i = 0; i < M * M; i++) poly[i] = b * gram[i] + c * poly[i];
-      multiply({{M, N, M, rows(poly, M), columns(xs, N), next, N, false, false}}, precision, inner, 0);
-      for (int64_t i = 0; i < M * N; i++) xs[i] = a * xs[i] + next[i];
-    }
+  for (int64_t s = 0; s < S; s++) newton_schulz(x + s * M * N, coefficients, M, N, steps, precision, S < threads ? threads : 1);
+}
+
+// One step of Muon on a stack of S matrices (M, N) of any shape. Momentum and weights are updated in place.
+void minga_muon(float* p, const float* grad, float* momentum, const float* coefficients, int64_t S, int64_t M, int64_t N,
+                double beta, double decay, double rate, int64_t steps, int64_t precision, int64_t threads) {
+#pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
+  for (int64_t s = 0; s < S; s++) {
+    float* ps = p + s * M * N;
+    const float* g = grad + s * M * N;
+    float *m = momentum + s * M * N, mu = (float)beta, keep = (float)(1 - decay), lr = (float)rate;
+    bool tall = M > N;
+    std::vector<float> work(M * N);
+    double squares = 0;
+    for (int64_t i = 0; i < M; i++)
+      for (int64_t j = 0; j < N; j++) {
+        float next = m[i * N + j] + (1 - mu) * (g[i * N + j] - m[i * N + j]);
+        float update = g[i * N + j] + mu * (next - g[i * N + j]);  // Nesterov
+        m[i * N + j] = next;
+        work[tall ? j * M + i : i * N + j] = update;
+        squares += (double)update * update;
+      }
+    float norm = 1.0f / ((float)std::sqrt(squares) + 1e-7f);
+    for (float& x : work) x *= norm;
+    newton_schulz(work.data(), coefficients, tall ? N : M, tall ? M : N, steps, precision, S < threads ? threads : 1);
+    for (int64_t i = 0; i < M; i++)
+      for (int64_t j = 0; j < N; j++) ps[i * N + j] = ps[i * N + j] * keep - lr * work[tall ? j * M + i : i * N + j];
   }
 }
 
