@@ -188,9 +188,9 @@ def cross_entropy_in_place(logits_NV: Tensor, targets_N: Tensor, scale: float) -
 
 
 def orthogonalize(x_SMN: Tensor, coefficients: Tensor, precision: str) -> Tensor:
-    """Newton-Schulz steps on a stack of wide matrices, in place; `coefficients` (steps, 3). Returns its argument."""
+    """Newton-Schulz steps on a stack of matrices, in place; `coefficients` (steps, 3). Returns its argument."""
     S, M, N = x_SMN.shape
-    assert M <= N and x_SMN.is_contiguous() and x_SMN.dtype == torch.float32
+    assert x_SMN.is_contiguous() and x_SMN.dtype == torch.float32
     sizes = (S, M, N, len(coefficients), PRECISIONS[precision], _threads())
     call("minga_orthogonalize", x_SMN, coefficients.float().contiguous(), *sizes)
     return x_SMN
