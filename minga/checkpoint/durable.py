@@ -147,7 +147,7 @@ def _replace(target: Path, partial: Path) -> None:
     try:
         partial.rename(target)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not target.exists():  # a Ctrl-C may come when the new one is in place already
             aside.rename(target)
         raise
     sync(target.parent)
