@@ -46,6 +46,7 @@ from minga.train.schedule import lr_scale, num_micro_batches, sequence_length
 from minga.train.step import StepMetrics, train_step
 
 SAMPLE_PROMPT = "\n"  # a line break: the model begins on its own
+SAMPLE_TOKENS = 120
 EVALUATION_SHARE = 0.04  # of `hours`, kept for evaluation, samples and checkpoints
 LOAD_EVERY = 10  # steps between two records of each expert's load
 
@@ -153,7 +154,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             mean = _evaluate(ema.model, shards, config, max_tokens=None)
             _log_evaluation(log, state, mean, kind="eval_ema")
             note(f"mean of the weights: {mean.bits_per_byte:.3f} bits a byte on held-out text ({folder / 'ema'})")
-    text = LLM.from_parts(model, tokenizer).generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=120, seed=0))[0].text
+    text = LLM.from_parts(model, tokenizer).generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=SAMPLE_TOKENS, seed=0))[0].text
     log.write("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
     log.write("end", reason="done" if evaluation_or_none else "stopped", seconds=state.seconds)
     log.close()
