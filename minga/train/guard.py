@@ -55,14 +55,17 @@ class Guard:
 
         On several machines both must be those of the whole batch, so that all decide alike.
         """
-        self._num_lost = self._num_lost + 1 if loss > self._lost_level else 0
+        reason = self._judge_spike(loss, grad_norm, regime) if self._threshold else None
+        if reason is None:
+            self._num_lost = self._num_lost + 1 if loss > self._lost_level else 0
         if self._num_lost >= LOST_STEPS:
             raise Diverged(
                 f"the loss, now {loss:.2f}, has been above {self._lost_level:.2f} for {LOST_STEPS} steps, "
                 f"where knowing nothing costs {self._lost_level / LOST_LEVEL:.2f}"
             )
-        if not self._threshold:
-            return None
+        return reason
+
+    def _judge_spike(self, loss: float, grad_norm: float, regime: str) -> str | None:
         if regime != self._regime:
             self._regime, self._losses, self._log_norms = regime, [], []
         log_norm = math.log(max(grad_norm, 1e-30))
