@@ -28,7 +28,7 @@ class TrainConfig:
     batch_warmup: float = 0.0  # share of the run in which a step's micro-batches grow from 1 to `accumulate`
     seq_warmup: float = 0.0  # share of the run in which sequences grow from `seq_len_start` to `seq_len`
     seq_len_start: int = 64  # tokens; a multiple of 64 that divides `seq_len`
-    workers: int = 0  # threads that read batches ahead; any number gives the same batches (docs/log.md on the gain)
+    workers: int = 0  # threads that read batches ahead, for slow disks; any number gives the same batches
     seed: int = 0
     # optimizer (minga/train/optim.py)
     lr_matrix: float = 0.02  # Muon: hidden matrices, experts included

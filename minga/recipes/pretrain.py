@@ -154,7 +154,11 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             mean = _evaluate(ema.model, shards, config, max_tokens=None)
             _log_evaluation(log, state, mean, kind="eval_ema")
             note(f"mean of the weights: {mean.bits_per_byte:.3f} bits a byte on held-out text ({folder / 'ema'})")
-    text = LLM.from_parts(model, tokenizer).generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=SAMPLE_TOKENS, seed=0))[0].text
+    text = (
+        LLM.from_parts(model, tokenizer)
+        .generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=SAMPLE_TOKENS, seed=0))[0]
+        .text
+    )
     log.write("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
     log.write("end", reason="done" if evaluation_or_none else "stopped", seconds=state.seconds)
     log.close()

@@ -69,7 +69,9 @@ def save_checkpoint(
         training = partial / "training_state"
         training.mkdir()
         tensors = {**optimizer.state_tensors(), RANDOM_STATE: torch.get_rng_state()}
-        tensors = dict(sorted(tensors.items()))  # a resumed run, whose moments came in file order, writes the same bytes
+        tensors = dict(
+            sorted(tensors.items())
+        )  # a resumed run, whose moments came in file order, writes the same bytes
         hf.write_tensors(training / "optimizer.safetensors", tensors)
         (training / "state.json").write_text(json.dumps(vars(state), indent=2) + "\n")
     # A later one can only be damaged, else the run had gone on from there: it must not count among those to keep.

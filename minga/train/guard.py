@@ -6,6 +6,9 @@ steps (1.4826 makes it the standard deviation of normal numbers), and at least a
 The logarithm, because gradient norms scatter by factors. Nothing is judged before `MIN_HISTORY` steps of one regime:
 the first step with MTP, or with longer rows, has another gradient norm for good reason.
 
+It is off by default: in six healthy runs of small models (100 to 1,900 steps) the highest loss stood 8 such deviations
+out and the highest log norm 28, and clipping had made each harmless. 30 and above keeps to true spikes.
+
 A skipped step changes neither weights, moments nor biases; its data is passed over. All that decides is in
 `state_dict`, so a resumed run skips what the uninterrupted one skips.
 """

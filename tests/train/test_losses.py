@@ -86,17 +86,17 @@ def test_router_z_of_every_layer_is_in_the_loss_and_draws_the_logits_in() -> Non
     model.hidden(ids)
     hidden = model.hidden(ids)
     model.mtp_hidden(0, ids, hidden)
-    expected = sum(float(router_z(layer.gate.logits_NE)) for layer in model.moe_layers())
+    expected = sum(router_z(layer.gate.logits_NE).item() for layer in model.moe_layers())
     assert expected > 1
-    assert float(loss(0.5) - loss(0.0)) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert (loss(0.5) - loss(0.0)).item() == pytest.approx(0.5 * expected, rel=1e-4)
     assert all(layer.gate.logits_NE is None for layer in model.moe_layers())  # the graph is not kept beyond the step
     optimizer = torch.optim.SGD([layer.gate.weight for layer in model.moe_layers()], lr=0.1)
-    before = float(loss(1.0))
+    before = loss(1.0).item()
     for _ in range(5):
         optimizer.zero_grad()
         loss(1.0).backward()
         optimizer.step()
-    assert float(loss(1.0)) < before
+    assert loss(1.0).item() < before
     model.eval()
     model.hidden(ids)
     assert model.moe_layers()[0].gate.logits_NE is None

@@ -10,9 +10,9 @@ from minga.train.schedule import num_micro_batches, sequence_length
 
 
 def test_micro_batches_grow_by_one_for_equal_shares_of_the_warmup() -> None:
-    config = TrainConfig(steps=1, accumulate=4, batch_warmup=0.4)
+    config = TrainConfig(steps=1, accumulate=4, batch_warmup=0.5)
     counts = [num_micro_batches(step / 1000, config) for step in range(1000)]
-    assert counts == [1] * 100 + [2] * 100 + [3] * 100 + [4] * 700
+    assert counts == [1] * 125 + [2] * 125 + [3] * 125 + [4] * 625
 
 
 def test_without_warmups_nothing_grows() -> None:
