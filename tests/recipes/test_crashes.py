@@ -256,7 +256,7 @@ def test_a_second_ctrl_c_ends_at_once(live: Callable[..., tuple[int, list[str]]]
     """Wherever it finds the run: in a step, in a save, in what follows. The way back is the same command."""
     dice = random.Random(0)
     codes = []
-    for number in range(6):
+    for number in range(4):
         run = tmp_path / f"run-{number}"
 
         def stop_twice(pid: int, run: Path = run) -> None:
@@ -377,7 +377,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     subprocess.run([umount, place], check=True)
 
 
-@pytest.mark.parametrize("points", [5, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("points", [3, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_disk_that_fills_anywhere(
     live: Callable[..., tuple[int, list[str]]], whole: Path, disk: Callable[[int], Path], points: int
 ) -> None:

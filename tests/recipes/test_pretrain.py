@@ -3,11 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,34 +164,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make) -> None:
 def test_diverging_run_stops_with_one_clear_line(make_config: Make) -> None:
     with pytest.raises(UserError, match="diverged"):
         pretrain(make_config(lr_embedding=1e20, warmup=0.0))
-
-
-def test_kill_9_at_random_moments_always_leaves_a_loadable_checkpoint(make_config: Make, tmp_path: Path) -> None:
-    """A run that saves after every step is killed at random; what it leaves must open, and the run must go on."""
-    config = make_config(steps=400, batch_size=1, accumulate=1, checkpoint_every=1)
-    arguments = ["--data", config.data, "--out", config.out, "--preset", "tiny", "--steps", "400"]
-    for key in ("batch_size", "accumulate", "seq_len", "eval_every", "checkpoint_every"):
-        arguments += ["--set", f"{key}={getattr(config, key)}"]
-    rng = random.Random(0)
-    reached = 0
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minga", "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:  # until it saves for the first time after it went on
-            newest = latest_checkpoint(Path(config.out)) if Path(config.out).is_dir() else None
-            if newest is not None and int(newest.name[-6:]) > reached:
-                break
-            time.sleep(0.05)
-        time.sleep(rng.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        newest = latest_checkpoint(Path(config.out))
-        assert newest is not None
-        assert int(newest.name[-6:]) > reached
-        reached = int(newest.name[-6:])
-        assert minga.load(config.out).config.num_hidden_layers == 3
 
 
 # ---------------------------------------------------------------------------------------------------- the guard
