@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,9 @@ import torch
 
 from minga.config import TrainConfig
 from minga.data.loader import Loader, evaluation_batches
+from minga.data.packing import Batch
 from minga.data.shards import Shards, open_shards
+from minga.data.tokenizer import Tokenizer
 from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
@@ -32,17 +33,21 @@ from minga.model.transformer import Transformer
 from minga.planner.counts import count_parameters
 from minga.recipes.evaluate import Evaluation, evaluate
 from minga.recipes.report import write_report
+from minga.runtime.files import write_whole
 from minga.runtime.machine import describe
 from minga.runtime.metrics import MetricsLog
 from minga.runtime.progress import ProgressBar
-from minga.store import latest_checkpoint
+from minga.store import checkpoint_steps, latest_checkpoint
 from minga.train.balance import LoadCounter, balance_rates
 from minga.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from minga.train.ema import Ema
+from minga.train.guard import Diverged, Guard
 from minga.train.optim import Optimizer
-from minga.train.schedule import lr_scale
+from minga.train.schedule import lr_scale, num_micro_batches, sequence_length
 from minga.train.step import StepMetrics, train_step
 
 SAMPLE_PROMPT = "\n"  # a line break: the model begins on its own
+SAMPLE_TOKENS = 120
 EVALUATION_SHARE = 0.04  # of `hours`, kept for evaluation, samples and checkpoints
 LOAD_EVERY = 10  # steps between two records of each expert's load
 
@@ -72,20 +77,23 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
     tokenizer.chat_template = (
         None  # a base model has seen no conversations; a later tuning adds the template it teaches
     )
-    run = Path(config.out)
-    run.mkdir(parents=True, exist_ok=True)
     config = _fit_to_tokenizer(config, shards)
-    checkpoint = latest_checkpoint(run)
+    loader = _loader(shards, config)  # before the run folder: too little text must leave nothing behind
+    run = Path(config.out)
+    _make_run_folder(run)
+    checkpoint = _checkpoint_to_resume(run, shards)
     config = _resolve(config, run, shards, note, resuming=checkpoint is not None)
 
     cpu.load(note)
     model, optimizer = _build(config)
-    counter = LoadCounter(model.moe_layers())
-    loader = _loader(shards, config)
+    ema = Ema(model, config.ema_decay) if config.ema_decay else None
+    counter, guard = LoadCounter(model.moe_layers()), Guard(config)
     state = TrainingState(step=0, tokens=0, seconds=0.0, loader=loader.state_dict())
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = load_checkpoint(checkpoint, model, optimizer, ema=ema)
         loader.load_state_dict(state.loader)
+        if state.guard:
+            guard.load_state_dict(state.guard)
         note(f"resuming at step {state.step} of {config.steps} from {checkpoint}")
 
     log = MetricsLog(run / "run.jsonl")
@@ -97,12 +105,13 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
     folder = checkpoint
 
     def save(state: TrainingState) -> Path:
-        path = save_checkpoint(run, state, model, optimizer, tokenizer, keep=config.keep_checkpoints)
+        path = save_checkpoint(run, state, model, optimizer, tokenizer, keep=config.keep_checkpoints, ema=ema)
         log.write("checkpoint", step=state.step, path=path.name)
         return path
 
     model.train()
-    with _stop_requested() as stop, ProgressBar("training", config.steps, state.step) as bar:
+    name_place = _name_place(log, lambda: (state.step, folder))
+    with _stop_requested() as stop, name_place, ProgressBar("training", config.steps, state.step) as bar:
         while state.step < config.steps and not stop():
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
@@ -110,34 +119,48 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             began_step = time.monotonic()
             metrics = train_step(
                 model,
-                [next(loader) for _ in range(config.accumulate)],
+                _batches(loader, config, progress),
                 optimizer,
                 config,
                 counter,
                 with_mtp=with_mtp,
                 balance_rates=balance_rates(config, state.step, counter.layers),
+                guard=guard,
             )
+            if ema is not None and metrics.skipped is None:
+                ema.update(model, state.step + 1)
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
-            state = TrainingState(state.step + 1, tokens, now - began, loader.state_dict())
+            state = TrainingState(state.step + 1, tokens, now - began, loader.state_dict(), guard.state_dict())
             speed = metrics.tokens / (now - began_step)
             _log_step(log, state, metrics, config.lr_matrix * lr_scale(progress, config), speed)
             bar.update(1, f"loss {metrics.loss:.3f}  {speed:,.0f} tokens/s  experts {metrics.max_over_mean:.2f}")
+            if metrics.skipped is not None:
+                log.write("skip", step=state.step, reason=metrics.skipped)
+                bar.note(f"step {state.step} was skipped: {metrics.skipped}")
             if state.step == config.steps:
                 break
             if config.eval_every and state.step % config.eval_every == 0:
                 evaluation = _evaluate(model, shards, config, max_tokens=config.eval_tokens)
                 _log_evaluation(log, state, evaluation)
                 bar.note(f"step {state.step}: {evaluation.bits_per_byte:.3f} bits a byte on held-out text")
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0 and guard.healthy:
                 folder, saved = save(state), state.step
+        if saved != state.step or folder is None:
+            folder = save(state)  # before the evaluation, and while signals wait: nothing may come between
     evaluation_or_none: Evaluation | None = None
     if state.step >= config.steps:
         evaluation_or_none = _evaluate(model, shards, config, max_tokens=None)
         _log_evaluation(log, state, evaluation_or_none)
-    if saved != state.step or folder is None:
-        folder = save(state)
-    text = LLM.from_parts(model, tokenizer).generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=120, seed=0))[0].text
+        if ema is not None:
+            mean = _evaluate(ema.model, shards, config, max_tokens=None)
+            _log_evaluation(log, state, mean, kind="eval_ema")
+            note(f"mean of the weights: {mean.bits_per_byte:.3f} bits a byte on held-out text ({folder / 'ema'})")
+    text = (
+        LLM.from_parts(model, tokenizer)
+        .generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=SAMPLE_TOKENS, seed=0))[0]
+        .text
+    )
     log.write("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
     log.write("end", reason="done" if evaluation_or_none else "stopped", seconds=state.seconds)
     log.close()
@@ -146,6 +169,29 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
 
 
 # ---------------------------------------------------------------------------------------------- before the first step
+
+
+def _make_run_folder(run: Path) -> None:
+    """Raises `UserError` now if nothing can be written there, and not when the first checkpoint is due."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as error:
+        what = "a file stands there" if run.is_file() else error.strerror
+        raise UserError(f"cannot write the run folder: {what} ({run}). give another --out, or mend this one") from None
+
+
+def _checkpoint_to_resume(run: Path, shards: Shards) -> Path | None:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None and checkpoint_steps(run):
+        raise UserError(f"no checkpoint of this run is whole ({run}). copy one from a backup, or give another --out")
+    if checkpoint is not None and Tokenizer.from_folder(checkpoint).sha256 != shards.manifest.tokenizer_sha256:
+        raise UserError(
+            f"the run's tokenizer is not that of the data ({checkpoint}, {shards.path}). "
+            "resume with the data that the run was begun with, or give another --out"
+        )
+    return checkpoint
 
 
 def _fit_to_tokenizer(config: TrainConfig, shards: Shards) -> TrainConfig:
@@ -161,9 +207,9 @@ def _resolve(
     """Fills in `steps`, and keeps the settings in `run.json`. A resumed run must be the one that was begun."""
     file = run / "run.json"
     if resuming:
-        begun = json.loads(file.read_text()) if file.is_file() else {}
+        begun = _read_settings(file)
         ours = as_dict(config)
-        free = {"steps", "hours", "out", "data"} if config.hours else {"hours", "out", "data"}
+        free = {"hours", "out", "data", "workers"} | ({"steps"} if config.hours else set())
         changed = [key for key in ours if key not in free and begun.get(key) != json.loads(json.dumps(ours[key]))]
         if changed:
             raise UserError(
@@ -176,10 +222,24 @@ def _resolve(
         steps = max(1, int(config.hours * 3600 * (1 - EVALUATION_SHARE) / seconds))
         note(f"steps = {steps}: {config.hours * 60:.1f} minutes at {seconds:.2f} s a step, measured on this machine")
         config = dataclasses.replace(config, steps=steps)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(as_dict(config), indent=2) + "\n")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(as_dict(config), indent=2) + "\n")
     return config
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """`run.json` of a run that has a checkpoint. Raises `UserError` if it is missing or damaged."""
+    try:
+        begun = json.loads(file.read_bytes())
+        if isinstance(begun, dict) and isinstance(begun.get("steps"), int):
+            return begun
+        problem = "it holds no settings of a run"
+    except OSError as error:
+        problem = str(error.strerror)
+    except (ValueError, RecursionError):
+        problem = "it is damaged"
+    raise UserError(
+        f"the run's settings cannot be read: {problem} ({file}). copy it from a backup, or give another --out"
+    )
 
 
 def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
@@ -188,21 +248,25 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
     counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config)
     model.train()
 
-    def timed(with_mtp: bool, repeats: int) -> float:
+    def timed(with_mtp: bool, repeats: int, num_batches: int = config.accumulate) -> float:
         times = []
         for _ in range(repeats):
             began = time.monotonic()
-            batches = [next(loader) for _ in range(config.accumulate)]
+            batches = [next(loader) for _ in range(num_batches)]
             train_step(
                 model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
             )
             times.append(time.monotonic() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
 
+    # While the batch grows, half of the micro-batches are missing on average: each saves what it costs.
+    one_less = (timed(False, 4) - timed(False, 4, 1)) / 2 if config.batch_warmup and config.accumulate > 1 else 0.0
+    saved = config.batch_warmup * max(0.0, one_less)
     if not len(model.mtp) or config.mtp_from >= 1:
-        return timed(False, 4)
+        return timed(False, 4) - saved
     with_mtp = timed(True, 4)
-    return with_mtp if config.mtp_from == 0 else config.mtp_from * timed(False, 4) + (1 - config.mtp_from) * with_mtp
+    plain = with_mtp if config.mtp_from == 0 else timed(False, 4)
+    return config.mtp_from * plain + (1 - config.mtp_from) * with_mtp - saved
 
 
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
@@ -214,7 +278,13 @@ def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
 def _loader(shards: Shards, config: TrainConfig) -> Loader:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    return Loader(shards, seed=config.seed, **sizes)
+    return Loader(shards, seed=config.seed, workers=config.workers, **sizes)
+
+
+def _batches(loader: Loader, config: TrainConfig, progress: float) -> list[Batch]:
+    """The micro-batches of the step at `progress`."""
+    length = sequence_length(progress, config)
+    return [loader.next_batch(length) for _ in range(num_micro_batches(progress, config))]
 
 
 # ---------------------------------------------------------------------------------------------- along the way
@@ -242,6 +312,19 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(caught, handler)
 
 
+@contextmanager
+def _name_place(log: MetricsLog, place: Callable[[], tuple[int, Path | None]]) -> Iterator[None]:
+    """Adds to the news of a lost run at which step it was, and the checkpoint from before. `place`: steps done, and that."""
+    try:
+        yield
+    except Diverged as error:
+        step, folder = place()
+        line = f"training diverged at step {step + 1}: {error}"
+        log.write("end", reason=line)
+        good = f"the last good checkpoint is {folder}" if folder else "there is no checkpoint yet"
+        raise UserError(f"{line} ({good}). lower the learning rates in a new run (--out)") from None
+
+
 def _evaluate(model: Transformer, shards: Shards, config: TrainConfig, max_tokens: int | None) -> Evaluation:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
@@ -262,10 +345,10 @@ def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: f
     log.write("step", step=state.step, **values)
 
 
-def _log_evaluation(log: MetricsLog, state: TrainingState, evaluation: Evaluation) -> None:
+def _log_evaluation(log: MetricsLog, state: TrainingState, evaluation: Evaluation, kind: str = "eval") -> None:
     values: dict[str, Any] = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
     values |= {"mtp_acceptance": evaluation.mtp_acceptance, "seconds": state.seconds}
-    log.write("eval", step=state.step, **values)
+    log.write(kind, step=state.step, **values)
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
