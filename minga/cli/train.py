@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minga.errors import UserError
-from minga.planner.dial import Choice, Plan
+from minga.planner.dial import Budget, Choice, Plan, check_budget
 from minga.runtime.sinks import check_sinks
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _plan(args: argparse.Namespace) -> Plan | None:
             raise UserError(f"with --steps nothing is chosen ({flag}). say how long by --hours H or --tokens N instead")
         return None
     asked = {"tokens": _count(args.tokens, "tokens"), "size": _count(args.size, "size"), "preset": args.preset}
+    check_budget(Budget(args.hours, asked["tokens"], asked["size"]))
     make_config(args, None)  # a mistake in the settings is found before anything is measured
     from minga.data.shards import open_shards
     from minga.recipes.dial import plan_run

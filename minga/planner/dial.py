@@ -101,7 +101,8 @@ class Plan:
 
 def choose(budget: Budget, speed: MachineSpeed, corpus: Corpus) -> list[Choice]:
     """Every number of a run. Raises `UserError` for a budget that makes none."""
-    _check(budget, corpus)
+    check_budget(budget)
+    _check_size(budget, corpus)
     run = _best(budget, speed, corpus)
     free = None if speed.memory is None else MEMORY_SHARE * speed.memory
     wanted = run
@@ -363,7 +364,8 @@ def _explain_model(c: ModelConfig, ratio: str, why: str) -> Iterator[Choice]:
             yield Choice(f"model.{name}", getattr(c, name), formula, source)
 
 
-def _check(budget: Budget, corpus: Corpus) -> None:
+def check_budget(budget: Budget) -> None:
+    """Raises `UserError` for what is no amount of time, tokens or parameters."""
     if budget.seconds is not None and not (math.isfinite(budget.seconds) and budget.seconds > 0):
         raise UserError("there is no time to train in (--hours). give more than the calibration takes, such as 0.1")
     for name, value in (("tokens", budget.tokens), ("size", budget.size)):
@@ -371,6 +373,9 @@ def _check(budget: Budget, corpus: Corpus) -> None:
             raise UserError(f"{name} is {value} (--{name}). it must be a positive number, such as 10m")
     if (budget.seconds is None) == (budget.tokens is None):
         raise UserError("give either time or tokens (train): --hours H or --tokens N")
+
+
+def _check_size(budget: Budget, corpus: Corpus) -> None:
     smallest = count_parameters(architecture(WIDTHS[0], corpus.vocab_size)).active
     largest = count_parameters(architecture(WIDTHS[-1], corpus.vocab_size)).active
     if budget.size is not None and not smallest / WIDEST_RATIO <= budget.size <= largest * WIDEST_RATIO:

@@ -48,7 +48,8 @@ class ProgressBar:
             self._last_line = time.monotonic()
             each = (self._last_line - self._began) / max(1, self._done - self._first)
             left = timedelta(seconds=round(each * (self._total - self._done)))
-            print(f"{self._label} {self._done}/{self._total}  {text}  {left} left", file=sys.stderr, flush=True)
+            end = f"  {left} left" if left else ""
+            print(f"{self._label} {self._done}/{self._total}  {text}{end}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
