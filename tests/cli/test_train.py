@@ -136,7 +136,7 @@ def test_dry_run_prints_each_value_with_formula_and_source(
     for line in out.splitlines():
         assert re.fullmatch(r"\S.*  .*  .*\[.+\]", line), line
     assert "model.hidden_size" in out
-    assert "GFLOP/s at width 128" in out
+    assert "GFLOP/s at width 64" in out
 
 
 def test_dry_run_as_one_json_document(ask: Ask, shards: Path, quick: None) -> None:

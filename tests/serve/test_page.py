@@ -140,7 +140,7 @@ def test_a_run_is_shown_on_the_page(address: str, tmp_path: Path) -> None:
         assert f">{value}<" in page, value
     assert "<b>To be</b>, or &lt;i&gt;not&lt;/i&gt;" in page
     assert page.count("<polyline") == 9  # loss, MFU, norm twice; held-out loss, bits per byte, MTP acceptance
-    assert len(re.findall(r'<circle [^>]*class="dot skip"', page)) == 1
+    assert len(re.findall(r'<circle [^>]*class="dot spike"', page)) == 1
     shades = re.findall(r'<path class="(hot|cold)" fill-opacity="([\d.]+)" d="([^"]*)"', page)
     assert {(kind, shade): d.count("M") for kind, shade, d in shades} == {
         ("hot", "1"): 2, ("hot", "0.6"): 1, ("cold", "1"): 2,

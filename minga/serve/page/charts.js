@@ -79,7 +79,7 @@ export class Chart {
 		const rows = ticks(y0, y1, 5), digits = Math.max(0, -Math.floor(Math.log10(rows.step) + 1e-9));
 		const parts = rows.values.flatMap((y) => [
 			el("svg:line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: Y(y), y2: Y(y) }),
-			el("svg:text", { x: LEFT - 7, y: Y(y) + 4, "text-anchor": "end" }, number(y, digits)),
+			el("svg:text", { x: LEFT - 7, y: Y(y) + 4, "text-anchor": "end" }, y < 1e4 ? number(y, digits) : compact(y)),
 		]);
 		for (const x of ticks(x0, x1, width / 90).values.filter(Number.isInteger)) { // there is no half step
 			const anchor = X(x) > width - 20 ? "end" : "middle";
@@ -88,8 +88,8 @@ export class Chart {
 		const dot = (kind, [x, y], r) => el("svg:circle", { class: `dot ${kind}`, cx: X(x), cy: Y(y), r });
 		for (const { points, kind } of shown) {
 			const line = points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" ");
-			if (kind !== "skip") parts.push(el("svg:polyline", { class: `curve ${kind}`, points: line }));
-			if (kind === "skip" || kind === "held" && points.length <= 40) parts.push(...points.map((point) => dot(kind, point, 3)));
+			if (kind !== "spike") parts.push(el("svg:polyline", { class: `curve ${kind}`, points: line }));
+			if (kind === "spike" || kind === "held" && points.length <= 40) parts.push(...points.map((point) => dot(kind, point, 3)));
 		}
 		const named = shown.filter(({ name }) => name);
 		if (this.#at === null) {

@@ -130,9 +130,9 @@ function showRun() {
 	CHARTS.forEach(([, key, held], i) => {
 		const raw = thin(open.curves[key] ?? []), norms = new Map(key === "grad_norm" ? open.curves.grad_norm : []);
 		view.charts[i].series = [
-			{ points: raw, kind: "raw" }, { points: smooth(raw), kind: "", name: "smooth" },
+			{ points: raw, kind: "raw" }, { points: key === "lr" ? raw : smooth(raw), kind: "", name: "smooth" },
 			{ points: open.curves[held] ?? [], kind: "held", name: "held" },
-			{ points: open.skips.filter((step) => norms.has(step)).map((step) => [step, norms.get(step)]), kind: "skip", name: "skipped" },
+			{ points: open.skips.filter((step) => norms.has(step)).map((step) => [step, norms.get(step)]), kind: "spike", name: "skipped" },
 		];
 	});
 	redraw();
