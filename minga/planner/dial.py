@@ -175,7 +175,7 @@ class _Run:
     def memory(self) -> float:
         """Bytes beyond a bare process: weights, gradients, moments, Muon's work space, and one micro-batch's activations.
 
-        Measured peaks of widths 64 to 512 lay between 0.8 and 1.0 of it (docs/log.md).
+        Measured peaks of widths 64 to 512 lay between 0.6 and 1.0 of it (docs/log.md).
         """
         counts = count_parameters(self.model)
         tables = counts.embedding + counts.head

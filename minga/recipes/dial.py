@@ -20,7 +20,7 @@ CALIBRATION_SECONDS = (
     40.0  # for both probes; the chosen model is timed in another 20, and all three are within a minute
 )
 CALIBRATION_SHARE = 0.04  # of the time that was asked for, if that is less
-PROBE_WIDTHS = (128, 384)
+PROBE_WIDTHS = (64, 384)
 
 
 def plan_run(

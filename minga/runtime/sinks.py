@@ -1,6 +1,6 @@
 """Where a run's numbers go besides `run.jsonl`: TensorBoard, trackio, Weights & Biases, each behind the same two verbs.
 
-The packages are extras (`pip install 'minga[tensorboard]'`) and are imported only when they are asked for. All three are
+The packages are extras and are imported only when they are asked for. All three are
 told the step of every number, so a resumed run goes on in the curve where it was stopped.
 """
 
@@ -37,7 +37,7 @@ def check_sinks(names: Iterable[str]) -> None:
         if name not in SINKS:
             raise UserError(f"{name!r} is no place to log to (--log). known: {', '.join(SINKS)}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"the package {name} is not installed (--log {name}). pip install 'minga[{name}]'")
+            raise UserError(f"the package {name} is not installed (--log {name}). pip install {name}")
 
 
 class _TensorBoard:

@@ -70,4 +70,4 @@ def test_the_planned_bytes_are_those_of_a_step(shards: Path) -> None:
     corpus = Corpus(10**8, 384, 1e4)
     budget = Budget(tokens=500_000, size=2_000_000)  # makes a batch of 8 x 256 and this width
     (planned,) = [c.value for c in choose(budget, MachineSpeed(((128, 1e9),)), corpus) if c.name == "memory"]
-    assert 0.7 < int(done.stdout) / (float(planned.split()[0]) * 1e9) < 1.3
+    assert 0.5 < int(done.stdout) / (float(planned.split()[0]) * 1e9) < 1.05

@@ -35,7 +35,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 def test_what_is_not_there_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in SINKS:
-        with pytest.raises(UserError, match=rf"pip install 'minga\[{name}\]'") as caught:
+        with pytest.raises(UserError, match=f"pip install {name}") as caught:
             check_sinks([name])
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="known: tensorboard, trackio, wandb"):
