@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,10 +74,13 @@ class _Tracker:
             if not step or not file.is_file():
                 file.write_text(uuid.uuid4().hex[:12])
             options |= {"id": file.read_text(), "resume": "allow", "dir": str(run)}
-        self._run = module.init(project=PROJECT, name=run.resolve().name, config=dict(config), **options)
+        with redirect_stdout(sys.stderr):  # stdout is for the result, which may be one JSON document
+            self._run = module.init(project=PROJECT, name=run.resolve().name, config=dict(config), **options)
+        self._finish = module.finish
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with redirect_stdout(sys.stderr):
+            self._finish()

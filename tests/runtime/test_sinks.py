@@ -19,15 +19,18 @@ def _fake(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     calls: list[Any] = []
     module = ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    run = SimpleNamespace(
-        log=lambda values, step: calls.append(("log", step, values)), finish=lambda: calls.append(("finish",))
-    )
+    run = SimpleNamespace(log=lambda values, step: calls.append(("log", step, values)))
 
     def init(**options: Any) -> Any:
         calls.append(("init", options))
+        print("hello")  # as both do
         return run
 
-    module.init = init  # type: ignore[attr-defined]
+    def finish() -> None:
+        calls.append(("finish",))
+        print("goodbye")
+
+    module.init, module.finish = init, finish  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
     return calls
 
@@ -43,7 +46,9 @@ def test_what_is_not_there_is_one_line_with_the_command(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_trackers_get_numbers_with_their_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_get_numbers_with_their_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = _fake(monkeypatch, name)
     check_sinks([name])
     (sink,) = open_sinks([name, name], tmp_path, {"seed": 3}, step=0)  # twice is once
@@ -52,6 +57,7 @@ def test_trackers_get_numbers_with_their_step(name: str, tmp_path: Path, monkeyp
     init, *others = calls
     assert (init[1]["project"], init[1]["name"], init[1]["config"]) == ("minga", tmp_path.name, {"seed": 3})
     assert others == [("log", 7, {"loss": 2.5}), ("finish",)]
+    assert capsys.readouterr() == ("", "hello\ngoodbye\n")  # stdout is the result's
 
 
 def test_wandb_knows_a_resumed_run_again_and_a_new_one_from_the_old(
