@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from minga.config import TrainConfig
 from minga.data.loader import Loader
 from minga.data.shards import build_shards, open_shards
 from minga.errors import UserError
+from minga.planner.dial import Plan
 from minga.recipes import pretrain as recipe
 from minga.recipes.pretrain import pretrain
 from minga.runtime.metrics import read_metrics
@@ -84,8 +86,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 + 8 steps against 16, with accumulation, in the middle of an epoch; weights, moments, random state, data order."""
-    whole = pretrain(make_config(out=str(tmp_path / "whole")))
-    halves = make_config(out=str(tmp_path / "halves"))
+    whole = pretrain(make_config(out=str(tmp_path / "whole"), eval_every=3))
+    halves = make_config(out=str(tmp_path / "halves"), eval_every=3)
     _stop_after(monkeypatch, 8)
     first = pretrain(halves)
     assert (first.step, first.finished) == (8, False)
@@ -133,20 +135,67 @@ def test_settings_that_differ_on_resume_are_refused_by_name(make_config: Make, m
 
 def test_hours_become_steps_that_are_kept_on_resume(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(recipe, "_seconds_a_step", lambda *args: 3600 * 0.96 / 12)
+    monkeypatch.setattr(recipe, "measure", lambda *args, **kwargs: recipe.Pace(288.0, 0.0))
     config = make_config(steps=0, hours=1.0)
     _stop_after(monkeypatch, 3)
     assert pretrain(config, note=lines.append).step == 3
-    assert lines == ["steps = 12: 60.0 minutes at 288.00 s a step, measured on this machine"]
-    monkeypatch.setattr(recipe, "_seconds_a_step", lambda *args: 1.0)  # a faster machine must not change the run
+    assert lines[0].startswith("steps = 12: 60.0 minutes, 60.0 of them for steps of 288 s")
+    monkeypatch.setattr(
+        recipe, "measure", lambda *args, **kwargs: recipe.Pace(1.0, 0.0)
+    )  # a faster machine must not change the run
     assert pretrain(config).step == 12
+
+
+def test_evaluation_and_time_already_spent_are_part_of_the_hours(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(steps=0, hours=1.0, eval_every=3, eval_tokens=30)
+    held_out = open_shards(config.data).manifest.splits["val"].num_tokens
+    monkeypatch.setattr(recipe, "measure", lambda *args, **kwargs: recipe.Pace(100.0, 10.0))
+    monkeypatch.setattr(recipe, "train_step", lambda *args, **kwargs: pytest.fail("not to be reached"))
+    monkeypatch.setattr(recipe, "Watch", lambda *args: pytest.fail("resolved"))
+    spent = 3600 - 10 * held_out - 1700  # what is left is 1,700 s
+    with pytest.raises(pytest.fail.Exception, match="resolved"):
+        pretrain(config, plan=Plan({}, (), spent))
+    assert json.loads(Path(config.out, "run.json").read_text())["steps"] == int(1700 * 0.98 / (100 + 10 * 10))
+
+
+def test_the_run_folder_tells_what_was_read(make_config: Make) -> None:
+    config = make_config(steps=1)
+    run = pretrain(config).run
+    manifest = json.loads((run / "data-manifest.json").read_text())
+    shards = open_shards(config.data)
+    assert manifest["fingerprint"] == shards.manifest.fingerprint
+    assert manifest["tokenizer_sha256"] == shards.manifest.tokenizer_sha256
+    assert manifest["file_bytes"]["train.bin"] == (shards.path / "train.bin").stat().st_size
+    assert manifest["splits"]["train"]["num_tokens"] == shards.manifest.splits["train"].num_tokens
+    assert len(manifest["sources"]) == 24
+
+
+def test_each_step_says_what_one_watches(make_config: Make) -> None:
+    run = pretrain(make_config(steps=11, eval_every=5)).run
+    log = read_metrics(run / "run.jsonl")
+    steps = [entry for entry in log if entry["kind"] == "step"]
+    assert all(0 < entry["mfu"] < 1 for entry in steps)
+    assert all(entry["memory"] > 10**8 for entry in steps)
+    assert steps[-1]["seconds_left"] == 0.0
+    assert steps[0]["seconds_left"] == pytest.approx(10 * steps[0]["seconds"])
+    evaluations = [entry["step"] for entry in log if entry["kind"] == "eval"]
+    assert evaluations == [5, 10, 11]
+    assert [entry["step"] for entry in log if entry["kind"] == "sample"] == evaluations
+    assert all(entry["mtp_acceptance"] is not None for entry in log if entry["kind"] == "eval")
+    manifest = open_shards(make_config().data).manifest.splits["train"]
+    bits = steps[-1]["loss"] / math.log(2) * manifest.num_tokens / manifest.num_bytes
+    assert steps[-1]["train_bits_per_byte"] == pytest.approx(bits)
 
 
 def test_calibration_does_not_change_the_run(make_config: Make, tmp_path: Path) -> None:
     config = make_config(steps=2, out=str(tmp_path / "a"))
     plain = pretrain(config)
-    fitted = recipe._fit_to_tokenizer(config, open_shards(config.data))
-    assert recipe._seconds_a_step(fitted, open_shards(config.data)) > 0
+    fitted = recipe.fit_to_tokenizer(config, open_shards(config.data))
+    pace = recipe.measure(fitted, open_shards(config.data), seconds=0.1)
+    assert pace.step > 0
+    assert 0 < pace.evaluated_token < pace.step
     after = pretrain(dataclasses.replace(config, out=str(tmp_path / "b")))
     for name, value in _files(plain.model).items():
         assert torch.equal(value, _files(after.model)[name]), name
