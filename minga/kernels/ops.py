@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minga.kernels import fp8
 from minga.kernels.reference import (
     attend_latent_absorbed,
     dequantize_int8,
@@ -53,6 +54,8 @@ def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | No
 
 def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str = "float32") -> Tensor:
     """x @ W.T + bias over the last dimension of x, its product and those of its gradients in `precision`."""
+    if precision == "fp8":
+        return fp8.linear(x, weight_OI, bias)
     return F.linear(x, weight_OI, bias)
 
 
@@ -74,11 +77,11 @@ def experts(
     order = index_NA.flatten().argsort(stable=True)
     counts = torch.bincount(index_NA.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
     token = order // active
-    rows = x_ND[token].split(counts)
-    chosen = [
-        F.linear(swiglu(F.linear(x, gate_up)), down)
-        for x, gate_up, down in zip(rows, gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)
-        if len(x)
-    ]
-    weighted = torch.cat(chosen) * weight_NA.flatten()[order, None]
+    rows = x_ND[token]
+    if precision == "fp8":
+        out = fp8.grouped_linear(swiglu(fp8.grouped_linear(rows, gate_up_EGD, counts)), down_EDF, counts)
+    else:
+        groups = zip(rows.split(counts), gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)
+        out = torch.cat([F.linear(swiglu(F.linear(x, gate_up)), down) for x, gate_up, down in groups if len(x)])
+    weighted = out * weight_NA.flatten()[order, None]
     return torch.zeros_like(x_ND).index_add(0, token, weighted)

@@ -205,6 +205,9 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
     model = Transformer(config.model).init_weights().set_precision(config.precision)
+    if config.weight_dtype == "bf16":
+        for p in model.parameters():  # not the buffers: the router's bias stays float32
+            p.data = p.data.bfloat16()
     return model, Optimizer(model, config)
 
 
