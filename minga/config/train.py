@@ -31,7 +31,7 @@ class TrainConfig:
     seq_len: int = 256  # tokens a sequence
     seed: int = 0
     precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
-    weight_dtype: str = "float32"  # of weights, gradients and activations: float32 | bf16, updated by stochastic rounding
+    weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
     # optimizer (minga/train/optim.py)
     lr_matrix: float = 0.02  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head

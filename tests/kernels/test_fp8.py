@@ -71,7 +71,7 @@ def test_the_cast_rounds_to_nearest_even_and_saturates():
     assert fp8._widen(torch.tensor([449.0, 464.0, 1e30]).to(torch.float8_e4m3fn)).tolist() == [448.0] * 3
 
 
-@given(st.floats(0, 3.4e38, width=32))
+@given(st.floats(0, 2.0**127, width=32))
 @settings(max_examples=400, deadline=None)
 def test_the_scale_is_the_smallest_power_of_two_that_fits(amax):
     scale = float(fp8._power_of_two(torch.tensor(amax)).float())
@@ -93,7 +93,7 @@ def test_quantize_is_the_slow_one_at_any_size(rows, columns, block, seed, expone
 
 
 def test_denormal_and_huge_numbers():
-    x = torch.tensor([[2.0**-149, 2.0**-130, 1e-38], [1e38, -3e38, 2.0**100]])
+    x = torch.tensor([[2.0**-149, 2.0**-130, 1e-38], [1e38, -3e38, 2.0**120]])
     back = fp8.dequantize(*fp8.quantize(x, (1, 3)), (1, 3))
     assert back[0, 0] == 0 and abs(back[0, 2] / 1e-38 - 1) < 2**-4
     torch.testing.assert_close(back[1], x[1], rtol=2**-4, atol=0)
@@ -115,7 +115,7 @@ def test_turning_the_tiles_loses_only_what_is_too_small():
     x = fp8._rounded(spread(0, 200, 150), fp8.ALONG_CHANNELS)
     values, scale = fp8.quantize(x, fp8.ALONG_TOKENS)
     turned = fp8.dequantize(values, scale, fp8.ALONG_TOKENS)
-    small = values.float().abs() < 2.0**-6
+    small = (x.double() / slow_quantize(x, fp8.ALONG_TOKENS)[1]).abs() < 2.0**-6
     assert torch.equal(turned[~small], x[~small])
     assert 0 < small.float().mean() < 0.2
 
@@ -182,14 +182,16 @@ def test_bias_shape_and_dtype_are_those_of_a_linear_layer():
 
 def test_experts_are_the_same_layer_in_fewer_bits():
     generator = torch.Generator().manual_seed(0)
-    x, gate_up, down = (torch.randn(s, generator=generator) for s in ((50, 64), (4, 96, 64), (4, 64, 48)))
+    x, gate_up, down = (
+        torch.randn(s, generator=generator) / s[-1] ** 0.5 for s in ((50, 64), (4, 96, 64), (4, 64, 48))
+    )
     index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(50)])  # the fourth is never chosen
     weight = torch.rand(50, 2, generator=generator)
     results = {}
     for name, experts in (("exact", reference.experts), ("fp8", lambda *t: ops.experts(*t, precision="fp8"))):
         leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
         out = experts(leaves[0], index, weight, *leaves[1:])
-        out.sin().sum().backward()
+        out.square().sum().backward()
         results[name] = [out, *(t.grad for t in leaves)]
     for ours, exact in zip(results["fp8"], results["exact"], strict=True):
         assert 0 < (ours - exact).norm() / exact.norm() < 0.2

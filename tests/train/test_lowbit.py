@@ -26,7 +26,8 @@ def test_codes_are_seven_decades_each_with_half_the_steps_of_the_one_above(signe
     assert len(codes.unique()) == 256
     assert {0.0, 1.0} <= set(codes.tolist())
     assert (codes < 0).sum() == (127 if signed else 0)
-    assert torch.equal(codes[codes < 0], -codes[(codes > 0) & (codes < 1)].flip(0))
+    if signed:
+        assert torch.equal(codes[codes < 0], -codes[(codes > 0) & (codes < 1)].flip(0))
     for decade in range(7):
         inside = codes[(codes > 10.0 ** (-decade - 1)) & (codes < 10.0**-decade)]
         steps = 2 ** (6 - decade) if signed else 2 ** (7 - decade)
@@ -58,7 +59,8 @@ def test_each_number_becomes_the_nearest_code_of_its_block(
     distance = (share[..., None] - dynamic_codes(signed).double()).abs()
     ours = (back.double() / absmax.double().repeat_interleave(size, 1)[:, :columns] - share).abs()
     nearest = distance.min(-1).values if signed else distance[..., 1:].min(-1).values  # zero is for zero alone
-    assert (ours <= nearest + 2**-12 * share.abs() + 1e-9).all()
+    # the upper 20 bits decide: they stand for 2**-12 to both sides, and so may the boundary between two codes
+    assert (ours <= nearest + 2**-11 * share.abs() + 1e-9).all()
 
 
 def test_zeros_stay_zeros_and_a_second_moment_above_zero_stays_above() -> None:
