@@ -61,7 +61,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
     """The first counts[0] rows of x times the first weight, and so on: (N, O). Tiles never reach into another group."""
-    y_NO: Tensor = _GroupedLinear.apply(x_NI, weight_EOI, counts)
+    y_NO: Tensor = _GroupedLinear.apply(x_NI, weight_EOI, counts)  # type: ignore[no-untyped-call]
     return y_NO
 
 
@@ -78,7 +78,7 @@ class _GroupedLinear(torch.autograd.Function):
         return y_NO.to(x_NI.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes

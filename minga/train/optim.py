@@ -98,8 +98,18 @@ class AdamW(torch.optim.AdamW):
                 count = state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
                 mean = self._store.read(state, "exp_avg", p)
                 square = self._store.read(state, "exp_avg_sq", p, signed=False)
-                tensors = [value], [wide(p.grad)], [mean], [square], [], [count]
-                adamw(*tensors, beta1=beta1, beta2=beta2, fused=True, **settings)
+                adamw(
+                    [value],
+                    [wide(p.grad)],
+                    [mean],
+                    [square],
+                    [],
+                    [count],
+                    beta1=beta1,
+                    beta2=beta2,
+                    fused=True,
+                    **settings,
+                )
                 self._store.write(state, "exp_avg", mean)
                 self._store.write(state, "exp_avg_sq", square, signed=False)
                 write_weight(p, value)
