@@ -10,6 +10,8 @@ from minga.config.presets import laptop
 from minga.errors import UserError
 
 PRECISIONS = ("float32", "bf16", "int8", "fp8")
+WEIGHT_DTYPES = ("float32", "bf16")
+OPTIMIZER_BITS = (32, 8)
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class TrainConfig:
     workers: int = 0  # threads that read batches ahead, for slow disks; any number gives the same batches
     seed: int = 0
     precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
+    weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
     # optimizer (minga/train/optim.py)
     lr_matrix: float = 0.02  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head
     lr_other: float = 0.003  # AdamW: norms, biases, router
     weight_decay: float = 0.0
+    optimizer_bits: int = 32  # of momentum and moments, except of small tensors: 32 | 8 (minga/train/lowbit.py)
     warmup: float = 0.02  # share of the run
     decay: float = 0.6  # share of the run that ends in a linear fall to lr * final_lr
     final_lr: float = 0.0
@@ -86,8 +90,14 @@ class TrainConfig:
         for name in ("lr_matrix", "lr_embedding", "lr_other"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it must be a positive number")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision {self.precision!r} is not known (run config). known: {', '.join(PRECISIONS)}")
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("weight_dtype", WEIGHT_DTYPES),
+            ("optimizer_bits", OPTIMIZER_BITS),
+        ):
+            if getattr(self, name) not in known:
+                choices = ", ".join(map(str, known))
+                raise UserError(f"{name} {getattr(self, name)!r} is not known (run config). known: {choices}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay} (run config). it must be from 0, which is off, to below 1")
         if self.seq_warmup and (self.seq_len_start < 1 or self.seq_len_start % 64 or self.seq_len % self.seq_len_start):

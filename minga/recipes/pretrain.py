@@ -311,6 +311,9 @@ def measure(config: TrainConfig, shards: Shards, *, seconds: float) -> Pace:
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
     model = Transformer(config.model).init_weights().set_precision(config.precision)
+    if config.weight_dtype == "bf16":
+        for p in model.parameters():  # not the buffers: the router's bias stays float32
+            p.data = p.data.bfloat16()
     return model, Optimizer(model, config)
 
 

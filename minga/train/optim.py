@@ -11,13 +11,15 @@ AdamW, as in the original and in DeepSeek-V4.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minga.config import TrainConfig
 from minga.kernels import cpu, ops
+from minga.train.lowbit import StateStore, wide, write_weight
 
 # Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
 # all singular values nearest to 1 from where the step before may have left them, [0.003, 1] at the start (the greedy
@@ -50,10 +52,20 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters are matrices (M, N) or stacks of them (E, M, N).
 
     A group's `parts` says how many matrices lie above each other in one parameter (2 for gate and up): each is its own.
+    bits: what a number of the momentum is kept in, 32 or 8 (`lowbit`).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        bits: int = 32,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self._store = StateStore(bits)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -61,17 +73,18 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum, value = self._store.read(self.state[p], "momentum", p), wide(p)
                 # a tall matrix moves each output by more columns' worth; sqrt keeps the step per output the same
                 rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
-                step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 stack = (-1, rows, columns)
                 self._update(
-                    *(p.view(stack), p.grad.contiguous().view(stack), momentum.view(stack)),
+                    *(value.view(stack), wide(p.grad).contiguous().view(stack), momentum.view(stack)),
                     momentum=group["momentum"],
                     weight_decay=group["lr"] * group["weight_decay"],
-                    step_size=step_size,
+                    step_size=group["lr"] * max(1.0, rows / columns) ** 0.5,
                 )
+                self._store.write(self.state[p], "momentum", momentum)
+                write_weight(p, value)
 
     @staticmethod
     def _update(
@@ -84,6 +97,42 @@ class Muon(torch.optim.Optimizer):
         momentum_SMN.lerp_(grad_SMN, 1 - momentum)
         update_SMN = orthogonalize(grad_SMN.lerp(momentum_SMN, momentum))
         p_SMN.mul_(1 - weight_decay).add_(update_SMN, alpha=-step_size)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, a parameter at a time, so that only one has its moments in float32. `bits` as in `Muon`."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], *, bits: int = 32, **settings: Any):
+        super().__init__(params, fused=True, **settings)
+        self._store = StateStore(bits)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, value = self.state[p], wide(p)
+                count = state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+                mean = self._store.read(state, "exp_avg", p)
+                square = self._store.read(state, "exp_avg_sq", p, signed=False)
+                adamw(
+                    [value],
+                    [wide(p.grad)],
+                    [mean],
+                    [square],
+                    [],
+                    [count],
+                    beta1=beta1,
+                    beta2=beta2,
+                    fused=True,
+                    **settings,
+                )
+                self._store.write(state, "exp_avg", mean)
+                self._store.write(state, "exp_avg_sq", square, signed=False)
+                write_weight(p, value)
 
 
 class Optimizer:
@@ -100,11 +149,11 @@ class Optimizer:
                 joined.append(p)
             else:
                 matrices.append(p)
-        muon = Muon(matrices, lr=config.lr_matrix, weight_decay=config.weight_decay)
+        muon = Muon(matrices, lr=config.lr_matrix, weight_decay=config.weight_decay, bits=config.optimizer_bits)
         if joined:
             muon.add_param_group({"params": joined, "parts": 2})
         groups = [{"params": embeddings, "lr": config.lr_embedding}, {"params": others, "lr": config.lr_other}]
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        adam = AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, bits=config.optimizer_bits)
         self._parts: list[torch.optim.Optimizer] = [muon, adam]
         self._base = [[group["lr"] for group in part.param_groups] for part in self._parts]
         self._names = {p: name for name, p in model.named_parameters()}

@@ -82,12 +82,13 @@ def test_transformers_opens_the_checkpoint_with_equal_logits(make_config: Make) 
     assert tokenizer.encode("kalo mi") == minga.LLM(result.run).tokenizer.encode("kalo mi")
 
 
+@pytest.mark.parametrize("changes", [{}, {"weight_dtype": "bf16", "optimizer_bits": 8, "precision": "fp8"}])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     """8 + 8 steps against 16, with accumulation, in the middle of an epoch; weights, moments, random state, data order."""
-    whole = pretrain(make_config(out=str(tmp_path / "whole"), eval_every=3))
-    halves = make_config(out=str(tmp_path / "halves"), eval_every=3)
+    whole = pretrain(make_config(out=str(tmp_path / "whole"), **{"eval_every": 3, **changes}))
+    halves = make_config(out=str(tmp_path / "halves"), **{"eval_every": 3, **changes})
     _stop_after(monkeypatch, 8)
     first = pretrain(halves)
     assert (first.step, first.finished) == (8, False)
