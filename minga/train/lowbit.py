@@ -60,7 +60,7 @@ def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
     """The float32 numbers that `encode` kept."""
     share = dynamic_codes(signed).to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-    return (_blocks(share) * absmax[..., None]).flatten(-2)[..., : codes.shape[-1]]
+    return (_blocks(share) * absmax[..., None]).flatten(-2)[..., : codes.shape[-1]].contiguous()
 
 
 @cache
