@@ -36,10 +36,14 @@ class TrainConfig:
     seed: int = 0
     precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
     weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
+    residual_init: float = 0.0  # scale, at the start, of what writes to the residual stream; 1 is GPT-2's
     # optimizer (minga/train/optim.py)
-    lr_matrix: float = 0.02  # Muon: hidden matrices, experts included
+    lr_matrix: float = 0.013  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head
     lr_other: float = 0.003  # AdamW: norms, biases, router
+    momentum: float = 0.95  # Muon's; it rises to this from `momentum_start` over `momentum_warm_steps`
+    momentum_start: float = 0.85
+    momentum_warm_steps: int = 300
     weight_decay: float = 0.0
     optimizer_bits: int = 32  # of momentum and moments, except of small tensors: 32 | 8 (minga/train/lowbit.py)
     warmup: float = 0.02  # share of the run
@@ -84,6 +88,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value} (run config). it must not be negative")
+        for name in ("momentum", "momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)} (run config). it must be from 0 to below 1")
         for name in ("warmup", "decay", "final_lr", "mtp_from", "batch_warmup", "seq_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it is a share, from 0 to 1")

@@ -46,7 +46,7 @@ from minga.train.checkpoint import TrainingState, load_checkpoint, save_checkpoi
 from minga.train.ema import Ema
 from minga.train.guard import Diverged, Guard
 from minga.train.optim import Optimizer
-from minga.train.schedule import lr_scale, num_micro_batches, sequence_length
+from minga.train.schedule import lr_scale, momentum, num_micro_batches, sequence_length
 from minga.train.step import train_step
 
 RESERVE = 0.02  # of `hours`, kept for samples, checkpoints and the report
@@ -133,6 +133,7 @@ def pretrain(
         while state.step < config.steps and not stop():
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
+            optimizer.set_momentum(momentum(state.step, config))
             with_mtp = bool(len(model.mtp)) and progress >= config.mtp_from
             began_step = time.monotonic()
             metrics = train_step(
@@ -310,7 +311,7 @@ def measure(config: TrainConfig, shards: Shards, *, seconds: float) -> Pace:
 
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
-    model = Transformer(config.model).init_weights().set_precision(config.precision)
+    model = Transformer(config.model).init_weights(residual_scale=config.residual_init).set_precision(config.precision)
     if config.weight_dtype == "bf16":
         for p in model.parameters():  # not the buffers: the router's bias stays float32
             p.data = p.data.bfloat16()

@@ -163,6 +163,10 @@ class Optimizer:
             for group, lr in zip(part.param_groups, base, strict=True):
                 group["lr"] = lr * scale
 
+    def set_momentum(self, momentum: float) -> None:
+        for group in self._parts[0].param_groups:  # Muon
+            group["momentum"] = momentum
+
     def step(self) -> None:
         for part in self._parts:
             part.step()

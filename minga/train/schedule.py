@@ -20,6 +20,12 @@ def lr_scale(progress: float, config: TrainConfig) -> float:
     return 1.0
 
 
+def momentum(step: int, config: TrainConfig) -> float:
+    """Muon's momentum: short while the gradient still turns from step to step, long once it has a direction."""
+    share = min(1.0, step / config.momentum_warm_steps) if config.momentum_warm_steps else 1.0
+    return config.momentum_start + (config.momentum - config.momentum_start) * share
+
+
 def num_micro_batches(progress: float, config: TrainConfig) -> int:
     """Micro-batches of a step: each number from 1 to `accumulate` for an equal share of `batch_warmup`."""
     if progress >= config.batch_warmup:

@@ -6,7 +6,7 @@ import pytest
 
 from minga.config import TrainConfig
 from minga.errors import UserError
-from minga.train.schedule import num_micro_batches, sequence_length
+from minga.train.schedule import momentum, num_micro_batches, sequence_length
 
 
 def test_micro_batches_grow_by_one_for_equal_shares_of_the_warmup() -> None:
@@ -39,3 +39,9 @@ def test_a_start_that_does_not_fit_is_refused(start: int, end: int) -> None:
     with pytest.raises(UserError, match=f"seq_len_start is {start} .*multiple of 64 that divides seq_len {end}"):
         TrainConfig(steps=1, seq_len=end, seq_len_start=start, seq_warmup=0.5)
     TrainConfig(steps=1, seq_len=end, seq_len_start=start)  # nobody uses it
+
+
+def test_momentum_rises_and_stays() -> None:
+    config = TrainConfig(steps=1000, momentum_start=0.8, momentum=0.9, momentum_warm_steps=10)
+    assert [momentum(step, config) for step in (0, 5, 10, 999)] == pytest.approx([0.8, 0.85, 0.9, 0.9])
+    assert momentum(0, TrainConfig(steps=1, momentum_warm_steps=0)) == TrainConfig(steps=1).momentum
