@@ -26,6 +26,7 @@ __all__ = [
     "attend_latent_absorbed",
     "dequantize_int8",
     "experts",
+    "linear",
     "linear_int8",
     "quantize_int8",
     "rms_norm",
@@ -50,7 +51,20 @@ def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | No
     return out_BHTV.transpose(1, 2)
 
 
-def experts(x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str = "float32") -> Tensor:
+    """x @ W.T + bias over the last dimension of x, its product and those of its gradients in `precision`."""
+    return F.linear(x, weight_OI, bias)
+
+
+def experts(
+    x_ND: Tensor,
+    index_NA: Tensor,
+    weight_NA: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    *,
+    precision: str = "float32",
+) -> Tensor:
     """`reference.experts` with the tokens sorted by expert, so that each expert is two dense products.
 
     The loop is over experts that were chosen, and its slices come from one `split` and one `unbind`: their backward is

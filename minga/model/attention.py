@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minga.config import ModelConfig
 from minga.kernels import ops
 from minga.model.cache import Cache
+from minga.model.linear import Linear
 from minga.model.rope import rotate
 from minga.quant.int8 import dense_weight
 
@@ -59,15 +60,15 @@ class LatentAttention(nn.Module):
         self.config, self.layer = config, layer
         bias, eps = config.attention_bias, 1e-6  # the two latent norms always use 1e-6 (transformers, vLLM)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(D, H * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(D, C + R, bias=bias)
         self.kv_a_layernorm = RMSNorm(C, eps)
-        self.kv_b_proj = nn.Linear(C, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=bias)
+        self.kv_b_proj = Linear(C, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = Linear(H * config.v_head_dim, D, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: Context, absorb: bool | None = None) -> Tensor:
         """`absorb` chooses the form; None takes the one with fewer multiply-adds for this T and S."""
@@ -130,10 +131,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         D, H, G, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_proj = Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.o_proj = Linear(H * K, D, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
 

@@ -19,6 +19,7 @@ from minga.model.attention import Context, RMSNorm
 from minga.model.block import Block
 from minga.model.cache import Cache
 from minga.model.experts import Experts, MoE, Router
+from minga.model.linear import Linear
 from minga.model.mtp import MTPModule
 from minga.model.rope import Rope
 from minga.quant.int8 import dense_weight
@@ -81,6 +82,16 @@ class Transformer(nn.Module):
             elif isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, 0.0, std, generator=generator)
                 nn.init.normal_(module.down_proj, 0.0, residual_std, generator=generator)
+        return self
+
+    def set_precision(self, precision: str) -> Transformer:
+        """Chooses what the blocks' matrix products are computed in: one of `config.train.PRECISIONS`.
+
+        Embedding, head, router, norms and the attention core keep the weights' dtype, as in V3 section 3.3.1.
+        """
+        for module in self.modules():
+            if isinstance(module, (Linear, Experts)):
+                module.precision = precision
         return self
 
     def forward(

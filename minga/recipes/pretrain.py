@@ -204,7 +204,7 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
 
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
-    model = Transformer(config.model).init_weights()
+    model = Transformer(config.model).init_weights().set_precision(config.precision)
     return model, Optimizer(model, config)
 
 
