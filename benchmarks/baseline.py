@@ -99,7 +99,9 @@ def bits_per_byte(model: nn.Module, shards: Shards, max_tokens: int) -> float:
 class Run:
     """One training run. `seconds` is the CPU time that its steps have taken."""
 
-    def __init__(self, shards: Shards, size: str, *, lr: float, batch_tokens: int, micro_tokens: int = 4096, seed: int = 0):
+    def __init__(
+        self, shards: Shards, size: str, *, lr: float, batch_tokens: int, micro_tokens: int = 4096, seed: int = 0
+    ):
         torch.manual_seed(seed)
         self.lr, self.seconds, self.step = lr, 0.0, 0
         self.micro = max(1, batch_tokens // micro_tokens)
@@ -190,7 +192,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=40, help="of all threads, evaluation not counted (default 40)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, help="tokens a step (default: the best found for the size)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the best of three at a tenth of the time)")
+    parser.add_argument(
+        "--lr", type=float, help="peak learning rate (default: the best of three at a tenth of the time)"
+    )
     parser.add_argument("--evaluations", type=int, default=10, help="during the run (default 10)")
     parser.add_argument("--eval-tokens", type=int, default=EVAL_TOKENS)
     parser.add_argument("--seed", type=int, default=0)

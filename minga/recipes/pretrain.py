@@ -105,7 +105,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
             with_mtp = bool(len(model.mtp)) and progress >= config.mtp_from
-            began_step = time.monotonic()
+            began_step, began_cpu = time.monotonic(), time.process_time()
             metrics = train_step(
                 model,
                 [next(loader) for _ in range(config.accumulate)],
@@ -119,7 +119,8 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             tokens = state.tokens + metrics.tokens
             state = TrainingState(state.step + 1, tokens, now - began, loader.state_dict())
             speed = metrics.tokens / (now - began_step)
-            _log_step(log, state, metrics, config.lr_matrix * lr_scale(progress, config), speed)
+            cpu_seconds = time.process_time() - began_cpu
+            _log_step(log, state, metrics, config.lr_matrix * lr_scale(progress, config), speed, cpu_seconds)
             bar.update(1, f"loss {metrics.loss:.3f}  {speed:,.0f} tokens/s  experts {metrics.max_over_mean:.2f}")
             if state.step == config.steps:
                 break
@@ -179,7 +180,7 @@ def _resolve(
     return config
 
 
-def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
+def _seconds_a_step(config: TrainConfig, shards: Shards, clock: Callable[[], float] = time.monotonic) -> float:
     """Times steps of a throw-away copy of the run; MTP counts for the share of the run it is trained in."""
     model, optimizer = _build(config)
     counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config)
@@ -188,12 +189,12 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
     def timed(with_mtp: bool, repeats: int) -> float:
         times = []
         for _ in range(repeats):
-            began = time.monotonic()
+            began = clock()
             batches = [next(loader) for _ in range(config.accumulate)]
             train_step(
                 model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
             )
-            times.append(time.monotonic() - began)
+            times.append(clock() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
 
     if not len(model.mtp) or config.mtp_from >= 1:
@@ -245,7 +246,9 @@ def _evaluate(model: Transformer, shards: Shards, config: TrainConfig, max_token
     return evaluate(model, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
 
 
-def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: float, speed: float) -> None:
+def _log_step(
+    log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: float, speed: float, cpu_seconds: float
+) -> None:
     values: dict[str, Any] = {
         "loss": metrics.loss,
         "mtp_loss": metrics.mtp_loss,
@@ -253,6 +256,7 @@ def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: f
         "grad_norm": metrics.grad_norm,
     }
     values |= {"tokens": state.tokens, "tokens_per_second": speed, "seconds": state.seconds}
+    values["cpu_seconds"] = cpu_seconds  # of this step, all threads: what it costs whatever else the machine does
     values["expert_max_over_mean"] = metrics.max_over_mean
     if state.step % LOAD_EVERY == 0:
         values["expert_load"] = [[round(load, 3) for load in load_E.tolist()] for load_E in metrics.load]
