@@ -54,14 +54,15 @@ def row(
     ratio: float | None = None,
     ratios: Sequence[float] = (),
     runs: int = 1,
-    **more: Any,
+    spread: Sequence[float] | None = None,
+    note: str | None = None,
 ) -> Row:
     """One line of the result. `ratios`: one for each pair of runs; their median is the ratio, their range the spread."""
     if ratios:
-        ratio, runs = statistics.median(ratios), len(ratios)
-    spread = [min(ratios), max(ratios)] if ratios else more.pop("spread", None)
-    return {"id": id, "ours": ours, "theirs": theirs, "peer": peer, "unit": unit, "ratio": ratio, "runs": runs,
-            "spread": spread, **more}  # fmt: skip
+        ratio, runs, spread = statistics.median(ratios), len(ratios), (min(ratios), max(ratios))
+    values = {"id": id, "ours": ours, "theirs": theirs, "peer": peer, "unit": unit, "ratio": ratio, "runs": runs}
+    values["spread"] = list(spread) if spread else None
+    return values | ({"note": note} if note else {})
 
 
 # ---------------------------------------------------------------------------------------------- measurements

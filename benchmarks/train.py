@@ -308,7 +308,7 @@ class Bench:
         for precision, runs in ours.items():
             suffix = "" if precision == "float32" else f"-{precision}"
             self._compare(f"train/tokens-per-second/{model}{suffix}", runs, theirs, "tokens_per_second", "tokens/s")
-        if "float32" in ours:
+        if "float32" in ours and f"train/mfu/{model}" in IDS:
             runs = ours["float32"]
             self._compare(f"train/peak-memory/{model}", runs, theirs, "peak_bytes", "bytes")
             flops = 3 * forward_flops(SPEED_MODELS[model](), (LENGTH + 1) // 2)
@@ -320,7 +320,7 @@ class Bench:
             self.add(
                 row(f"train/mfu/{model}", mine, yours, unit="of the float32 GEMM peak", peer=PEER, ratio=mine / yours,
                     runs=rounds, spread=[min(utilization[0]), max(utilization[0])],
-                    gemm_flops_per_second=statistics.median(peaks))
+                    note=f"peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s")
             )  # fmt: skip
 
     def _compare(self, id: str, ours: Sequence[Any], theirs: Sequence[Any], key: str, unit: str) -> None:
@@ -343,7 +343,7 @@ class Bench:
             gap = losses[precision] / reference - 1
             self.add(
                 row(f"train/{precision}-loss-gap", gap, unit="of float32's held-out loss", peer="minga float32",
-                    note=note, losses={"float32": reference, precision: losses[precision]})
+                    note=f"{losses[precision]:.4f} against {reference:.4f} nats a token; {note}")
             )  # fmt: skip
 
     def equal_loss(self, size: str) -> None:
@@ -363,13 +363,14 @@ class Bench:
                 break
             share = min(1.0, 1.6 * share)
         note = f"to {target:.4f} bits a byte, lr {theirs['lr']:g}, baseline of {minutes:g} minutes"
-        if not reached:
+        if reached:
+            note += f"; {reached['tokens'] / 1e6:.2f} M tokens against {theirs['tokens'] / 1e6:.2f} M"
+        else:
             note += f"; not reached: {run['evaluations'][-1]['bits_per_byte']:.4f}"
         seconds = reached["seconds"] if reached else None
         self.add(
             row(f"train/compute-to-equal-loss/{size}", seconds, theirs["seconds"], unit="CPU-seconds", peer=BASELINE,
-                ratio=theirs["seconds"] / seconds if seconds else None, note=note,
-                tokens=[reached["tokens"] if reached else None, theirs["tokens"]])
+                ratio=theirs["seconds"] / seconds if seconds else None, note=note)
         )  # fmt: skip
         self.watched(size, run)
 
@@ -389,8 +390,8 @@ class Bench:
             balance, last = run["balance"], run["evaluations"][-1]
             note = f"{last['tokens'] / 1e6:.2f} M tokens"
             self.add(
-                row("train/balance/max-over-mean", balance["median"], unit="of the mean load", runs=balance["steps"],
-                    spread=balance["spread"], note=note)
+                row("train/balance/max-over-mean", balance["median"], unit="of the mean load",
+                    spread=balance["spread"], note=f"{note}; 5th to 95th of the last {balance['steps']} steps")
             )  # fmt: skip
             self.add(row("train/mtp-acceptance/30m", last["mtp_acceptance"], unit="of the first drafts", note=note))
 
@@ -450,6 +451,8 @@ class Ablation:
 
 
 def _with(**values: Any) -> Callable[[TrainConfig], TrainConfig]:
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert known >= values.keys(), f"settings that no run has: {values.keys() - known}"
     return lambda run: dataclasses.replace(run, **values)
 
 
@@ -515,8 +518,6 @@ ABLATIONS: dict[str, Ablation] = {
     "mtp-all-along": Ablation(_with(mtp_from=0.0)),
     "dense-no-mtp": Ablation(_model(lambda model: _without_mtp(_dense(model)))),
     "gqa": Ablation(_model(_grouped_query), against="dense-no-mtp"),
-    "constant-batch": Ablation(_with(batch_warmup=0.0)),
-    "constant-length": Ablation(_with(seq_warmup=0.0)),
     "int8": Ablation(_with(precision="int8")),
     "no-document-mask": Ablation(patch=_documents_run_on),
 }
