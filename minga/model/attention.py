@@ -6,12 +6,13 @@ B batch, T query tokens, S keys, D model dim, H heads, K nope dim, R rope dim, C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from minga.config import ModelConfig
-from minga.kernels import ops
+from minga.kernels import cpu, ops
 from minga.model.cache import Cache
 from minga.model.linear import Linear
 from minga.model.rope import rotate
@@ -30,17 +31,25 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Context:
-    """What every layer of one call shares: angles, who may look at whom, and the cache.
-
-    `mask_BTS` None means plain causal attention over the tokens of this call.
-    """
+    """What every layer of one call shares: angles, who may look at whom, and the cache."""
 
     cos_BTP: Tensor
     sin_BTP: Tensor
-    mask_BTS: Tensor | None
     positions_BT: Tensor
+    segments_BT: Tensor | None = None  # document of each token; None: one document a row
     cache: Cache | None = None
     length: int = 0  # slots of the cache that any query of this call looks at
+
+    @cached_property
+    def mask_BTS(self) -> Tensor | None:
+        """True where a query may look. None means plain causal attention over the tokens of this call."""
+        if self.cache is not None:
+            return torch.arange(self.length, device=self.positions_BT.device) <= self.positions_BT[:, :, None]
+        if self.segments_BT is None:
+            return None
+        T = self.segments_BT.shape[1]
+        past = torch.ones(T, T, dtype=torch.bool, device=self.segments_BT.device).tril()[None]
+        return past & (self.segments_BT[:, :, None] == self.segments_BT[:, None, :])
 
     def through_cache(self, layer: int, row_BTW: Tensor) -> Tensor:
         """Stores this call's rows and returns all rows to attend over, (B, S, W)."""
@@ -75,8 +84,10 @@ class LatentAttention(nn.Module):
         c = self.config
         B, T, _ = x_BTD.shape
         q_BTHQ = self._queries(x_BTD).view(B, T, c.num_attention_heads, c.qk_head_dim)
-        q_nope_BTHK, q_rope_BTHR = q_BTHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        if context.cache is None and absorb is None and c.rope_style != "complex" and ops.compiled(q_BTHQ):
+            return self.o_proj(self._attend_compiled(q_BTHQ, latent_BTC, k_rope_BTR, context).flatten(2))
+        q_nope_BTHK, q_rope_BTHR = q_BTHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope_BTHR = rotate(q_rope_BTHR, context.cos_BTP, context.sin_BTP, style=c.rope_style)
         k_rope_BTHR = rotate(k_rope_BTR[:, :, None], context.cos_BTP, context.sin_BTP, style=c.rope_style)
         row_BTW = torch.cat([self.kv_a_layernorm(latent_BTC), k_rope_BTHR.squeeze(2)], -1)
@@ -88,6 +99,19 @@ class LatentAttention(nn.Module):
         attend = self._attend_absorbed if absorb else self._attend_naive
         out_BTHV = attend(q_nope_BTHK, q_rope_BTHR, latent_BSC, rope_BSR, context.mask_BTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
+
+    def _attend_compiled(self, q_BTHQ: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, context: Context) -> Tensor:
+        """The naive form in one call, rotation included, (B, T, H, V)."""
+        c = self.config
+        kv_BTHO = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (c.num_attention_heads, -1))
+        precision = (
+            "float32" if getattr(self.o_proj, "precision", "float32") == "float32" else "bf16"
+        )  # 8 bits stop at the attention core
+        angles = (context.cos_BTP, context.sin_BTP)
+        return cpu.LatentAttention.apply(
+            *(q_BTHQ, kv_BTHO, k_rope_BTR, *angles, context.segments_BT),
+            *(c.rope_style == "halves", c.attention_scale, cpu.PRECISIONS[precision]),
+        )
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

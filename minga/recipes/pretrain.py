@@ -27,6 +27,7 @@ from minga.data.shards import Shards, open_shards
 from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
+from minga.kernels import cpu
 from minga.model.transformer import Transformer
 from minga.planner.counts import count_parameters
 from minga.recipes.evaluate import Evaluation, evaluate
@@ -77,6 +78,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
     checkpoint = latest_checkpoint(run)
     config = _resolve(config, run, shards, note, resuming=checkpoint is not None)
 
+    cpu.load(note)
     model, optimizer = _build(config)
     counter = LoadCounter(model.moe_layers())
     loader = _loader(shards, config)
@@ -170,6 +172,7 @@ def _resolve(
             )
         return dataclasses.replace(config, steps=begun["steps"])
     if config.hours and not config.steps:
+        cpu.load(note)
         seconds = _seconds_a_step(config, shards)
         steps = max(1, int(config.hours * 3600 * (1 - EVALUATION_SHARE) / seconds))
         note(f"steps = {steps}: {config.hours * 60:.1f} minutes at {seconds:.2f} s a step, measured on this machine")

@@ -17,7 +17,7 @@ from minga.data.packing import MASKED, Batch
 from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import cross_entropy, sequence_balance
+from minga.train.losses import head_loss, sequence_balance
 from minga.train.optim import Optimizer
 
 
@@ -41,7 +41,7 @@ def batch_loss(
     """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`."""
     where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
     hidden_BTD = model.hidden(batch.ids_BT, **where)
-    main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0])
+    main = head_loss(model, hidden_BTD, batch.targets_KBT[0], precision=config.precision)
     loss, mtp_loss = main, None
     if with_mtp:
         # V3 equation 25: lambda times the mean over the modules
@@ -49,7 +49,7 @@ def batch_loss(
         for depth in range(len(model.mtp)):
             next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
             hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **where)
-            losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]))
+            losses.append(head_loss(model, hidden_BTD, batch.targets_KBT[depth + 1], precision=config.precision))
         mtp = torch.stack(losses).mean()
         loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
     for number, layer in enumerate(counter.layers):
