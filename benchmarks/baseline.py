@@ -40,7 +40,7 @@ SIZES = {  # 12.3 M and 30.6 M parameters with a vocabulary of 4,096
 }
 SEQ_LEN = 256
 EVAL_TOKENS = 200_000
-BATCH_TOKENS = {"10m": 8192, "30m": 8192}
+BATCH_TOKENS = {"10m": 4096, "30m": 4096}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 WARMUP_STEPS = 100
 
