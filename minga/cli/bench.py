@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLE.format(benches=benches),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", choices=BENCHES, help=f"benchmark: {' or '.join(BENCHES)}")
+    parser.add_argument("name", metavar="NAME", choices=list(BENCHES), help=f"benchmark: {' or '.join(BENCHES)}")
     parser.add_argument("--json", action="store_true", help="print the document alone on stdout")
     parser.add_argument("--quick", action="store_true", help="ten minutes at most on two cores")
     parser.add_argument("--only", metavar="PREFIX", help="only the rows whose id begins so")
