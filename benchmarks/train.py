@@ -196,11 +196,12 @@ def measure_baseline(data: str, size: str, budget: float, lr: float | None, eval
 def measure_ours(data: str, config: dict[str, Any], budget: float, eval_tokens: int) -> dict[str, Any]:
     """A run of about `budget` CPU-seconds, its schedule laid over it. `config` as `_config` reads it."""
     from minga.data.shards import open_shards
-    from minga.recipes.pretrain import _fit_to_tokenizer, _seconds_a_step
+    from minga.recipes.pretrain import _fit_to_tokenizer
+    from minga.recipes.pretrain import measure as measure_pace
 
     shards = open_shards(data)
     run = _fit_to_tokenizer(_config(config, data=data), shards)
-    seconds = _seconds_a_step(run, shards, time.process_time)
+    seconds = measure_pace(run, shards, seconds=10, clock=time.process_time).step
     steps = max(16, round(budget / seconds))
     say(f"  {steps} steps of {run.batch_size * run.accumulate * run.seq_len} tokens, {seconds:.2f} CPU-seconds each")
     return _train(dataclasses.replace(run, steps=steps, eval_every=max(1, steps // 16), eval_tokens=eval_tokens))
@@ -518,6 +519,8 @@ ABLATIONS: dict[str, Ablation] = {
     "mtp-all-along": Ablation(_with(mtp_from=0.0)),
     "dense-no-mtp": Ablation(_model(lambda model: _without_mtp(_dense(model)))),
     "gqa": Ablation(_model(_grouped_query), against="dense-no-mtp"),
+    "constant-batch": Ablation(_with(batch_warmup=0.0)),
+    "constant-length": Ablation(_with(seq_warmup=0.0)),
     "int8": Ablation(_with(precision="int8")),
     "no-document-mask": Ablation(patch=_documents_run_on),
 }

@@ -4,7 +4,9 @@ Training. An epoch lays windows of `seq_len` inputs end to end over the split, w
 random token, so that window borders fall elsewhere in every epoch, and goes once around (a rest shorter than a window
 is left over). The windows are read in a random order. Both are drawn from (seed, epoch) alone, so the whole stream is
 a function of one number, the count of windows handed out, and that number is all the state there is. Batches run on
-across the end of an epoch.
+across the end of an epoch. A batch may have shorter rows: each window is then cut into several, so the stream and its
+state stay the same. Threads may read ahead (`workers`); since what they read depends on that number alone, it changes
+nothing but the time.
 
 Evaluation. The split once, in order, each token scored once. The ring makes the end-of-text token that closes the split
 the context of its first token, so the first token of every document is paid for like any other, and
@@ -18,6 +20,7 @@ Contexts are cut at rows of `seq_len`, so it is an upper bound: a longer row can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +36,8 @@ from minga.errors import UserError
 class Loader:
     """An infinite iterator of batches of `batch_size` rows of `seq_len` inputs, with `num_extra` targets for each.
 
-    `num_extra` is 1 for the next token alone, plus one for each multi-token prediction module. Raises `UserError` if
-    the split has less than one batch.
+    `num_extra` is 1 for the next token alone, plus one for each multi-token prediction module. `workers` threads keep
+    as many batches ready. Raises `UserError` if the split has less than one batch.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Loader:
         seed: int = 0,
         num_extra: int = 1,
         split: str = "train",
+        workers: int = 0,
     ) -> None:
         _check_sizes(batch_size=batch_size, seq_len=seq_len, num_extra=num_extra)
         self._tokens = shards.tokens(split)
@@ -60,6 +64,9 @@ class Loader:
             )
         self._num_windows = 0  # handed out so far: the whole state
         self._order: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))  # of one epoch, drawn when it begins
+        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}  # by first window and tokens a row
 
     @property
     def epoch(self) -> float:
@@ -70,10 +77,30 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        starts = [self._start_of(self._num_windows + row) for row in range(self.batch_size)]
+        return self.next_batch()
+
+    def next_batch(self, seq_len: int | None = None) -> Batch:
+        """The next `batch_size` windows, each as rows of `seq_len` inputs; it divides the loader's, and is that if None."""
+        length = seq_len or self.seq_len
+        assert self.seq_len % length == 0, "a window must split into whole rows"
+        ready = self._ahead.pop((self._num_windows, length), None)
+        batch = ready.result() if ready else self._read(self._starts(self._num_windows, length), length)
         self._num_windows += self.batch_size
-        window_BL = read_windows(self._tokens, starts, self.seq_len + self.num_extra)
-        return pack(window_BL, eos_id=self._eos_id, num_extra=self.num_extra)
+        if self._pool is not None:
+            coming = [(self._num_windows + i * self.batch_size, length) for i in range(self._workers)]
+            self._ahead = {  # what was read ahead for another length or another place is dropped
+                key: self._ahead.get(key) or self._pool.submit(self._read, self._starts(*key), length) for key in coming
+            }
+        return batch
+
+    def _starts(self, window: int, length: int) -> list[int]:
+        firsts = [self._start_of(window + row) for row in range(self.batch_size)]
+        return [first + inside for first in firsts for inside in range(0, self.seq_len, length)]
+
+    def _read(self, starts: list[int], length: int) -> Batch:
+        return pack(
+            read_windows(self._tokens, starts, length + self.num_extra), eos_id=self._eos_id, num_extra=self.num_extra
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, small and fit for JSON."""

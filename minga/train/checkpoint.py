@@ -2,7 +2,8 @@
 
     checkpoint-000200/
         config.json  model.safetensors  tokenizer.json ...   the model (docs/formats.md)
-        training_state/state.json                            step, seconds, loader position
+        ema/                                                 the mean of the weights, a model folder too, if there is one
+        training_state/state.json                            step, seconds, loader position, what the guard remembers
         training_state/optimizer.safetensors                 every moment, and torch's random state
         checksums.json                                       sha256 of each file, written last
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.store import checkpoint_steps, load, write_into
+from minga.train.ema import Ema
+from minga.train.guard import require_finite_weights
 from minga.train.optim import Optimizer
 
 RANDOM_STATE = "torch random state"
@@ -33,33 +36,52 @@ RANDOM_STATE = "torch random state"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands. `loader` is the loader's `state_dict`; `seconds` the time trained so far."""
+    """Where a run stands. `loader` and `guard` are their `state_dict`; `seconds` the time trained so far."""
 
     step: int
     tokens: int
     seconds: float
     loader: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
-    run: Path, state: TrainingState, model: Transformer, optimizer: Optimizer, tokenizer: Tokenizer, *, keep: int
+    run: Path,
+    state: TrainingState,
+    model: Transformer,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    *,
+    keep: int,
+    ema: Ema | None = None,
 ) -> Path:
-    """Writes `checkpoint-STEP` whole or not at all, then drops all but the newest `keep`."""
+    """Writes `checkpoint-STEP` whole or not at all, then drops all but the newest `keep` up to this one.
+
+    Raises `Diverged`, before anything is written, for a model whose weights are not finite.
+    """
+    require_finite_weights(model)
     folder = run / f"checkpoint-{state.step:06d}"
     with durable_folder(folder) as partial:
         write_into(partial, model, tokenizer)
+        if ema is not None:
+            (partial / "ema").mkdir()
+            write_into(partial / "ema", ema.model, tokenizer)
         training = partial / "training_state"
         training.mkdir()
         tensors = {**optimizer.state_tensors(), RANDOM_STATE: torch.get_rng_state()}
+        tensors = dict(
+            sorted(tensors.items())
+        )  # a resumed run, whose moments came in file order, writes the same bytes
         hf.write_tensors(training / "optimizer.safetensors", tensors)
         (training / "state.json").write_text(json.dumps(vars(state), indent=2) + "\n")
-    for step in checkpoint_steps(run)[:-keep]:
+    # A later one can only be damaged, else the run had gone on from there: it must not count among those to keep.
+    for step in [step for step in checkpoint_steps(run) if step <= state.step][:-keep]:
         shutil.rmtree(run / f"checkpoint-{step:06d}")
     return folder
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> TrainingState:
-    """Puts weights, moments and random state back. Raises `UserError` if the folder is of another model or no run."""
+def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, *, ema: Ema | None = None) -> TrainingState:
+    """Puts weights, their mean, moments and random state back. Raises `UserError` if the folder is of another model or no run."""
     file = folder / "training_state" / "state.json"
     if not file.is_file():
         raise UserError(f"this is a model without training state ({folder}). choose a run's checkpoint to resume")
@@ -69,6 +91,8 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> T
             f"the checkpoint has another model config than this run ({folder}). resume with the same settings"
         )
     model.load_state_dict(saved.state_dict())
+    if ema is not None:
+        ema.model.load_state_dict(load(folder / "ema").state_dict())
     with safe_open(folder / "training_state" / "optimizer.safetensors", framework="pt") as tensors:
         moments = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118  not a dict
     torch.set_rng_state(moments.pop(RANDOM_STATE))

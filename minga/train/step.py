@@ -5,6 +5,7 @@ B batch, T tokens, D model dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from minga.config import TrainConfig
 from minga.data.packing import MASKED, Batch
-from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import head_loss, sequence_balance
+from minga.train.guard import Diverged, Guard, first_not_finite
+from minga.train.losses import head_loss, router_z, sequence_balance
 from minga.train.optim import Optimizer
 
 
@@ -27,7 +28,9 @@ class StepMetrics:
     mtp_loss: float | None = None
     grad_norm: float = 0.0
     tokens: int = 0
+    cpu_seconds: float = 0.0  # of the whole step, all threads: what it costs whatever else the machine does
     load: list[Tensor] = field(default_factory=list)  # relative expert load, a tensor a layer
+    skipped: str | None = None  # why the guard let this step pass without an update
 
     @property
     def max_over_mean(self) -> float:
@@ -59,6 +62,9 @@ def batch_loss(
             counter.add(number, index_NA)
             if config.sequence_loss:
                 loss = loss + config.sequence_loss * sequence_balance(index_NA, score_NE, len(batch.ids_BT))
+            if config.router_z_loss and layer.gate.logits_NE is not None:
+                loss = loss + config.router_z_loss * router_z(layer.gate.logits_NE)
+            layer.gate.logits_NE = None
     return loss, float(main.detach()), mtp_loss
 
 
@@ -71,8 +77,12 @@ def train_step(
     *,
     with_mtp: bool,
     balance_rates: Sequence[float],
+    guard: Guard | None = None,
 ) -> StepMetrics:
-    """Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
+    """Raises `Diverged` when loss or gradient is no longer a number; the weights are then as before the step.
+
+    guard: may skip the update, weights and biases alike, and says why in `StepMetrics.skipped`.
+    """
     metrics = StepMetrics()
     optimizer.zero_grad()
     for batch in batches:
@@ -85,11 +95,18 @@ def train_step(
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
-    if not torch.isfinite(norm):
-        raise UserError(
-            f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: training diverged. lower the learning rates"
+    if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+        where = first_not_finite(
+            model, lambda batch: batch_loss(model, batch, config, counter, with_mtp=with_mtp)[0], batches
         )
-    optimizer.step()
+        raise Diverged(f"loss {metrics.loss}, gradient norm {metrics.grad_norm}, {where}")
     metrics.load = counter.relative()
+    if guard is not None:
+        regime = f"mtp {with_mtp}, {batches[0].ids_BT.shape[1]} tokens a row"
+        metrics.skipped = guard.judge(metrics.loss, metrics.grad_norm, regime=regime)
+    if metrics.skipped is not None:
+        counter.reset()
+        return metrics
+    optimizer.step()
     counter.update_bias(balance_rates)
     return metrics
