@@ -19,7 +19,7 @@ Contexts are cut at rows of `seq_len`, so it is an upper bound: a longer row can
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -138,8 +138,9 @@ def evaluation_batches(
     """The split once, in order: each token is the target of depth 0 exactly once; `Batch.num_bytes` is their text.
 
     Over the whole split the `num_bytes` add up to the manifest's (for a tokenizer that normalises, to the normalised
-    text's). `max_tokens` stops after that many targets, with `num_bytes` still exact. The last row is filled up with
-    masked targets, and the last batch may have fewer rows. Raises `UserError` if the split is empty.
+    text's). `max_tokens` takes only as many rows as hold that many targets, evenly spread over the split, because its
+    documents stand in the order of their sources; `num_bytes` is still exact. The last row of the split is filled up
+    with masked targets, and the last batch may have fewer rows. Raises `UserError` if the split is empty.
     """
     _check_sizes(batch_size=batch_size, seq_len=seq_len, num_extra=num_extra)
     tokens = shards.tokens(split)
@@ -147,20 +148,21 @@ def evaluation_batches(
         raise UserError(
             f"the {split} split is empty ({shards.path}). rebuild it with `minga data --val-fraction 0.05 --force`"
         )
-    num_targets = len(tokens) if max_tokens is None else min(max_tokens, len(tokens))
-    return _evaluation_batches(shards, tokens, num_targets, batch_size, seq_len, num_extra)
+    num_rows = -(-len(tokens) // seq_len)
+    wanted = num_rows if max_tokens is None else min(num_rows, -(-max_tokens // seq_len))
+    rows = [index * num_rows // wanted for index in range(wanted)]
+    return _evaluation_batches(shards, tokens, rows, batch_size, seq_len, num_extra)
 
 
 def _evaluation_batches(
-    shards: Shards, tokens: np.ndarray, num_targets: int, batch_size: int, seq_len: int, num_extra: int
+    shards: Shards, tokens: np.ndarray, all_rows: list[int], batch_size: int, seq_len: int, num_extra: int
 ) -> Iterator[Batch]:
-    num_rows = -(-num_targets // seq_len)
-    for first in range(0, num_rows, batch_size):
-        rows = range(first, min(first + batch_size, num_rows))
+    for first in range(0, len(all_rows), batch_size):
+        rows = all_rows[first : first + batch_size]
         # A row's first input is the token before its first target; the ring puts the last end-of-text before token 0.
         window_BL = read_windows(tokens, [row * seq_len - 1 for row in rows], seq_len + num_extra)
         batch = pack(window_BL, eos_id=shards.manifest.eos_id, num_extra=num_extra)
-        targets_KBT = _mask_from(batch.targets_KBT, rows, num_targets)
+        targets_KBT = _mask_from(batch.targets_KBT, rows, len(tokens))
         scored = targets_KBT[0][targets_KBT[0] != MASKED].numpy()
         yield replace(batch, targets_KBT=targets_KBT, num_bytes=int(shards.token_num_bytes[scored].sum()))
 
@@ -171,7 +173,7 @@ def read_windows(tokens: np.ndarray, starts: list[int], length: int) -> Tensor:
     return torch.from_numpy(np.asarray(tokens.take(index_BL, mode="wrap"), np.int64))
 
 
-def _mask_from(targets_KBT: Tensor, rows: range, end: int) -> Tensor:
+def _mask_from(targets_KBT: Tensor, rows: Sequence[int], end: int) -> Tensor:
     """Masks the targets at or after token `end` of the split: those that fill up the last row."""
     num_depths, _, seq_len = targets_KBT.shape
     first_B = torch.tensor(rows) * seq_len

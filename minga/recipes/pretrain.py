@@ -135,7 +135,7 @@ def pretrain(
             optimizer.set_scale(lr_scale(progress, config))
             optimizer.set_momentum(momentum(state.step, config))
             with_mtp = bool(len(model.mtp)) and progress >= config.mtp_from
-            began_step = time.monotonic()
+            began_step, began_cpu = time.monotonic(), time.process_time()
             metrics = train_step(
                 model,
                 _batches(loader, config, progress),
@@ -151,6 +151,7 @@ def pretrain(
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
             state = TrainingState(state.step + 1, tokens, now - began, loader.state_dict(), guard.state_dict())
+            metrics.cpu_seconds = time.process_time() - began_cpu
             watch.step(state, metrics, lr_scale(progress, config), now - began_step, bar)
             if metrics.skipped is not None:
                 log.write("skip", step=state.step, reason=metrics.skipped)
@@ -277,10 +278,13 @@ class Pace:
     evaluated_token: float
 
 
-def measure(config: TrainConfig, shards: Shards, *, seconds: float) -> Pace:
+def measure(
+    config: TrainConfig, shards: Shards, *, seconds: float, clock: Callable[[], float] = time.monotonic
+) -> Pace:
     """Times whole steps, optimizer included, of a throw-away copy of the run, for about `seconds`, and three at least.
 
-    Medians after a first step that allocates; MTP counts for the share of the run that it is trained in.
+    Medians after a first step that allocates; MTP counts for the share of the run that it is trained in. `clock`: what
+    is counted, such as time.process_time.
     """
     model, optimizer = _build(config)
     counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config)
@@ -292,21 +296,21 @@ def measure(config: TrainConfig, shards: Shards, *, seconds: float) -> Pace:
         times: list[float] = []
         end = time.monotonic() + seconds * weight
         while weight and (len(times) < 3 or (time.monotonic() < end and len(times) < 50)):
-            began = time.monotonic()
+            began = clock()
             batches = [next(loader) for _ in range(num_batches)]
             train_step(
                 model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
             )
-            times.append(time.monotonic() - began)
+            times.append(clock() - began)
         return weight * median(times[1:]) if times else 0.0
 
     step = timed(False, share) + timed(True, 1 - share)
     if config.batch_warmup and config.accumulate > 1:
         # While the batch grows, half of the micro-batches are missing on average: each saves what it costs.
         step -= config.batch_warmup * max(0.0, (timed(False, 1.0) - timed(False, 1.0, 1)) / 2)
-    began = time.monotonic()
+    began = clock()
     evaluation = _evaluate(model, shards, config, max_tokens=config.batch_size * config.seq_len)
-    return Pace(step, (time.monotonic() - began) / evaluation.tokens)
+    return Pace(step, (clock() - began) / evaluation.tokens)
 
 
 def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:

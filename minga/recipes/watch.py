@@ -58,6 +58,7 @@ class Watch:
             "tokens_per_second": speed,
             "mfu": speed * self._flops[metrics.mtp_loss is not None] / self.peak,
             "seconds": state.seconds,
+            "cpu_seconds": metrics.cpu_seconds,
             "seconds_left": state.seconds / state.step * (config.steps - state.step),
             "memory": resident,
             "gpu_memory": on_gpu,

@@ -28,6 +28,7 @@ class StepMetrics:
     mtp_loss: float | None = None
     grad_norm: float = 0.0
     tokens: int = 0
+    cpu_seconds: float = 0.0  # of the whole step, all threads: what it costs whatever else the machine does
     load: list[Tensor] = field(default_factory=list)  # relative expert load, a tensor a layer
     skipped: str | None = None  # why the guard let this step pass without an update
 
