@@ -149,11 +149,14 @@ def measure_speed(side: str, model: str, steps: int, precision: str = "float32")
 
 def _our_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[], object]:
     from minga.data.packing import Batch
+    from minga.kernels import cpu
     from minga.recipes.pretrain import _build
     from minga.train.balance import LoadCounter
     from minga.train.step import train_step
 
-    run = TrainConfig(model=config, steps=1, batch_size=BATCH, seq_len=LENGTH, precision=precision)
+    cpu.load(say)
+    # 8-bit states, as one trains what hardly fits; they cost no time (docs/log.md)
+    run = TrainConfig(model=config, steps=1, batch_size=BATCH, seq_len=LENGTH, precision=precision, optimizer_bits=8)
     model, optimizer = _build(run)
     model.train()
     counter = LoadCounter(model.moe_layers())

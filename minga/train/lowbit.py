@@ -40,8 +40,12 @@ class StateStore:
         stored: Tensor = state[name]
         return stored
 
+    def is_8_bit(self, value: Tensor) -> bool:
+        """Whether a state of this shape is kept in 8 bits."""
+        return self.bits == 8 and value.ndim > 1 and value.numel() >= SMALLEST
+
     def write(self, state: dict[str, Any], name: str, value: Tensor, *, signed: bool = True) -> None:
-        if self.bits == 8 and value.ndim > 1 and value.numel() >= SMALLEST:
+        if self.is_8_bit(value):
             state[name], state[name + ABSMAX] = encode(value, signed=signed)
         else:
             state[name] = value
@@ -71,6 +75,11 @@ def dynamic_codes(signed: bool) -> Tensor:
         count = 2 ** ((6 if signed else 7) - decade)
         magnitudes += [10.0**-decade * (0.1 + 0.9 * (step + 0.5) / count) for step in range(count)]
     return torch.tensor(sorted([0.0, 1.0, *magnitudes, *([-m for m in magnitudes] if signed else [])]))
+
+
+def code_tables() -> tuple[Tensor, Tensor, int]:
+    """What a compiled step needs to read and write signed states: values of the codes, nearest codes, block size."""
+    return dynamic_codes(True), _nearest(True), BLOCK
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from minga.config import TrainConfig
 from minga.kernels import cpu, ops
-from minga.train.lowbit import StateStore, wide, write_weight
+from minga.train.lowbit import ABSMAX, StateStore, code_tables, wide, write_weight
 
 # Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
 # all singular values nearest to 1 from where the step before may have left them, [0.003, 1] at the start (the greedy
@@ -73,30 +73,35 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum, value = self._store.read(self.state[p], "momentum", p), wide(p)
                 # a tall matrix moves each output by more columns' worth; sqrt keeps the step per output the same
                 rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
-                stack = (-1, rows, columns)
-                self._update(
-                    *(value.view(stack), wide(p.grad).contiguous().view(stack), momentum.view(stack)),
-                    momentum=group["momentum"],
-                    weight_decay=group["lr"] * group["weight_decay"],
-                    step_size=group["lr"] * max(1.0, rows / columns) ** 0.5,
-                )
-                self._store.write(self.state[p], "momentum", momentum)
+                rates = {
+                    "beta": group["momentum"],
+                    "weight_decay": group["lr"] * group["weight_decay"],
+                    "step_size": group["lr"] * max(1.0, rows / columns) ** 0.5,
+                }
+                value, grad, stack = wide(p), wide(p.grad).contiguous(), (-1, rows, columns)
+                if ops.compiled(value, grad):
+                    self._compiled_step(p, value.view(stack), grad.view(stack), rates)
+                else:
+                    momentum = self._store.read(self.state[p], "momentum", p).lerp_(grad, 1 - rates["beta"])
+                    update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
+                    value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
+                    self._store.write(self.state[p], "momentum", momentum)
                 write_weight(p, value)
 
-    @staticmethod
-    def _update(
-        p_SMN: Tensor, grad_SMN: Tensor, momentum_SMN: Tensor, *, momentum: float, weight_decay: float, step_size: float
-    ) -> None:
-        if ops.compiled(p_SMN, grad_SMN, momentum_SMN):
-            rates = {"momentum": momentum, "weight_decay": weight_decay, "step_size": step_size}
-            cpu.muon_step(p_SMN, grad_SMN, momentum_SMN, COEFFICIENTS, **rates, precision="bf16")
-            return
-        momentum_SMN.lerp_(grad_SMN, 1 - momentum)
-        update_SMN = orthogonalize(grad_SMN.lerp(momentum_SMN, momentum))
-        p_SMN.mul_(1 - weight_decay).add_(update_SMN, alpha=-step_size)
+    def _compiled_step(self, p: nn.Parameter, value_SMN: Tensor, grad_SMN: Tensor, rates: dict[str, float]) -> None:
+        """The same in one call; an 8-bit momentum is read and written a row at a time."""
+        state = self.state[p]
+        if not state:
+            self._store.write(state, "momentum", self._store.read(state, "momentum", p))
+        momentum = state["momentum"].view(value_SMN.shape)
+        rest: dict[str, Any] = {"precision": "bf16", **rates}
+        if self._store.is_8_bit(p):
+            kept = (momentum, state["momentum" + ABSMAX])
+            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables())
+        else:
+            cpu.muon_step(value_SMN, grad_SMN, momentum, COEFFICIENTS, **rest)
 
 
 class AdamW(torch.optim.AdamW):

@@ -14,6 +14,7 @@ from torch import Tensor
 from minga.kernels import cpu, ops, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.model.rope import rotate
+from minga.train import lowbit
 from minga.train.optim import COEFFICIENTS, orthogonalize
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler on this machine")
@@ -190,9 +191,23 @@ def test_muon_step_is_its_definition(shape):
     after = momentum.lerp(grad, 0.05)
     update = orthogonalize(grad.lerp(after, 0.95).double())
     expected = weight.double() * 0.99 - 0.02 * update
-    step = {"momentum": 0.95, "weight_decay": 0.01, "step_size": 0.02}
+    step = {"beta": 0.95, "weight_decay": 0.01, "step_size": 0.02}
     cpu.muon_step(weight, grad, momentum, COEFFICIENTS, **step, precision="float32")
     assert error(momentum, after) < 1e-6 and error(weight, expected) < 1e-5
+
+
+def test_muon_step_with_its_momentum_in_8_bits():
+    """What comes out is what decoding, the step above and encoding give, bit for bit where nothing is rounded twice."""
+    torch.manual_seed(4)
+    weight, grad = torch.randn(3, 40, 300), torch.randn(3, 40, 300)
+    codes, absmax = lowbit.encode(torch.randn(3, 40, 300), signed=True)
+    other, momentum = weight.clone(), lowbit.decode(codes, absmax, signed=True)
+    step = {"beta": 0.9, "weight_decay": 0.0, "step_size": 0.02, "precision": "float32"}
+    cpu.muon_step(other, grad, momentum, COEFFICIENTS, **step)
+    cpu.muon_step(weight, grad, (codes, absmax), COEFFICIENTS, **step, code_tables=lowbit.code_tables())
+    expected, expected_absmax = lowbit.encode(momentum, signed=True)
+    assert torch.equal(weight, other) and torch.equal(absmax, expected_absmax)
+    assert torch.equal(codes, expected)
 
 
 def test_orthogonalize_in_bf16():

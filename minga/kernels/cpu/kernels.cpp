@@ -454,24 +454,42 @@ void minga_orthogonalize(float* x, const float* coefficients, int64_t S, int64_t
   for (int64_t s = 0; s < S; s++) newton_schulz(x + s * M * N, coefficients, M, N, steps, precision, S < threads ? threads : 1);
 }
 
-// One step of Muon on a stack of S matrices (M, N). Momentum and weights are updated in place.
-void minga_muon(float* p, const float* grad, float* momentum, const float* coefficients, int64_t S, int64_t M, int64_t N,
+// One step of Muon on a stack of S matrices (M, N). Momentum and weights are updated in place. With `codes` the momentum is
+// kept in 8 bits instead (minga/train/lowbit.py): codes (S, M, N), the largest magnitude of each BLOCK of a row in
+// absmax (S, M, blocks), `values` the 256 numbers that codes stand for, `nearest` the code of each float32's upper 20 bits.
+void minga_muon(float* p, const float* grad, float* momentum, uint8_t* codes, float* absmax, const float* values,
+                const uint8_t* nearest, int64_t size, const float* coefficients, int64_t S, int64_t M, int64_t N,
                 double beta, double decay, double rate, int64_t steps, int64_t precision, int64_t threads) {
+  int64_t blocks = codes ? ceil_div(N, size) : 0;
 #pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
   for (int64_t s = 0; s < S; s++) {
-    float* ps = p + s * M * N;
+    float *ps = p + s * M * N, mu = (float)beta, keep = (float)(1 - decay), lr = (float)rate;
     const float* g = grad + s * M * N;
-    float *m = momentum + s * M * N, mu = (float)beta, keep = (float)(1 - decay), lr = (float)rate;
-    std::vector<float> work(M * N);
+    std::vector<float> work(M * N), row(N);
     double squares = 0;
     for (int64_t i = 0; i < M; i++) {
-      float sum = 0;
-      for (int64_t j = i * N; j < (i + 1) * N; j++) {
-        m[j] += (1 - mu) * (g[j] - m[j]);
-        work[j] = g[j] + mu * (m[j] - g[j]);  // Nesterov
+      float *m = codes ? row.data() : momentum + (s * M + i) * N, *update = &work[i * N], sum = 0;
+      uint8_t* code = codes + (s * M + i) * N;
+      for (int64_t j = 0; codes && j < N; j++) m[j] = values[code[j]] * absmax[(s * M + i) * blocks + j / size];
+      for (int64_t j = 0; j < N; j++) {
+        m[j] += (1 - mu) * (g[i * N + j] - m[j]);
+        update[j] = g[i * N + j] + mu * (m[j] - g[i * N + j]);  // Nesterov
       }
-      for (int64_t j = i * N; j < (i + 1) * N; j++) sum += work[j] * work[j];
+      for (int64_t j = 0; j < N; j++) sum += update[j] * update[j];
       squares += sum;
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = std::min(N, (b + 1) * size);
+        float top = 0;
+        for (int64_t j = b * size; j < end; j++) top = std::max(top, std::fabs(m[j]));
+        absmax[(s * M + i) * blocks + b] = top;
+        float scale = top == 0 ? 1.0f : top;
+        for (int64_t j = b * size; j < end; j++) {
+          float share = m[j] / scale;
+          uint32_t bits;
+          std::memcpy(&bits, &share, 4);
+          code[j] = nearest[bits >> 12];
+        }
+      }
     }
     float norm = 1.0f / ((float)std::sqrt(squares) + 1e-7f);
     for (float& x : work) x *= norm;
