@@ -110,24 +110,25 @@ struct Product {
 
 // ------------------------------------------------------------------------------------------------------ packing
 
-// Scratch memory of the calling thread; grows and stays, as the products of a step repeat.
-static inline char* scratch(size_t bytes) {
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory of the calling thread that grows and stays, as the products of a step repeat. The two sides have one each.
+static inline char* scratch(int side, size_t bytes) {
   struct Buffer {
     char* data = nullptr;
     size_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  static thread_local Buffer buffer;
+  static thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[side];
   if (buffer.size < bytes) {
     std::free(buffer.data);
-    buffer.size = bytes + bytes / 4;
-    buffer.data = static_cast<char*>(std::aligned_alloc(64, (buffer.size + 63) / 64 * 64));
+    buffer.size = ceil_div(bytes + bytes / 4, 64) * 64;
+    buffer.data = static_cast<char*>(std::aligned_alloc(64, buffer.size));
     if (!buffer.data) std::abort();
   }
   return buffer.data;
 }
-
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static inline void transpose_tile(const float* const* rows, float* out) {
   // out[k][lane] = rows[lane][k] for VL x VL values
@@ -312,28 +313,52 @@ static inline void pack_run(const Operand& x, int64_t outer, int64_t outer0, int
   }
 }
 
-// A packed side: [panel][K block][word][lane], and for int8 scale and shift as [panel][K block][lane].
+// Panels of one side: [panel][K block][word][lane], and for int8 scale and shift as [panel][K block][lane].
 struct Packed {
   uint32_t* words;
   float* scale;
   int32_t* shift;
+  int64_t panel_words, panel_scales;  // from one panel to the next
+
+  Packed from(int64_t panel) const {
+    Packed next = *this;
+    next.words += panel * panel_words;
+    if (scale) next.scale += panel * panel_scales;
+    if (shift) next.shift += panel * panel_scales;
+    return next;
+  }
 };
 
-// Some panels beside each other, run by run: where memory runs across them, its lines are read once.
+// Room for that many panels in the calling thread's scratch memory.
 template <Precision P, int PANEL>
-static void pack_panels(const Operand& x, int64_t outer, int64_t K, int64_t from, int64_t to, Packed out, bool is_a,
-                        uint64_t seed) {
-  constexpr int per = Format<P>::per_word;
-  int64_t runs = ceil_div(K, RUN), panel_words = ceil_div(K, per) * PANEL;
+static Packed room(int side, int64_t panels, int64_t K) {
+  Packed to{nullptr, nullptr, nullptr, ceil_div(K, Format<P>::per_word) * PANEL, ceil_div(K, RUN) * PANEL};
+  size_t words = ceil_div(panels * to.panel_words + VL, 16) * 64, scales = P == I8 ? ceil_div(panels * to.panel_scales + VL, 16) * 64 : 0;
+  char* memory = scratch(side, words + 2 * scales);
+  to.words = (uint32_t*)memory;
+  if (P == I8) {
+    to.scale = (float*)(memory + words);
+    to.shift = (int32_t*)(memory + words + scales);
+  }
+  return to;
+}
+
+// Panels `from` to `to` beside each other, run by run: where memory runs across them, its lines are read once.
+template <Precision P, int PANEL>
+static void pack(const Operand& x, int64_t outer, int64_t K, int64_t from, int64_t to, const Packed& out, bool is_a,
+                 uint64_t seed) {
+  int64_t runs = ceil_div(K, RUN);
   for (int64_t run = 0; run < runs; run++) {
-    int nk = (int)std::min<int64_t>(RUN, K - run * RUN), words = (int)ceil_div(nk, per);
-    for (int64_t panel = from; panel < to; panel++)
+    int nk = (int)std::min<int64_t>(RUN, K - run * RUN), words = (int)ceil_div(nk, Format<P>::per_word);
+    for (int64_t panel = from; panel < to; panel++) {
+      Packed here = out.from(panel - from);
       for (int64_t lane = 0; lane < PANEL; lane += VL) {
-        int64_t first = panel * PANEL + lane, at = (panel * runs + run) * PANEL + lane;
+        int64_t first = panel * PANEL + lane, at = run * PANEL + lane;
         if (first >= outer) continue;  // columns that do not exist are computed from what lies there and never written
-        pack_run<P, PANEL>(x, outer, first, run * RUN, nk, out.words + panel * panel_words + run * (RUN / per) * PANEL + lane,
-                           words, out.scale ? out.scale + at : nullptr, out.shift ? out.shift + at : nullptr, is_a, seed);
+        pack_run<P, PANEL>(x, outer, first, run * RUN, nk, here.words + run * (RUN / Format<P>::per_word) * PANEL + lane,
+                           words, here.scale ? here.scale + at : nullptr, here.shift ? here.shift + at : nullptr, is_a, seed);
       }
+    }
   }
 }
 
@@ -411,23 +436,21 @@ static inline void micro(int words, const uint32_t* a, const uint32_t* b, const 
 // Of a symmetric C only these blocks are computed; the others are their mirror images.
 static inline bool reaches_diagonal(int64_t m0, int64_t n0) { return n0 < m0 + MC; }
 
-// One block of C, MC x NC: all of K, then written out once.
+// One block of C, MC x NC: all of K, then written out once. `a` are the panels from m0 on, `b` all of B.
 template <Precision P>
 static void block(const Product& p, const Packed& a, const Packed& b, int64_t m0, int64_t n0) {
-  constexpr int per = Format<P>::per_word;
   alignas(64) float acc[MC * NC];
   int rows = (int)std::min<int64_t>(MC, p.M - m0), columns = (int)std::min<int64_t>(NC, p.N - n0);
   int m_panels = (int)ceil_div(rows, MR), n_panels = (int)ceil_div(columns, NR);
   std::memset(acc, 0, (size_t)m_panels * MR * NC * 4);
-  int64_t words = ceil_div(p.K, per), runs = ceil_div(p.K, RUN);
+  int64_t words = ceil_div(p.K, Format<P>::per_word);
   for (int64_t w0 = 0, kb = 0; w0 < words; w0 += Format<P>::block, kb++) {
     int nw = (int)std::min<int64_t>(Format<P>::block, words - w0);
     for (int n = 0; n < n_panels; n++)
       for (int m = 0; m < m_panels; m++) {
-        int64_t pa = m0 / MR + m, pb = n0 / NR + n;
-        micro<P>(nw, a.words + (pa * words + w0) * MR, b.words + (pb * words + w0) * NR,
-                 P == I8 ? a.scale + (pa * runs + kb) * MR : nullptr, P == I8 ? b.scale + (pb * runs + kb) * NR : nullptr,
-                 P == I8 ? b.shift + (pb * runs + kb) * NR : nullptr, acc + m * MR * NC + n * NR, NC);
+        Packed pa = a.from(m), pb = b.from(n0 / NR + n);
+        micro<P>(nw, pa.words + w0 * MR, pb.words + w0 * NR, P == I8 ? pa.scale + kb * MR : nullptr,
+                 P == I8 ? pb.scale + kb * NR : nullptr, P == I8 ? pb.shift + kb * NR : nullptr, acc + m * MR * NC + n * NR, NC);
       }
   }
   for (int i = 0; i < rows; i++) {
@@ -447,68 +470,48 @@ static void block(const Product& p, const Packed& a, const Packed& b, int64_t m0
 
 // ------------------------------------------------------------------------------------------------------ many at once
 
+// MC rows of C from n0 to n1: their panels of A are packed, used and forgotten without leaving the cache.
+template <Precision P>
+static void strip(const Product& p, const Packed& b, int64_t m0, int64_t n0, int64_t n1, uint64_t seed) {
+  int64_t from = m0 / MR, to = ceil_div(std::min(p.M, m0 + MC), MR);
+  Packed a = room<P, MR>(0, to - from, p.K);
+  pack<P, MR>(p.a, p.M, p.K, from, to, a, true, seed);
+  for (int64_t n = n0; n < n1; n += NC)
+    if (!p.symmetric || reaches_diagonal(m0, n)) block<P>(p, a, b, m0, n);
+}
+
 template <Precision P>
 static void run(const std::vector<Product>& products, int threads, uint64_t seed) {
-  constexpr int per = Format<P>::per_word;
-  struct Task {
-    int32_t product, side;
-    int64_t x, y;
-  };
-  std::vector<Packed> a(products.size()), b(products.size());
-  std::vector<Task> packing, blocks;
-  size_t bytes = 0;
-  auto reserve = [&](size_t size) {
-    size_t at = bytes;
-    bytes += (size + 63) / 64 * 64;
-    return at;
-  };
-  std::vector<size_t> at;
-  for (size_t i = 0; i < products.size(); i++) {
+  auto seed_of = [&](size_t i) { return seed + 2 * i * 0x2545f4914f6cdd1dull; };
+  if (threads == 1 || (int64_t)products.size() >= 2 * threads) {  // a product for each thread at a time
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (size_t i = 0; i < products.size(); i++) {
+      const Product& p = products[i];
+      if (p.M == 0 || p.N == 0) continue;
+      Packed b = room<P, NR>(1, ceil_div(p.N, NR), p.K);
+      pack<P, NR>(p.b, p.N, p.K, 0, ceil_div(p.N, NR), b, false, seed_of(i) + 1);
+      for (int64_t m0 = 0; m0 < p.M; m0 += MC) strip<P>(p, b, m0, 0, p.N, seed_of(i));
+    }
+    return;
+  }
+  for (size_t i = 0; i < products.size(); i++) {  // all threads on one product: B packed together, then strips of C
     const Product& p = products[i];
     if (p.M == 0 || p.N == 0) continue;
-    int64_t ap = ceil_div(p.M, MR), bp = ceil_div(p.N, NR), words = ceil_div(p.K, per), runs = ceil_div(p.K, RUN);
-    at.push_back(reserve(ap * words * MR * 4 + VL * 4));
-    at.push_back(reserve(bp * words * NR * 4));
-    if (P == I8) {
-      at.push_back(reserve(ap * runs * MR * 4 + VL * 4));
-      at.push_back(reserve(bp * runs * NR * 4));
-      at.push_back(reserve(bp * runs * NR * 4));
-    }
-    for (int64_t panel = 0; panel < ap; panel += 8) packing.push_back({(int32_t)i, 0, panel, std::min(ap, panel + 8)});
-    for (int64_t panel = 0; panel < bp; panel += 4) packing.push_back({(int32_t)i, 1, panel, std::min(bp, panel + 4)});
-    for (int64_t m = 0; m < p.M; m += MC)
-      for (int64_t n = 0; n < p.N; n += NC)
-        if (!p.symmetric || reaches_diagonal(m, n)) blocks.push_back({(int32_t)i, 0, m, n});
-  }
-  char* memory = scratch(bytes);
-  size_t next = 0;
-  for (size_t i = 0; i < products.size(); i++) {
-    if (products[i].M == 0 || products[i].N == 0) continue;
-    a[i].words = (uint32_t*)(memory + at[next++]);
-    b[i].words = (uint32_t*)(memory + at[next++]);
-    if (P == I8) {
-      a[i].scale = (float*)(memory + at[next++]);
-      b[i].scale = (float*)(memory + at[next++]);
-      b[i].shift = (int32_t*)(memory + at[next++]);
-    }
-  }
+    Packed b = room<P, NR>(1, ceil_div(p.N, NR), p.K);
+    int64_t strips = ceil_div(p.M, MC), blocks = ceil_div(p.N, NC);
+    int64_t parts = std::max<int64_t>(1, std::min(blocks, ceil_div(4 * threads, strips)));  // of a strip, if they are few
 #pragma omp parallel num_threads(threads)
-  {
+    {
 #pragma omp for schedule(dynamic)
-    for (size_t t = 0; t < packing.size(); t++) {
-      const Task& task = packing[t];
-      const Product& p = products[task.product];
-      uint64_t own = seed + task.product * 0x2545f4914f6cdd1dull + task.side;
-      if (task.side == 0) {
-        pack_panels<P, MR>(p.a, p.M, p.K, task.x, task.y, a[task.product], true, own);
-      } else {
-        pack_panels<P, NR>(p.b, p.N, p.K, task.x, task.y, b[task.product], false, own);
+      for (int64_t n = 0; n < blocks; n++) {
+        int64_t from = n * (NC / NR), to = std::min(ceil_div(p.N, NR), from + NC / NR);
+        pack<P, NR>(p.b, p.N, p.K, from, to, b.from(from), false, seed_of(i) + 1);
       }
-    }
 #pragma omp for schedule(dynamic)
-    for (size_t t = 0; t < blocks.size(); t++) {
-      const Task& task = blocks[t];
-      block<P>(products[task.product], a[task.product], b[task.product], task.x, task.y);
+      for (int64_t t = 0; t < strips * parts; t++) {
+        int64_t part = t % parts, n0 = blocks * part / parts * NC, n1 = std::min(p.N, blocks * (part + 1) / parts * NC);
+        strip<P>(p, b, t / parts * MC, n0, n1, seed_of(i));
+      }
     }
   }
 }
