@@ -76,8 +76,8 @@ SPEED_MODELS: dict[str, Callable[[], ModelConfig]] = {"a": bench_a, "b": small, 
 def recipe(size: str, **changes: Any) -> TrainConfig:
     """Minga's side of compute-to-equal-loss: about 10 M and 30 M active parameters."""
     shape: dict[str, Any] = {
-        "10m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-                "moe_intermediate_size": 256},
+        "10m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6,
+                "moe_intermediate_size": 192},
         "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 9, "num_attention_heads": 8,
                 "moe_intermediate_size": 448, "num_nextn_predict_layers": 1},
     }[size]  # fmt: skip
@@ -89,7 +89,6 @@ def recipe(size: str, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "model": model,
         "precision": "int8",
-        "lr_matrix": 0.009,
         "batch_size": 16,
         "seq_len": SEQ_LEN,
         "steps": 1,
@@ -155,8 +154,8 @@ def _our_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[
     from minga.train.step import train_step
 
     cpu.load(say)
-    # 8-bit states, as one trains what hardly fits; they cost no time (docs/log.md)
-    run = TrainConfig(model=config, steps=1, batch_size=BATCH, seq_len=LENGTH, precision=precision, optimizer_bits=8)
+    bits = 8 if config.hidden_size >= 768 else 32  # as one trains what is large for its machine
+    run = TrainConfig(model=config, steps=1, batch_size=BATCH, seq_len=LENGTH, precision=precision, optimizer_bits=bits)
     model, optimizer = _build(run)
     model.train()
     counter = LoadCounter(model.moe_layers())

@@ -38,7 +38,7 @@ class TrainConfig:
     weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
     residual_init: float = 0.0  # scale, at the start, of what writes to the residual stream; 1 is GPT-2's
     # optimizer (minga/train/optim.py)
-    lr_matrix: float = 0.013  # Muon: hidden matrices, experts included
+    lr_matrix: float = 0.009  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head
     lr_other: float = 0.003  # AdamW: norms, biases, router
     momentum: float = 0.95  # Muon's; it rises to this from `momentum_start` over `momentum_warm_steps`

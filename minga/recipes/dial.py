@@ -11,6 +11,7 @@ from typing import Any
 
 from minga.config import PRESETS, TrainConfig
 from minga.data.shards import Shards
+from minga.kernels import cpu
 from minga.planner.counts import forward_flops, muon_flops
 from minga.planner.dial import Budget, Corpus, MachineSpeed, Plan, architecture, choose
 from minga.recipes.pretrain import fit_to_tokenizer, measure
@@ -47,14 +48,16 @@ def calibrate(shards: Shards, seconds: float) -> MachineSpeed:
 
     The wide one is left out where it would not come to three steps in its half of the time.
     """
+    precision = "int8" if cpu.load() else "float32"
     probes: list[tuple[int, float]] = []
     for width in PROBE_WIDTHS:
         model = architecture(width, shards.manifest.vocab_size).replace(num_nextn_predict_layers=0)
         seq_len = max(1, min(256, shards.manifest.splits["train"].num_tokens // 16))
-        config = fit_to_tokenizer(TrainConfig(data=str(shards.path), model=model, steps=1, seq_len=seq_len), shards)
+        run = TrainConfig(data=str(shards.path), model=model, steps=1, seq_len=seq_len, precision=precision)
+        config = fit_to_tokenizer(run, shards)
         tokens = config.batch_size * seq_len
         flops = 3 * tokens * forward_flops(config.model, (seq_len + 1) // 2) + muon_flops(config.model)
         half = seconds / len(PROBE_WIDTHS)
         if not probes or 3 * flops / probes[0][1] <= half:
             probes.append((width, flops / measure(config, shards, seconds=half).step))
-    return MachineSpeed(tuple(probes), memory()[1])
+    return MachineSpeed(tuple(probes), memory()[1], precision)
