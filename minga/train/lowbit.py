@@ -1,10 +1,11 @@
 """Optimizer state in eight bits and weights in sixteen: how an update reads and writes what is kept in few bits.
 
 State (Dettmers et al. 2022, arXiv 2110.02861): each row of a matrix is cut into blocks of 256 numbers, a block is
-divided by its largest magnitude, and what is left is rounded to the nearest of 256 codes. The codes are dynamic: seven
-decades, each with half as many codes as the one above it, since state spreads over that many. Two things differ from
+divided by its largest magnitude, and what is left is rounded to the nearest of 256 codes. Adam's codes are dynamic: seven
+decades, each with half as many codes as the one above it, since its moments spread over that many. Two things differ from
 the paper, both for the embedding, whose rows are of rare and of frequent tokens: a block never holds two rows, and a
-second moment above zero is never rounded to zero, where it would make the update as large as 1 / eps.
+second moment above zero is never rounded to zero, where it would make the update as large as 1 / eps. Muon's momentum
+is one matrix whose large entries decide: its codes are linear (docs/log.md has the two beside each other).
 
 Weights: bfloat16 has 8 bits of precision, and most updates are smaller than half a step of it: rounded to the nearest
 they vanish. Rounded up or down by chance, with the odds that make the mean exact, they add up.
@@ -13,11 +14,13 @@ they vanish. Rounded up or down by chance, with the odds that make the mean exac
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Codes = Literal["linear", "signed", "unsigned"]
 
 BLOCK = 256  # numbers that share an absmax; the paper's 2,048 gives an outlier more company to spoil
 SMALLEST = 4096  # numbers; smaller tensors and vectors stay float32: they are few, and they are norms and routers
@@ -31,12 +34,12 @@ class StateStore:
     def __init__(self, bits: int):
         self.bits = bits
 
-    def read(self, state: dict[str, Any], name: str, like: Tensor, *, signed: bool = True) -> Tensor:
+    def read(self, state: dict[str, Any], name: str, like: Tensor, codes: Codes = "signed") -> Tensor:
         """The state, zeros at first."""
         if name not in state:
             return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
         if name + ABSMAX in state:
-            return decode(state[name], state[name + ABSMAX], signed=signed)
+            return decode(state[name], state[name + ABSMAX], codes)
         stored: Tensor = state[name]
         return stored
 
@@ -44,32 +47,36 @@ class StateStore:
         """Whether a state of this shape is kept in 8 bits."""
         return self.bits == 8 and value.ndim > 1 and value.numel() >= SMALLEST
 
-    def write(self, state: dict[str, Any], name: str, value: Tensor, *, signed: bool = True) -> None:
+    def write(self, state: dict[str, Any], name: str, value: Tensor, codes: Codes = "signed") -> None:
         if self.is_8_bit(value):
-            state[name], state[name + ABSMAX] = encode(value, signed=signed)
+            state[name], state[name + ABSMAX] = encode(value, codes)
         else:
             state[name] = value
 
 
-def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """Codes of x (..., C), uint8 of the same shape, and the largest magnitude of each block, float32 (..., blocks)."""
     blocks = _blocks(x.float())
     absmax = blocks.abs().amax(-1)
     share = blocks / absmax.masked_fill(absmax == 0, 1.0)[..., None]
     index = (share.view(torch.int32) >> _DROPPED_BITS) & (2 ** (32 - _DROPPED_BITS) - 1)
-    codes = _nearest(signed).to(x.device).index_select(0, index.flatten()).view(blocks.shape)
-    return codes.flatten(-2)[..., : x.shape[-1]].contiguous(), absmax
+    nearest = _nearest(codes).to(x.device).index_select(0, index.flatten()).view(blocks.shape)
+    return nearest.flatten(-2)[..., : x.shape[-1]].contiguous(), absmax
 
 
-def decode(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+def decode(stored: Tensor, absmax: Tensor, codes: Codes) -> Tensor:
     """The float32 numbers that `encode` kept."""
-    share = dynamic_codes(signed).to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-    return (_blocks(share) * absmax[..., None]).flatten(-2)[..., : codes.shape[-1]].contiguous()
+    share = code_values(codes).to(stored.device).index_select(0, stored.flatten().int()).view(stored.shape)
+    return (_blocks(share) * absmax[..., None]).flatten(-2)[..., : stored.shape[-1]].contiguous()
 
 
 @cache
-def dynamic_codes(signed: bool) -> Tensor:
-    """The 256 values in rising order: zero, one, and in the i-th decade below one 2**(7-i) steps' middles (signed: 2**(6-i))."""
+def code_values(codes: Codes) -> Tensor:
+    """The 256 values in rising order. Dynamic: zero, one, and in the i-th decade below one 2**(7-i) steps' middles (signed:
+    2**(6-i)). Linear: n / 127."""
+    if codes == "linear":
+        return torch.arange(-128, 128) / 127
+    signed = codes == "signed"
     magnitudes = []
     for decade in range(7):
         count = 2 ** ((6 if signed else 7) - decade)
@@ -77,21 +84,21 @@ def dynamic_codes(signed: bool) -> Tensor:
     return torch.tensor(sorted([0.0, 1.0, *magnitudes, *([-m for m in magnitudes] if signed else [])]))
 
 
-def code_tables() -> tuple[Tensor, Tensor, int]:
-    """What a compiled step needs to read and write signed states: values of the codes, nearest codes, block size."""
-    return dynamic_codes(True), _nearest(True), BLOCK
+def code_tables(codes: Codes) -> tuple[Tensor, Tensor, int]:
+    """What a compiled step needs to read and write states: values of the codes, nearest codes, block size."""
+    return code_values(codes), _nearest(codes), BLOCK
 
 
 @cache
-def _nearest(signed: bool) -> Tensor:
+def _nearest(codes: Codes) -> Tensor:
     """The code of each float32 by its upper bits. Asked for a finite number of at most one; others get some code."""
-    codes = dynamic_codes(signed).double()
+    values = code_values(codes).double()
     middle_of_dropped = 1 << (_DROPPED_BITS - 1)
     bits = torch.arange(2 ** (32 - _DROPPED_BITS), dtype=torch.int64) * 2**_DROPPED_BITS + middle_of_dropped
     share = bits.to(torch.int32).view(torch.float32).double()
     share[0] = 0.0
-    nearest = torch.bucketize(share, (codes[1:] + codes[:-1]) / 2)
-    if not signed:
+    nearest = torch.bucketize(share, (values[1:] + values[:-1]) / 2)
+    if codes == "unsigned":
         nearest[share > 0] = nearest[share > 0].clamp(min=1)
     return nearest.to(torch.uint8)
 

@@ -84,22 +84,22 @@ class Muon(torch.optim.Optimizer):
                 if ops.compiled(value, grad):
                     self._compiled_step(p, value.view(stack), grad.view(stack), rates)
                 else:
-                    momentum = self._store.read(self.state[p], "momentum", p).lerp_(grad, 1 - rates["beta"])
+                    momentum = self._store.read(self.state[p], "momentum", p, "linear").lerp_(grad, 1 - rates["beta"])
                     update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
                     value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
-                    self._store.write(self.state[p], "momentum", momentum)
+                    self._store.write(self.state[p], "momentum", momentum, "linear")
                 write_weight(p, value)
 
     def _compiled_step(self, p: nn.Parameter, value_SMN: Tensor, grad_SMN: Tensor, rates: dict[str, float]) -> None:
         """The same in one call; an 8-bit momentum is read and written a row at a time."""
         state = self.state[p]
         if not state:
-            self._store.write(state, "momentum", self._store.read(state, "momentum", p))
+            self._store.write(state, "momentum", self._store.read(state, "momentum", p, "linear"), "linear")
         momentum = state["momentum"].view(value_SMN.shape)
         rest: dict[str, Any] = {"precision": "bf16", **rates}
         if self._store.is_8_bit(p):
             kept = (momentum, state["momentum" + ABSMAX])
-            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables())
+            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables("linear"))
         else:
             cpu.muon_step(value_SMN, grad_SMN, momentum, COEFFICIENTS, **rest)
 
@@ -122,7 +122,7 @@ class AdamW(torch.optim.AdamW):
                 state, value = self.state[p], wide(p)
                 count = state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
                 mean = self._store.read(state, "exp_avg", p)
-                square = self._store.read(state, "exp_avg_sq", p, signed=False)
+                square = self._store.read(state, "exp_avg_sq", p, "unsigned")
                 adamw(
                     [value],
                     [wide(p.grad)],
@@ -136,7 +136,7 @@ class AdamW(torch.optim.AdamW):
                     **settings,
                 )
                 self._store.write(state, "exp_avg", mean)
-                self._store.write(state, "exp_avg_sq", square, signed=False)
+                self._store.write(state, "exp_avg_sq", square, "unsigned")
                 write_weight(p, value)
 
 

@@ -200,12 +200,12 @@ def test_muon_step_with_its_momentum_in_8_bits():
     """What comes out is what decoding, the step above and encoding give, bit for bit where nothing is rounded twice."""
     torch.manual_seed(4)
     weight, grad = torch.randn(3, 40, 300), torch.randn(3, 40, 300)
-    codes, absmax = lowbit.encode(torch.randn(3, 40, 300), signed=True)
-    other, momentum = weight.clone(), lowbit.decode(codes, absmax, signed=True)
+    codes, absmax = lowbit.encode(torch.randn(3, 40, 300), "linear")
+    other, momentum = weight.clone(), lowbit.decode(codes, absmax, "linear")
     step = {"beta": 0.9, "weight_decay": 0.0, "step_size": 0.02, "precision": "float32"}
     cpu.muon_step(other, grad, momentum, COEFFICIENTS, **step)
-    cpu.muon_step(weight, grad, (codes, absmax), COEFFICIENTS, **step, code_tables=lowbit.code_tables())
-    expected, expected_absmax = lowbit.encode(momentum, signed=True)
+    cpu.muon_step(weight, grad, (codes, absmax), COEFFICIENTS, **step, code_tables=lowbit.code_tables("linear"))
+    expected, expected_absmax = lowbit.encode(momentum, "linear")
     assert torch.equal(weight, other) and torch.equal(absmax, expected_absmax)
     assert torch.equal(codes, expected)
 

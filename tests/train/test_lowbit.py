@@ -14,15 +14,16 @@ from minga.config import TrainConfig
 from minga.config.presets import tiny
 from minga.errors import UserError
 from minga.model.transformer import Transformer
-from minga.train.lowbit import ABSMAX, BLOCK, add_dither, decode, dynamic_codes, encode, stochastic_round
+from minga.train.lowbit import ABSMAX, BLOCK, Codes, add_dither, code_values, decode, encode, stochastic_round
 from minga.train.optim import AdamW, Muon, Optimizer
 
+KINDS: tuple[Codes, ...] = ("linear", "signed", "unsigned")
 EVERY_DITHER = torch.arange(2**16, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_seven_decades_each_with_half_the_steps_of_the_one_above(signed: bool) -> None:
-    codes = dynamic_codes(signed).double()
+    codes = code_values("signed" if signed else "unsigned").double()
     assert len(codes.unique()) == 256
     assert {0.0, 1.0} <= set(codes.tolist())
     assert (codes < 0).sum() == (127 if signed else 0)
@@ -39,26 +40,27 @@ def test_codes_are_seven_decades_each_with_half_the_steps_of_the_one_above(signe
             )
 
 
-@given(st.integers(1, 5), st.integers(1, 600), st.booleans(), st.integers(0, 99), st.integers(-20, 20))
+@given(st.integers(1, 5), st.integers(1, 600), st.sampled_from(KINDS), st.integers(0, 99), st.integers(-20, 20))
 @settings(max_examples=30, deadline=None)
 def test_each_number_becomes_the_nearest_code_of_its_block(
-    rows: int, columns: int, signed: bool, seed: int, exponent: int
+    rows: int, columns: int, kind: Codes, seed: int, exponent: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(
         -6, 1, (rows, columns), generator=generator
     )
-    x = (x if signed else x.square()) * 10.0**exponent
-    codes, absmax = encode(x, signed=signed)
+    x = (x.square() if kind == "unsigned" else x) * 10.0**exponent
+    codes, absmax = encode(x, kind)
     size = min(BLOCK, columns)
     assert codes.dtype == torch.uint8 and codes.shape == x.shape and absmax.shape == (rows, -(-columns // size))
-    back = decode(codes, absmax, signed=signed)
+    back = decode(codes, absmax, kind)
     for block, largest in zip(x.split(size, 1), absmax.unbind(1), strict=True):
         assert torch.equal(block.abs().amax(1), largest)
     share = x.double() / absmax.double().repeat_interleave(size, 1)[:, :columns]
-    distance = (share[..., None] - dynamic_codes(signed).double()).abs()
+    distance = (share[..., None] - code_values(kind).double()).abs()
     ours = (back.double() / absmax.double().repeat_interleave(size, 1)[:, :columns] - share).abs()
-    nearest = distance.min(-1).values if signed else distance[..., 1:].min(-1).values  # zero is for zero alone
+    first = 1 if kind == "unsigned" else 0  # whose zero is for zero alone
+    nearest = distance[..., first:].min(-1).values
     # the upper 20 bits decide: they stand for 2**-12 to both sides, and so may the boundary between two codes
     assert (ours <= nearest + 2**-11 * share.abs() + 1e-9).all()
 
@@ -66,16 +68,16 @@ def test_each_number_becomes_the_nearest_code_of_its_block(
 def test_zeros_stay_zeros_and_a_second_moment_above_zero_stays_above() -> None:
     x = torch.zeros(3, 300)
     x[1, 0], x[1, 1] = 1.0, 1e-12
-    back = decode(*encode(x, signed=False), signed=False)
+    back = decode(*encode(x, "unsigned"), "unsigned")
     assert torch.equal(back == 0, x == 0)
     assert back[1, 0] == 1.0
-    assert decode(*encode(x, signed=True), signed=True)[1, 1] == 0
+    assert decode(*encode(x, "signed"), "signed")[1, 1] == 0
 
 
 def test_a_rare_row_does_not_feel_its_frequent_neighbour() -> None:
     x = torch.rand(2, 100, generator=torch.Generator().manual_seed(0)) + 0.5
     x[0] *= 1e9
-    back = decode(*encode(x, signed=True), signed=True)
+    back = decode(*encode(x, "signed"), "signed")
     assert ((back - x).abs() / x).max() < 0.05
 
 
