@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,3 +252,15 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     lines = run_python(REPORT, XDG_CACHE_HOME=str(tmp_path / "file")).stdout.splitlines()
     assert lines[-1] == "False False"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.parametrize("flags", ["-march=haswell", pytest.param("-march=x86-64", marks=pytest.mark.slow)])
+def test_what_lesser_processors_run(flags, tmp_path):
+    """AVX2, and vectors of four for all others: other code than this machine's, the same results."""
+    environment = {**os.environ, "CXXFLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)}
+    names = "test_linear or rounds or experts or attention or muon or orthogonalize or norm or broken or threads"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -2,7 +2,8 @@
 
 `load()` compiles `kernels.cpp` with the machine's C++ compiler (some seconds, once; the result is kept in the user's
 cache folder) and returns whether the kernels are there. Without a compiler everything runs on torch's own operations,
-slower, and that is said once. Training calls `load`; nothing else makes anyone wait for a compiler.
+slower, and that is said once. Training calls `load`; nothing else makes anyone wait for a compiler. CXX names another
+compiler, CXXFLAGS adds to its flags.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,7 +79,8 @@ def _built(note: Callable[[str], None]) -> Path:
         raise FileNotFoundError("there is no C++ compiler: install g++ or clang++")
     folder = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    identity = hashlib.sha256(version + _processor().encode() + " ".join(FLAGS).encode())
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    identity = hashlib.sha256(version + _processor().encode() + " ".join(flags).encode())
     for name in SOURCES:
         identity.update((folder / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
@@ -92,7 +95,7 @@ def _built(note: Callable[[str], None]) -> Path:
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         compiled, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
         for arguments in (
-            [*FLAGS, *openmp, "-c", str(folder / "kernels.cpp"), "-o", str(compiled)],
+            [*flags, *openmp, "-c", str(folder / "kernels.cpp"), "-o", str(compiled)],
             ["-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run([compiler, *arguments], capture_output=True, check=True, timeout=600)
