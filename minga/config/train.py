@@ -26,6 +26,10 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches an optimizer step
     seq_len: int = 256  # tokens a sequence
     seed: int = 0
+    # processes (minga/train/parallel.py); none of these changes what is computed
+    dp: int = 0  # data parallel; 0: all there are / (ep · pp)
+    ep: int = 1  # expert parallel
+    pp: int = 1  # pipeline parallel
     # optimizer (minga/train/optim.py)
     lr_matrix: float = 0.02  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head
@@ -49,12 +53,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "seq_len", "keep_checkpoints"):
+        for name in ("batch_size", "accumulate", "seq_len", "keep_checkpoints", "ep", "pp"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it must be at least 1")
         for name in (
             "steps",
             "hours",
+            "dp",
             "eval_every",
             "checkpoint_every",
             "clip",

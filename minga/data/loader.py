@@ -33,6 +33,8 @@ from minga.errors import UserError
 class Loader:
     """An infinite iterator of batches of `batch_size` rows of `seq_len` inputs, with `num_extra` targets for each.
 
+    part: (rank, number) of the processes that share each batch: this one gets its part of the rows, and all of them
+    stand at the same place of the same stream. The number must divide `batch_size`.
     `num_extra` is 1 for the next token alone, plus one for each multi-token prediction module. Raises `UserError` if
     the split has less than one batch.
     """
@@ -46,8 +48,12 @@ class Loader:
         seed: int = 0,
         num_extra: int = 1,
         split: str = "train",
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         _check_sizes(batch_size=batch_size, seq_len=seq_len, num_extra=num_extra)
+        num_rows = batch_size // part[1]
+        assert num_rows * part[1] == batch_size
+        self._rows = range(part[0] * num_rows, (part[0] + 1) * num_rows)
         self._tokens = shards.tokens(split)
         self._eos_id = shards.manifest.eos_id
         self.batch_size, self.seq_len, self.num_extra, self.seed = batch_size, seq_len, num_extra, seed
@@ -70,7 +76,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        starts = [self._start_of(self._num_windows + row) for row in range(self.batch_size)]
+        starts = [self._start_of(self._num_windows + row) for row in self._rows]
         self._num_windows += self.batch_size
         window_BL = read_windows(self._tokens, starts, self.seq_len + self.num_extra)
         return pack(window_BL, eos_id=self._eos_id, num_extra=self.num_extra)

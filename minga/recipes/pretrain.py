@@ -34,11 +34,13 @@ from minga.recipes.report import write_report
 from minga.runtime.machine import describe
 from minga.runtime.metrics import MetricsLog
 from minga.runtime.progress import ProgressBar
-from minga.store import latest_checkpoint
+from minga.store import latest_checkpoint, load
 from minga.train.balance import LoadCounter, balance_rates
-from minga.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from minga.train.checkpoint import TrainingState, save_checkpoint
 from minga.train.optim import Optimizer
+from minga.train.parallel import ALONE, Parallel, processes
 from minga.train.schedule import lr_scale
+from minga.train.sharding import ShardedOptimizer, gather, restore, shard
 from minga.train.step import StepMetrics, train_step
 
 SAMPLE_PROMPT = "\n"  # a line break: the model begins on its own
@@ -64,8 +66,15 @@ class Result:
 def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: None) -> Result:
     """Trains, evaluates, saves and reports. Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 
+    Under torchrun every process calls it, and they train one model together (minga/train/parallel.py).
+
     note: receives a line for each value that was derived and each thing that was decided. Raises `UserError`.
     """
+    with processes(config) as parallel:
+        return _pretrain(config, parallel, note if parallel.is_main else lambda line: None)
+
+
+def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], None]) -> Result:
     shards = open_shards(config.data)
     tokenizer = shards.tokenizer
     tokenizer.chat_template = (
@@ -74,34 +83,35 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     config = _fit_to_tokenizer(config, shards)
-    checkpoint = latest_checkpoint(run)
-    config = _resolve(config, run, shards, note, resuming=checkpoint is not None)
+    checkpoint = parallel.on_main(lambda: latest_checkpoint(run))
+    config = _resolve(config, run, shards, note, parallel, resuming=checkpoint is not None)
 
-    model, optimizer = _build(config)
+    model, optimizer = _build(config, parallel)
     counter = LoadCounter(model.moe_layers())
-    loader = _loader(shards, config)
+    loader = _loader(shards, config, parallel)
     state = TrainingState(step=0, tokens=0, seconds=0.0, loader=loader.state_dict())
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = restore(checkpoint, model, optimizer, parallel)
         loader.load_state_dict(state.loader)
         note(f"resuming at step {state.step} of {config.steps} from {checkpoint}")
 
-    log = MetricsLog(run / "run.jsonl")
+    log = MetricsLog(run / "run.jsonl" if parallel.is_main else Path(os.devnull))
     parameters = count_parameters(config.model)
     counts = {"total": parameters.total, "active": parameters.active, "mtp": parameters.mtp}
-    log.write("start", time=time.time(), config=as_dict(config), parameters=counts, machine=describe(), step=state.step)
+    log.write("start", time=time.time(), config=as_dict(config), parameters=counts, machine=describe(), step=state.step, processes=parallel.world)
     began = time.monotonic() - state.seconds
     saved = state.step if checkpoint is not None else -1
     folder = checkpoint
 
     def save(state: TrainingState) -> Path:
-        path = save_checkpoint(run, state, model, optimizer, tokenizer, keep=config.keep_checkpoints)
+        whole = gather(model, optimizer, parallel)  # on rank 0, which writes
+        path = parallel.on_main(lambda: save_checkpoint(run, state, *whole, tokenizer, keep=config.keep_checkpoints))
         log.write("checkpoint", step=state.step, path=path.name)
         return path
 
     model.train()
-    with _stop_requested() as stop, ProgressBar("training", config.steps, state.step) as bar:
-        while state.step < config.steps and not stop():
+    with _stop_requested() as stop, ProgressBar("training", config.steps, state.step, shown=parallel.is_main) as bar:
+        while state.step < config.steps and not parallel.any(stop()):
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
             with_mtp = bool(len(model.mtp)) and progress >= config.mtp_from
@@ -114,6 +124,7 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
                 counter,
                 with_mtp=with_mtp,
                 balance_rates=balance_rates(config, state.step, counter.layers),
+                parallel=parallel,
             )
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
@@ -124,22 +135,25 @@ def pretrain(config: TrainConfig, *, note: Callable[[str], None] = lambda line: 
             if state.step == config.steps:
                 break
             if config.eval_every and state.step % config.eval_every == 0:
-                evaluation = _evaluate(model, shards, config, max_tokens=config.eval_tokens)
+                evaluation = _evaluate(model, shards, config, parallel, max_tokens=config.eval_tokens)
                 _log_evaluation(log, state, evaluation)
                 bar.note(f"step {state.step}: {evaluation.bits_per_byte:.3f} bits a byte on held-out text")
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                 folder, saved = save(state), state.step
     evaluation_or_none: Evaluation | None = None
     if state.step >= config.steps:
-        evaluation_or_none = _evaluate(model, shards, config, max_tokens=None)
+        evaluation_or_none = _evaluate(model, shards, config, parallel, max_tokens=None)
         _log_evaluation(log, state, evaluation_or_none)
     if saved != state.step or folder is None:
         folder = save(state)
-    text = LLM.from_parts(model, tokenizer).generate(SAMPLE_PROMPT, SamplingParams(0.8, max_tokens=120, seed=0))[0].text
-    log.write("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
+    if parallel.is_main:
+        whole_model = model if parallel.world == 1 else load(folder)
+        sampling = SamplingParams(0.8, max_tokens=120, seed=0)
+        text = LLM.from_parts(whole_model, tokenizer).generate(SAMPLE_PROMPT, sampling)[0].text
+        log.write("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
     log.write("end", reason="done" if evaluation_or_none else "stopped", seconds=state.seconds)
     log.close()
-    write_report(run)
+    parallel.on_main(lambda: write_report(run))
     return Result(run, folder, state.step, state.seconds, evaluation_or_none)
 
 
@@ -154,14 +168,20 @@ def _fit_to_tokenizer(config: TrainConfig, shards: Shards) -> TrainConfig:
 
 
 def _resolve(
-    config: TrainConfig, run: Path, shards: Shards, note: Callable[[str], None], *, resuming: bool
+    config: TrainConfig,
+    run: Path,
+    shards: Shards,
+    note: Callable[[str], None],
+    parallel: Parallel,
+    *,
+    resuming: bool,
 ) -> TrainConfig:
     """Fills in `steps`, and keeps the settings in `run.json`. A resumed run must be the one that was begun."""
     file = run / "run.json"
     if resuming:
-        begun = json.loads(file.read_text()) if file.is_file() else {}
+        begun = parallel.on_main(lambda: json.loads(file.read_text()) if file.is_file() else {})
         ours = as_dict(config)
-        free = {"steps", "hours", "out", "data"} if config.hours else {"hours", "out", "data"}
+        free = {"hours", "out", "data", "dp", "ep", "pp"} | ({"steps"} if config.hours else set())
         changed = [key for key in ours if key not in free and begun.get(key) != json.loads(json.dumps(ours[key]))]
         if changed:
             raise UserError(
@@ -169,20 +189,22 @@ def _resolve(
             )
         return dataclasses.replace(config, steps=begun["steps"])
     if config.hours and not config.steps:
-        seconds = _seconds_a_step(config, shards)
+        measured = _seconds_a_step(config, shards, parallel)
+        seconds = parallel.on_main(lambda: measured)
         steps = max(1, int(config.hours * 3600 * (1 - EVALUATION_SHARE) / seconds))
         note(f"steps = {steps}: {config.hours * 60:.1f} minutes at {seconds:.2f} s a step, measured on this machine")
         config = dataclasses.replace(config, steps=steps)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(as_dict(config), indent=2) + "\n")
-    os.replace(partial, file)
+    if parallel.is_main:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(as_dict(config), indent=2) + "\n")
+        os.replace(partial, file)
     return config
 
 
-def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
+def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = ALONE) -> float:
     """Times steps of a throw-away copy of the run; MTP counts for the share of the run it is trained in."""
-    model, optimizer = _build(config)
-    counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config)
+    model, optimizer = _build(config, parallel)
+    counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config, parallel)
     model.train()
 
     def timed(with_mtp: bool, repeats: int) -> float:
@@ -190,8 +212,9 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
         for _ in range(repeats):
             began = time.monotonic()
             batches = [next(loader) for _ in range(config.accumulate)]
+            rates = [0.0] * len(counter.layers)
             train_step(
-                model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
+                model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=rates, parallel=parallel
             )
             times.append(time.monotonic() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
@@ -202,16 +225,19 @@ def _seconds_a_step(config: TrainConfig, shards: Shards) -> float:
     return with_mtp if config.mtp_from == 0 else config.mtp_from * timed(False, 4) + (1 - config.mtp_from) * with_mtp
 
 
-def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
+def _build(config: TrainConfig, parallel: Parallel) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
     model = Transformer(config.model).init_weights()
-    return model, Optimizer(model, config)
+    if parallel.world == 1:
+        return model, Optimizer(model, config)
+    shard(model, parallel)
+    return model, ShardedOptimizer(model, config, parallel)
 
 
-def _loader(shards: Shards, config: TrainConfig) -> Loader:
+def _loader(shards: Shards, config: TrainConfig, parallel: Parallel) -> Loader:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    return Loader(shards, seed=config.seed, **sizes)
+    return Loader(shards, seed=config.seed, part=(parallel.data_rank, parallel.data_world), **sizes)
 
 
 # ---------------------------------------------------------------------------------------------- along the way
@@ -239,10 +265,13 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(caught, handler)
 
 
-def _evaluate(model: Transformer, shards: Shards, config: TrainConfig, max_tokens: int | None) -> Evaluation:
+def _evaluate(
+    model: Transformer, shards: Shards, config: TrainConfig, parallel: Parallel, max_tokens: int | None
+) -> Evaluation:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    return evaluate(model, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
+    batches = map(parallel.rows, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
+    return evaluate(model, batches, total=parallel.sum)
 
 
 def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: float, speed: float) -> None:

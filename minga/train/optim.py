@@ -66,16 +66,19 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.reshape(p.shape), alpha=step_size)
 
 
+def is_elementwise(name: str, p: Tensor) -> bool:
+    """Whether AdamW updates a parameter, number by number; Muon does those of which a row alone is not enough."""
+    return p.ndim < 2 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight")
+
+
 class Optimizer:
     """Both optimizers of a model. `set_scale` multiplies every group's own learning rate."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         matrices, joined, embeddings, others = [], [], [], []
         for name, p in model.named_parameters():
-            if "embed_tokens" in name or "lm_head" in name:
-                embeddings.append(p)
-            elif p.ndim < 2 or name.endswith("mlp.gate.weight"):
-                others.append(p)
+            if is_elementwise(name, p):
+                (embeddings if "embed_tokens" in name or "lm_head" in name else others).append(p)
             elif name.endswith("gate_up_proj"):
                 joined.append(p)
             else:

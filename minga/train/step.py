@@ -19,6 +19,7 @@ from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
 from minga.train.losses import cross_entropy, sequence_balance
 from minga.train.optim import Optimizer
+from minga.train.parallel import ALONE, Parallel
 
 
 @dataclass
@@ -34,14 +35,29 @@ class StepMetrics:
         """The most loaded expert of any layer, over its layer's mean."""
         return max((float(load_E.max()) for load_E in self.load), default=1.0)
 
+    def sum_over(self, parallel: Parallel, counter: LoadCounter) -> None:
+        """Own losses, tokens and expert counts become those of all processes, in one message."""
+        if parallel.world == 1:
+            return
+        own = torch.tensor([self.loss, self.mtp_loss or 0.0, self.tokens], dtype=torch.float64)
+        total = parallel.sum(torch.cat([own, *(counts_E.double() for counts_E in counter.counts_LE)]))
+        self.loss, self.tokens = float(total[0]), int(total[2])
+        self.mtp_loss = None if self.mtp_loss is None else float(total[1])
+        for counts_E, sum_E in zip(counter.counts_LE, total[3:].split(list(map(len, counter.counts_LE))), strict=True):
+            counts_E.copy_(sum_E)
+
 
 def batch_loss(
-    model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool
+    model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool, shares: Sequence[float]
 ) -> tuple[Tensor, float, float | None]:
-    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`."""
+    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`.
+
+    shares: what part of the micro-batch's targets (by depth) and rows (last) is here; 1.0 where all of it is. Each loss
+    is weighted with its share, so that what several processes return adds up to the mean over all.
+    """
     where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
     hidden_BTD = model.hidden(batch.ids_BT, **where)
-    main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0])
+    main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0]) * shares[0]
     loss, mtp_loss = main, None
     if with_mtp:
         # V3 equation 25: lambda times the mean over the modules
@@ -49,7 +65,7 @@ def batch_loss(
         for depth in range(len(model.mtp)):
             next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
             hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **where)
-            losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]))
+            losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]) * shares[depth + 1])
         mtp = torch.stack(losses).mean()
         loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
     for number, layer in enumerate(counter.layers):
@@ -58,7 +74,8 @@ def batch_loss(
             layer.routing = None
             counter.add(number, index_NA)
             if config.sequence_loss:
-                loss = loss + config.sequence_loss * sequence_balance(index_NA, score_NE, len(batch.ids_BT))
+                balance = sequence_balance(index_NA, score_NE, len(batch.ids_BT)) * shares[-1]
+                loss = loss + config.sequence_loss * balance
     return loss, float(main.detach()), mtp_loss
 
 
@@ -71,19 +88,22 @@ def train_step(
     *,
     with_mtp: bool,
     balance_rates: Sequence[float],
+    parallel: Parallel = ALONE,
 ) -> StepMetrics:
-    """Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
+    """`batches` are this process's rows; the step and its metrics are those of all processes together.
+
+    Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
     metrics = StepMetrics()
     optimizer.zero_grad()
-    for batch in batches:
-        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp)
+    for batch, shares in zip(batches, parallel.shares(batches), strict=True):
+        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp, shares=shares)
         (loss / len(batches)).backward()
         metrics.loss += main / len(batches)
         metrics.tokens += batch.ids_BT.numel()
         if mtp is not None:
             metrics.mtp_loss = (metrics.mtp_loss or 0.0) + mtp / len(batches)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+    metrics.sum_over(parallel, counter)
+    norm = parallel.clip_grad_norm(model, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
     if not torch.isfinite(norm):
         raise UserError(
