@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from minga.recipes.pretrain import pretrain
 
     result = pretrain(config, note=lambda line: print(line, file=sys.stderr, flush=True))
+    if int(os.environ.get("RANK", "0")):  # of several processes the first speaks
+        return 0
     if args.json:
         evaluation = None if result.evaluation is None else dataclasses.asdict(result.evaluation)
         document = {"run": str(result.run), "model": str(result.model), "step": result.step, "seconds": result.seconds}

@@ -36,7 +36,7 @@ class Evaluation:
         return math.exp(self.val_loss)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what FSDP allocates here is used again in training
 def evaluate(
     model: Transformer, batches: Iterable[Batch], *, total: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> Evaluation:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -45,7 +45,7 @@ class Parallel:
     dp: int = 1
     ep: int = 1
     pp: int = 1
-    mesh: DeviceMesh | None = None  # axes pp, dp, ep, and dp · ep together as "data"
+    meshes: dict[str, DeviceMesh] = field(default_factory=dict)  # by axis; "data" is dp and ep together
 
     @property
     def world(self) -> int:
@@ -69,12 +69,8 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def submesh(self, axis: str) -> DeviceMesh:
-        assert self.mesh is not None
-        return self.mesh[axis]
-
     def group(self, axis: str) -> dist.ProcessGroup:
-        return self.submesh(axis).get_group()
+        return self.meshes[axis].get_group()
 
     # ------------------------------------------------------------------------------------------ what all must agree on
 
@@ -197,7 +193,7 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     dist.init_process_group("gloo", timeout=TIMEOUT)  # training is on CPUs so far; a GPU's tensors will need nccl
     try:
         mesh = init_device_mesh("cpu", (pp, dp, ep), mesh_dim_names=("pp", "dp", "ep"))
-        mesh["dp", "ep"]._flatten("data")
-        yield Parallel(dist.get_rank(), dp, ep, pp, mesh)
+        meshes = {axis: mesh[axis] for axis in ("pp", "dp", "ep")} | {"data": mesh["dp", "ep"]._flatten("data")}
+        yield Parallel(dist.get_rank(), dp, ep, pp, meshes)
     finally:
         dist.destroy_process_group()

@@ -55,10 +55,10 @@ def shard(model: Transformer, parallel: Parallel) -> None:
     mine: set[nn.Parameter] = set()  # not cut any further
     for layer in layers:
         if parallel.dp > 1:
-            fully_shard(layer.experts, mesh=parallel.submesh("dp"))
+            fully_shard(layer.experts, mesh=parallel.meshes["dp"])
         else:
             mine.update(layer.experts.parameters())
-    data = parallel.submesh("data")
+    data = parallel.meshes["data"]
     # Embedding and head are used again by the MTP modules, and the last norm is small: they stay whole until backward.
     for module in (model.model.embed_tokens, model.lm_head):
         if module is not None:
