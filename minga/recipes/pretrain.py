@@ -39,9 +39,10 @@ from minga.train.balance import LoadCounter, balance_rates
 from minga.train.checkpoint import TrainingState, save_checkpoint
 from minga.train.optim import Optimizer
 from minga.train.parallel import ALONE, Parallel, processes
+from minga.train.pipeline import Pipeline, keep_stages
 from minga.train.schedule import lr_scale
-from minga.train.sharding import ShardedOptimizer, gather, restore, shard
-from minga.train.step import StepMetrics, train_step
+from minga.train.sharding import gather, gather_model, optimizer_of, restore, shard
+from minga.train.step import StepMetrics, forward_backward, train_step
 
 SAMPLE_PROMPT = "\n"  # a line break: the model begins on its own
 EVALUATION_SHARE = 0.04  # of `hours`, kept for evaluation, samples and checkpoints
@@ -87,6 +88,7 @@ def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], Non
     config = _resolve(config, run, shards, note, parallel, resuming=checkpoint is not None)
 
     model, optimizer = _build(config, parallel)
+    run_batches = forward_backward if parallel.pp == 1 else Pipeline(model, config, parallel)
     counter = LoadCounter(model.moe_layers())
     loader = _loader(shards, config, parallel)
     state = TrainingState(step=0, tokens=0, seconds=0.0, loader=loader.state_dict())
@@ -98,7 +100,15 @@ def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], Non
     log = MetricsLog(run / "run.jsonl" if parallel.is_main else Path(os.devnull))
     parameters = count_parameters(config.model)
     counts = {"total": parameters.total, "active": parameters.active, "mtp": parameters.mtp}
-    log.write("start", time=time.time(), config=as_dict(config), parameters=counts, machine=describe(), step=state.step, processes=parallel.world)
+    log.write(
+        "start",
+        time=time.time(),
+        config=as_dict(config),
+        parameters=counts,
+        machine=describe(),
+        step=state.step,
+        processes=parallel.world,
+    )
     began = time.monotonic() - state.seconds
     saved = state.step if checkpoint is not None else -1
     folder = checkpoint
@@ -125,6 +135,7 @@ def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], Non
                 with_mtp=with_mtp,
                 balance_rates=balance_rates(config, state.step, counter.layers),
                 parallel=parallel,
+                run=run_batches,
             )
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
@@ -205,6 +216,7 @@ def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = AL
     """Times steps of a throw-away copy of the run; MTP counts for the share of the run it is trained in."""
     model, optimizer = _build(config, parallel)
     counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config, parallel)
+    run_batches = forward_backward if parallel.pp == 1 else Pipeline(model, config, parallel)
     model.train()
 
     def timed(with_mtp: bool, repeats: int) -> float:
@@ -212,10 +224,8 @@ def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = AL
         for _ in range(repeats):
             began = time.monotonic()
             batches = [next(loader) for _ in range(config.accumulate)]
-            rates = [0.0] * len(counter.layers)
-            train_step(
-                model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=rates, parallel=parallel
-            )
+            rates, several = [0.0] * len(counter.layers), {"parallel": parallel, "run": run_batches}
+            train_step(model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=rates, **several)
             times.append(time.monotonic() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
 
@@ -228,10 +238,11 @@ def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = AL
 def _build(config: TrainConfig, parallel: Parallel) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
     model = Transformer(config.model).init_weights()
-    if parallel.world == 1:
-        return model, Optimizer(model, config)
-    shard(model, parallel)
-    return model, ShardedOptimizer(model, config, parallel)
+    if parallel.pp > 1:
+        keep_stages(model, parallel)
+    elif parallel.world > 1:
+        shard(model, parallel)
+    return model, optimizer_of(model, config, parallel)
 
 
 def _loader(shards: Shards, config: TrainConfig, parallel: Parallel) -> Loader:
@@ -270,8 +281,11 @@ def _evaluate(
 ) -> Evaluation:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    batches = map(parallel.rows, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
-    return evaluate(model, batches, total=parallel.sum)
+    batches = evaluation_batches(shards, max_tokens=max_tokens, **sizes)
+    if parallel.pp > 1:  # rank 0 alone, with the whole model
+        whole = gather_model(model, parallel)
+        return parallel.on_main(lambda: evaluate(whole, batches))
+    return evaluate(model, map(parallel.rows, batches), total=parallel.sum)
 
 
 def _log_step(log: MetricsLog, state: TrainingState, metrics: StepMetrics, lr: float, speed: float) -> None:

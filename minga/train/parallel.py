@@ -117,7 +117,8 @@ class Parallel:
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         grads = [local_tensor(cast(Tensor, p.grad)) for p in parameters]
         squares = [grad.double().square().sum() for grad in grads if grad.numel()]
-        norm = self.sum(torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)).sqrt()
+        own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        norm = self.sum(own, "pp" if self.pp > 1 else None).sqrt()  # the replicas of a stage have the same
         for grad in grads:
             grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(grad.dtype))
         return norm
@@ -170,15 +171,18 @@ def check(config: TrainConfig, world: int) -> tuple[int, int, int]:
             f"batch_size {config.batch_size} does not divide by dp {dp} x ep {ep} (run config). "
             f"it counts the sequences of all processes: choose a multiple of {dp * ep}"
         )
-    if 2 * pp > layers and pp > 1:
+    if pp > 1 and layers < 2 * pp - 1:
         raise UserError(
-            f"pp {pp} needs {2 * pp} layers, two stages a process, and the model has {layers} (run config). lower pp"
+            f"pp {pp} cuts a model into {2 * pp} stages and this one has {layers} layers (run config). "
+            f"use at most pp {(layers + 1) // 2}"
         )
-    if pp > 1 and config.accumulate < 2 * pp:
+    if pp > 1 and config.accumulate < 2 * pp - 1:
         raise UserError(
-            f"accumulate {config.accumulate} is too small for pp {pp} (run config). "
-            f"the pipeline is filled with micro-batches: set it to {2 * pp} or more"
+            f"accumulate {config.accumulate} micro-batches do not fill a pipeline of pp {pp} (run config). "
+            f"set it to {2 * pp - 1} or more"
         )
+    if pp > 1 and ep > 1:
+        raise UserError(f"pp {pp} and ep {ep} do not go together (run config). set one of them to 1")
     return dp, ep, pp
 
 

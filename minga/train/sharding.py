@@ -43,8 +43,6 @@ EXPERTS = ".mlp.experts."  # in the name of every parameter that is a stack of e
 
 def shard(model: Transformer, parallel: Parallel) -> None:
     """Cuts a whole model, the same on every process, in place. Parameters keep their names."""
-    if parallel.data_world == 1:
-        return
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     layers = [block.mlp for block in blocks if isinstance(block.mlp, MoE)]
     if parallel.ep > 1:
@@ -73,6 +71,15 @@ def shard(model: Transformer, parallel: Parallel) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def optimizer_of(model: Transformer, config: TrainConfig, parallel: Parallel) -> Optimizer:
+    """The optimizer of what this process holds of a model."""
+    if parallel.world == 1:
+        return Optimizer(model, config)
+    if parallel.pp > 1:
+        return Optimizer(_Named({name: p for name, p in model.named_parameters() if not p.is_meta}), config)
+    return ShardedOptimizer(model, config, parallel)
+
+
 # ---------------------------------------------------------------------------------------------- which part is where
 
 
@@ -93,7 +100,7 @@ def _chunk(size: int, parts: int, index: int) -> slice:
 
 def _join(name: str, parts: list[Tensor], parallel: Parallel) -> Tensor:
     """The whole of what `piece` cuts; numbers that are not cut, such as a step count, are the same everywhere."""
-    if parts[0].ndim == 0 or len(parts) == 1:
+    if parts[0].ndim == 0 or len(parts) == 1 or parallel.pp > 1:  # whole, in each replica of its stage
         return parts[0]
     order = range(len(parts))
     if EXPERTS in name:  # of the pieces of one ep position, those of its dp processes follow each other
@@ -163,8 +170,6 @@ class ShardedOptimizer(Optimizer):
         sent = [0] * world
         for name in names:
             sent[self.owners[name]] += rows[name].numel()
-        shapes = {name: [self._piece_shape(name, source) for name in own] for source in range(world)}
-        del shapes
         out_shapes = [[self._piece_shape(name, source) for name in own] for source in range(world)]
         received = [sum(r * c for r, c in shapes_of) for shapes_of in out_shapes]
         flat = torch.cat([rows[name].flatten() for name in names])
@@ -223,29 +228,43 @@ def _assign(shapes: dict[str, torch.Size], world: int) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def gather(model: Transformer, optimizer: Optimizer, parallel: Parallel) -> tuple[Transformer, dict[str, Tensor]] | None:
-    """The whole model and the whole optimizer state, on rank 0; None elsewhere. All processes must call it."""
+def gather_model(model: Transformer, parallel: Parallel) -> Transformer | None:
+    """The whole model on rank 0, None elsewhere. All processes must call it."""
     if parallel.world == 1:
-        return model, optimizer.state_tensors()
-    weights = _collect({name: local_tensor(t) for name, t in model.state_dict().items()}, parallel)
-    moments = _collect(optimizer.state_tensors(), parallel)
-    if weights is None or moments is None:
+        return model
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves some whole
+    replica = parallel.pp > 1 and parallel.data_rank > 0
+    own = {name: local_tensor(t) for name, t in model.state_dict().items() if not (replica or t.is_meta)}
+    pieces = _collect(own, parallel)
+    if pieces is None:
         return None
+    buffers = dict(model.named_buffers())
     with torch.device("meta"):
         whole = Transformer(model.config)
-    buffers = dict(model.named_buffers())
-    state = {
-        name: parts[0] if name in buffers else _join(name, parts, parallel) for name, parts in _by_name(weights).items()
-    }
+    state = {name: t[0] if name in buffers else _join(name, t, parallel) for name, t in _by_name(pieces).items()}
     whole.load_state_dict(state, assign=True)
-    return whole.train(model.training), {
-        key: _join(key, parts, parallel) for key, parts in _by_name(moments).items()
-    }
+    return whole.train(model.training)
+
+
+def gather(
+    model: Transformer, optimizer: Optimizer, parallel: Parallel
+) -> tuple[Transformer, dict[str, Tensor]] | None:
+    """The whole model and the whole optimizer state on rank 0, None elsewhere. All processes must call it."""
+    whole = gather_model(model, parallel)
+    if parallel.world == 1:
+        return model, optimizer.state_tensors()
+    replica = parallel.pp > 1 and parallel.data_rank > 0
+    pieces = _collect({} if replica else optimizer.state_tensors(), parallel)
+    if whole is None or pieces is None:
+        return None
+    return whole, {key: _join(key, parts, parallel) for key, parts in _by_name(pieces).items()}
 
 
 def restore(folder: Path, model: Transformer, optimizer: Optimizer, parallel: Parallel) -> TrainingState:
     """`load_checkpoint` for a model that is spread over processes; rank 0 reads."""
-    if not isinstance(optimizer, ShardedOptimizer):
+    if parallel.world == 1:
         return load_checkpoint(folder, model, optimizer)
     whole = []
 
@@ -263,18 +282,25 @@ def restore(folder: Path, model: Transformer, optimizer: Optimizer, parallel: Pa
 def scatter(
     whole: tuple[dict[str, Tensor], dict[str, Tensor]] | None,
     model: Transformer,
-    optimizer: ShardedOptimizer,
+    optimizer: Optimizer,
     parallel: Parallel,
 ) -> None:
     """The inverse of `gather`: rank 0 has (weights, optimizer state), all others None."""
+    ours = {name: local_tensor(t) for name, t in model.state_dict().items() if not t.is_meta}
+    if not isinstance(optimizer, ShardedOptimizer):  # a pipeline: every process takes what it has a place for
+        all_weights, all_moments = whole or ({}, {})
+        all_weights = _deal([all_weights] * parallel.world if whole else [], parallel)
+        all_moments = _deal([all_moments] * parallel.world if whole else [], parallel)
+        for name, t in ours.items():
+            t.copy_(all_weights[name])
+        optimizer.load_state_tensors({key: t for key, t in all_moments.items() if key.rsplit("|", 1)[0] in ours})
+        return
     buffers = dict(model.named_buffers())
     weights: list[dict[str, Tensor]] = []
     moments: list[dict[str, Tensor]] = []
     if whole is not None:
         for rank in range(parallel.world):
-            weights.append(
-                {n: t if n in buffers else t[piece(n, len(t), rank, parallel)] for n, t in whole[0].items()}
-            )
+            weights.append({n: t if n in buffers else t[piece(n, len(t), rank, parallel)] for n, t in whole[0].items()})
             moments.append({})
             for key, t in whole[1].items():
                 owner = optimizer.owners.get(key.rsplit("|", 1)[0])
@@ -282,7 +308,6 @@ def scatter(
                     moments[-1][key] = t[piece(key, len(t), rank, parallel)] if t.ndim else t
                 elif owner == rank:
                     moments[-1][key] = t
-    ours = {name: local_tensor(t) for name, t in model.state_dict().items()}
     for name, t in _deal(weights, parallel).items():
         ours[name].copy_(t)
     optimizer.refresh()

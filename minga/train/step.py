@@ -5,7 +5,7 @@ B batch, T tokens, D model dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,13 @@ class StepMetrics:
         """The most loaded expert of any layer, over its layer's mean."""
         return max((float(load_E.max()) for load_E in self.load), default=1.0)
 
+    def add(self, main: float, mtp: float | None, batch: Batch, num_batches: int) -> None:
+        """One of `num_batches` micro-batches."""
+        self.loss += main / num_batches
+        self.tokens += batch.ids_BT.numel()
+        if mtp is not None:
+            self.mtp_loss = (self.mtp_loss or 0.0) + mtp / num_batches
+
     def sum_over(self, parallel: Parallel, counter: LoadCounter) -> None:
         """Own losses, tokens and expert counts become those of all processes, in one message."""
         if parallel.world == 1:
@@ -47,16 +54,25 @@ class StepMetrics:
             counts_E.copy_(sum_E)
 
 
-def batch_loss(
-    model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool, shares: Sequence[float]
+def locations(batch: Batch) -> dict[str, Any]:
+    """Which document each token is of, and where in it."""
+    return {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+
+
+def head_losses(
+    model: Transformer,
+    hidden_BTD: Tensor,
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    with_mtp: bool,
+    shares: Sequence[float],
 ) -> tuple[Tensor, float, float | None]:
-    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`.
+    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch, from its hidden states.
 
     shares: what part of the micro-batch's targets (by depth) and rows (last) is here; 1.0 where all of it is. Each loss
     is weighted with its share, so that what several processes return adds up to the mean over all.
     """
-    where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
-    hidden_BTD = model.hidden(batch.ids_BT, **where)
     main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0]) * shares[0]
     loss, mtp_loss = main, None
     if with_mtp:
@@ -64,10 +80,25 @@ def batch_loss(
         losses = []
         for depth in range(len(model.mtp)):
             next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
-            hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **where)
+            hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **locations(batch))
             losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]) * shares[depth + 1])
         mtp = torch.stack(losses).mean()
         loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
+    return loss, float(main.detach()), mtp_loss
+
+
+def batch_loss(
+    model: Transformer,
+    batch: Batch,
+    config: TrainConfig,
+    counter: LoadCounter,
+    *,
+    with_mtp: bool,
+    shares: Sequence[float],
+) -> tuple[Tensor, float, float | None]:
+    """`head_losses` of one micro-batch, with the balance loss; expert choices go to `counter`."""
+    hidden_BTD = model.hidden(batch.ids_BT, **locations(batch))
+    loss, main, mtp = head_losses(model, hidden_BTD, batch, config, with_mtp=with_mtp, shares=shares)
     for number, layer in enumerate(counter.layers):
         if layer.routing is not None:
             index_NA, score_NE = layer.routing
@@ -76,7 +107,24 @@ def batch_loss(
             if config.sequence_loss:
                 balance = sequence_balance(index_NA, score_NE, len(batch.ids_BT)) * shares[-1]
                 loss = loss + config.sequence_loss * balance
-    return loss, float(main.detach()), mtp_loss
+    return loss, main, mtp
+
+
+def forward_backward(
+    model: Transformer,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    counter: LoadCounter,
+    metrics: StepMetrics,
+    *,
+    with_mtp: bool,
+    shares: Sequence[Sequence[float]],
+) -> None:
+    """Gradients of the mean loss of all micro-batches, one after the other."""
+    for batch, batch_shares in zip(batches, shares, strict=True):
+        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp, shares=batch_shares)
+        (loss / len(batches)).backward()
+        metrics.add(main, mtp, batch, len(batches))
 
 
 def train_step(
@@ -89,19 +137,16 @@ def train_step(
     with_mtp: bool,
     balance_rates: Sequence[float],
     parallel: Parallel = ALONE,
+    run: Callable[..., None] = forward_backward,
 ) -> StepMetrics:
     """`batches` are this process's rows; the step and its metrics are those of all processes together.
 
-    Raises `UserError` when loss or gradient is no longer a number; the weights are then as before the step."""
+    run: `forward_backward` or a pipeline in its place. Raises `UserError` when loss or gradient is no longer a number;
+    the weights are then as before the step.
+    """
     metrics = StepMetrics()
     optimizer.zero_grad()
-    for batch, shares in zip(batches, parallel.shares(batches), strict=True):
-        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp, shares=shares)
-        (loss / len(batches)).backward()
-        metrics.loss += main / len(batches)
-        metrics.tokens += batch.ids_BT.numel()
-        if mtp is not None:
-            metrics.mtp_loss = (metrics.mtp_loss or 0.0) + mtp / len(batches)
+    run(model, batches, config, counter, metrics, with_mtp=with_mtp, shares=parallel.shares(batches))
     metrics.sum_over(parallel, counter)
     norm = parallel.clip_grad_norm(model, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
