@@ -16,6 +16,7 @@ B batch, T tokens, D model dim, M micro-batches
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
     bounds = [0]
     for stage in range(2 * pp):
         bounds.append(bounds[-1] + num_layers // (2 * pp) + (stage < num_layers % (2 * pp)))
-    return [range(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
+    return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
 def keep_stages(model: Transformer, parallel: Parallel) -> None:
