@@ -51,9 +51,8 @@ def step_bytes(config: TrainConfig, *, dp: int, ep: int = 1, with_mtp: bool = Fa
     head = [] if c.tie_word_embeddings else [table]
     stacks = [(c.n_routed_experts // ep, 3 * c.hidden_size * c.moe_intermediate_size)] * moe if moe else []
 
-    # A block is gathered for forward and for backward. Embedding, last norm and head stay whole between the two, but
-    # the head is cut after the backward pass of each of its uses, and gathered for the next.
-    wholes = [*2 * inside, table, norm, *head * (1 + modules)]
+    # A block is gathered for forward and for backward. Embedding, last norm and head stay whole between the two.
+    wholes = [*2 * inside, table, norm, *head]
     sums = [*inside, table, norm, *head]
     gathered = width * (_share(processes) * _padded(wholes, processes) + _share(dp) * _padded(2 * stacks, dp))
     reduced = width * (_share(processes) * _padded(sums, processes) + _share(dp) * _padded(stacks, dp))

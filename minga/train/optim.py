@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     A group's `parts` says how many matrices lie above each other in one parameter (2 for gate and up): each is its own.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
 
     @torch.no_grad()
@@ -83,9 +83,8 @@ class Optimizer:
                 joined.append(p)
             else:
                 matrices.append(p)
-        muon = Muon(matrices, lr=config.lr_matrix, weight_decay=config.weight_decay)
-        if joined:
-            muon.add_param_group({"params": joined, "parts": 2})
+        hidden = [{"params": matrices}, {"params": joined, "parts": 2}]  # one of them may be empty
+        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay)
         groups = [{"params": embeddings, "lr": config.lr_embedding}, {"params": others, "lr": config.lr_other}]
         adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
         self._parts: list[torch.optim.Optimizer] = [muon, adam]

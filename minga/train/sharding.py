@@ -57,12 +57,10 @@ def shard(model: Transformer, parallel: Parallel) -> None:
         else:
             mine.update(layer.experts.parameters())
     data = parallel.meshes["data"]
-    # Embedding and head are used again by the MTP modules, and the last norm is small: they stay whole until backward.
-    for module in (model.model.embed_tokens, model.lm_head):
-        if module is not None:
-            fully_shard(module, mesh=data, reshard_after_forward=False)
     for module in (*model.model.layers, *model.mtp):
         fully_shard(module, mesh=data, ignored_params=mine)
+    # What is left, embedding, last norm and head, stays whole from the first use to the end of backward: the MTP modules
+    # and the loss use it too.
     fully_shard(model, mesh=data, ignored_params=mine)
     register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
