@@ -9,6 +9,8 @@ from minga.config.model import ModelConfig
 from minga.config.presets import laptop
 from minga.errors import UserError
 
+PRECISIONS = ("float32", "bf16", "int8", "fp8")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -26,6 +28,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches an optimizer step
     seq_len: int = 256  # tokens a sequence
     seed: int = 0
+    precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
     # processes (minga/train/parallel.py); none of these changes what is computed
     dp: int = 0  # data parallel; 0: all there are / (ep · pp)
     ep: int = 1  # expert parallel
@@ -76,6 +79,8 @@ class TrainConfig:
         for name in ("lr_matrix", "lr_embedding", "lr_other"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it must be a positive number")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r} is not known (run config). known: {', '.join(PRECISIONS)}")
         if not (self.steps or self.hours):
             raise UserError(
                 "neither steps nor hours is set (run config). say how long to train: --steps N or --hours H"

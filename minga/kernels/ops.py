@@ -1,6 +1,7 @@
 """The operations as the model calls them: the fastest form this machine has, each equal to its twin in `reference`.
 
-Today that is torch's fused attention and a sorted expert layer; compiled kernels slot in here without a change above.
+On a CPU that is our compiled kernels, once training has loaded them (`minga.kernels.cpu.load`) and where a tensor is large
+enough to be worth a call; elsewhere torch's fused attention and a sorted expert layer.
 
   B batch, T query tokens, S cached tokens, H heads, K query/key dim, V value dim
   N tokens of the whole batch, D model dim, E experts, A active experts a token, F expert hidden
@@ -12,25 +13,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minga.kernels import cpu, reference
+from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
     dequantize_int8,
     linear_int8,
     quantize_int8,
-    rms_norm,
     swiglu,
 )
 
 __all__ = [
     "attend",
     "attend_latent_absorbed",
+    "compiled",
     "dequantize_int8",
     "experts",
+    "linear",
+    "linear_cross_entropy",
     "linear_int8",
+    "mlp",
     "quantize_int8",
     "rms_norm",
     "swiglu",
 ]
+
+_WORTH_A_CALL = 2**14  # elements of the input below which torch's own operations are as quick
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels are loaded and take these tensors: float32 in this machine's memory, the first large."""
+    return (
+        cpu.available()
+        and tensors[0].numel() >= _WORTH_A_CALL
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm` in one pass each way."""
+    return cpu.RMSNorm.apply(x, weight, eps) if compiled(x, weight) else reference.rms_norm(x, weight, eps)
 
 
 def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
@@ -50,19 +72,48 @@ def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | No
     return out_BHTV.transpose(1, 2)
 
 
-def experts(x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str = "float32") -> Tensor:
+    """x @ W.T + bias over the last dimension of x, its product and those of its gradients in `precision`."""
+    if compiled(x, weight_OI):
+        y = cpu.Linear.apply(x, weight_OI, cpu.PRECISIONS[precision])
+        return y if bias is None else y + bias
+    if precision == "float32":
+        return F.linear(x, weight_OI, bias)
+    return reference.linear_rounded(x, weight_OI, bias, precision=precision)
+
+
+def mlp(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, precision: str = "float32") -> Tensor:
+    """down(silu(gate(x)) · up(x)), over the last dimension of x."""
+    if compiled(x, gate_FD, up_FD, down_DF):
+        weights = (torch.cat([gate_FD, up_FD])[None], down_DF[None])
+        return cpu.Experts.apply(x.flatten(0, -2), None, None, *weights, cpu.PRECISIONS[precision]).view_as(x)
+    gate, up = (linear(x, weight, precision=precision) for weight in (gate_FD, up_FD))
+    return linear(F.silu(gate) * up, down_DF, precision=precision)
+
+
+def experts(
+    x_ND: Tensor,
+    index_NA: Tensor,
+    weight_NA: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    *,
+    precision: str = "float32",
+) -> Tensor:
     """`reference.experts` with the tokens sorted by expert, so that each expert is two dense products.
 
     The loop is over experts that were chosen, and its slices come from one `split` and one `unbind`: their backward is
     one `cat` and one `stack`, where indexing would add E full-size gradients.
     """
+    if compiled(x_ND, weight_NA, gate_up_EGD, down_EDF):
+        return cpu.Experts.apply(x_ND, index_NA, weight_NA, gate_up_EGD, down_EDF, cpu.PRECISIONS[precision])
     active = index_NA.shape[1]
     order = index_NA.flatten().argsort(stable=True)
     counts = torch.bincount(index_NA.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
     token = order // active
     rows = x_ND[token].split(counts)
     chosen = [
-        F.linear(swiglu(F.linear(x, gate_up)), down)
+        linear(swiglu(linear(x, gate_up, precision=precision)), down, precision=precision)
         for x, gate_up, down in zip(rows, gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)
         if len(x)
     ]

@@ -7,9 +7,12 @@ O output rows, I input columns, G blocks of a row
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,3 +124,44 @@ def dequantize_int8(weight_OI: Tensor, scale_OG: Tensor, block: int, dtype: torc
 def linear_int8(x: Tensor, weight_OI: Tensor, scale_OG: Tensor, block: int, bias: Tensor | None = None) -> Tensor:
     """x @ W.T with W stored as int8 blocks and x as it comes."""
     return F.linear(x, dequantize_int8(weight_OI, scale_OG, block, x.dtype), bias)
+
+
+RUN = 128  # values along the summed dimension that share a scale when products are computed in int8
+
+
+def round_to(x: Tensor, precision: str, dim: int) -> Tensor:
+    """The values that a product summed over `dim` sees: rounded to bf16, or to int8 in runs of 128 along `dim`."""
+    if precision == "bf16":
+        return x.bfloat16().to(x.dtype)
+    x = x.movedim(dim, -1)
+    runs = F.pad(x, (0, -x.shape[-1] % RUN)).unflatten(-1, (-1, RUN))
+    scale = runs.abs().amax(-1, keepdim=True) / 127
+    rounded = (runs / scale.clamp(min=1e-30)).round() * scale
+    return rounded.flatten(-2)[..., : x.shape[-1]].movedim(-1, dim)
+
+
+class _RoundedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, precision: str) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        ctx.precision = precision
+        return F.linear(round_to(x, precision, -1), round_to(weight_OI, precision, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_OI = ctx.saved_tensors
+        dx = round_to(dy, ctx.precision, -1) @ round_to(weight_OI, ctx.precision, 0)
+        dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
+        dw = round_to(dy_NO, ctx.precision, 0).T @ round_to(x_NI, ctx.precision, 0)
+        return dx, dw, None
+
+
+def linear_rounded(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str) -> Tensor:
+    """x @ W.T + bias with operands of all three products (forward, both of backward) rounded to bf16 or int8.
+
+    Each operand is rounded along the dimension that its product sums over (V3 section 3.3.2). To the nearest; the compiled
+    kernels round gradients stochastically in int8.
+    """
+    y: Tensor = _RoundedLinear.apply(x, weight_OI, precision)
+    return y if bias is None else y + bias

@@ -6,13 +6,15 @@ B batch, T query tokens, S keys, D model dim, H heads, K nope dim, R rope dim, C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from minga.config import ModelConfig
-from minga.kernels import ops
+from minga.kernels import cpu, ops
 from minga.model.cache import Cache
+from minga.model.linear import Linear
 from minga.model.rope import rotate
 from minga.quant.int8 import dense_weight
 
@@ -29,17 +31,25 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Context:
-    """What every layer of one call shares: angles, who may look at whom, and the cache.
-
-    `mask_BTS` None means plain causal attention over the tokens of this call.
-    """
+    """What every layer of one call shares: angles, who may look at whom, and the cache."""
 
     cos_BTP: Tensor
     sin_BTP: Tensor
-    mask_BTS: Tensor | None
     positions_BT: Tensor
+    segments_BT: Tensor | None = None  # document of each token; None: one document a row
     cache: Cache | None = None
     length: int = 0  # slots of the cache that any query of this call looks at
+
+    @cached_property
+    def mask_BTS(self) -> Tensor | None:
+        """True where a query may look. None means plain causal attention over the tokens of this call."""
+        if self.cache is not None:
+            return torch.arange(self.length, device=self.positions_BT.device) <= self.positions_BT[:, :, None]
+        if self.segments_BT is None:
+            return None
+        T = self.segments_BT.shape[1]
+        past = torch.ones(T, T, dtype=torch.bool, device=self.segments_BT.device).tril()[None]
+        return past & (self.segments_BT[:, :, None] == self.segments_BT[:, None, :])
 
     def through_cache(self, layer: int, row_BTW: Tensor) -> Tensor:
         """Stores this call's rows and returns all rows to attend over, (B, S, W)."""
@@ -59,23 +69,25 @@ class LatentAttention(nn.Module):
         self.config, self.layer = config, layer
         bias, eps = config.attention_bias, 1e-6  # the two latent norms always use 1e-6 (transformers, vLLM)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(D, H * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(D, C + R, bias=bias)
         self.kv_a_layernorm = RMSNorm(C, eps)
-        self.kv_b_proj = nn.Linear(C, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=bias)
+        self.kv_b_proj = Linear(C, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = Linear(H * config.v_head_dim, D, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: Context, absorb: bool | None = None) -> Tensor:
         """`absorb` chooses the form; None takes the one with fewer multiply-adds for this T and S."""
         c = self.config
         B, T, _ = x_BTD.shape
         q_BTHQ = self._queries(x_BTD).view(B, T, c.num_attention_heads, c.qk_head_dim)
-        q_nope_BTHK, q_rope_BTHR = q_BTHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        if context.cache is None and absorb is None and c.rope_style != "complex" and ops.compiled(q_BTHQ):
+            return self.o_proj(self._attend_compiled(q_BTHQ, latent_BTC, k_rope_BTR, context).flatten(2))
+        q_nope_BTHK, q_rope_BTHR = q_BTHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope_BTHR = rotate(q_rope_BTHR, context.cos_BTP, context.sin_BTP, style=c.rope_style)
         k_rope_BTHR = rotate(k_rope_BTR[:, :, None], context.cos_BTP, context.sin_BTP, style=c.rope_style)
         row_BTW = torch.cat([self.kv_a_layernorm(latent_BTC), k_rope_BTHR.squeeze(2)], -1)
@@ -87,6 +99,19 @@ class LatentAttention(nn.Module):
         attend = self._attend_absorbed if absorb else self._attend_naive
         out_BTHV = attend(q_nope_BTHK, q_rope_BTHR, latent_BSC, rope_BSR, context.mask_BTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
+
+    def _attend_compiled(self, q_BTHQ: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, context: Context) -> Tensor:
+        """The naive form in one call, rotation included, (B, T, H, V)."""
+        c = self.config
+        kv_BTHO = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (c.num_attention_heads, -1))
+        precision = (
+            "float32" if getattr(self.o_proj, "precision", "float32") == "float32" else "bf16"
+        )  # 8 bits stop at the attention core
+        angles = (context.cos_BTP, context.sin_BTP)
+        return cpu.LatentAttention.apply(
+            *(q_BTHQ, kv_BTHO, k_rope_BTR, *angles, context.segments_BT),
+            *(c.rope_style == "halves", c.attention_scale, cpu.PRECISIONS[precision]),
+        )
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:
@@ -130,10 +155,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         D, H, G, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_proj = Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.o_proj = Linear(H * K, D, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
 

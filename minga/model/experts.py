@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minga.config import ModelConfig
 from minga.kernels import ops
+from minga.model.linear import Linear
 
 
 class MLP(nn.Module):
@@ -18,12 +19,15 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
-        self.up_proj = nn.Linear(dim, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+        self.gate_proj = Linear(dim, hidden, bias=bias)
+        self.up_proj = Linear(dim, hidden, bias=bias)
+        self.down_proj = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if isinstance(gate, Linear) and gate.bias is None:
+            return ops.mlp(x, gate.weight, up.weight, down.weight, precision=gate.precision)
+        return down(F.silu(gate(x)) * up(x))  # with biases, or stored in 8 bits
 
 
 class Router(nn.Module):
@@ -73,6 +77,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E SwiGLUs as two stacked tensors; rows of `gate_up_proj` are F gates, then F ups."""
 
+    precision: str = "float32"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -80,7 +86,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, hidden))
 
     def forward(self, x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor) -> Tensor:
-        return ops.experts(x_ND, index_NA, weight_NA, self.gate_up_proj, self.down_proj)
+        return ops.experts(x_ND, index_NA, weight_NA, self.gate_up_proj, self.down_proj, precision=self.precision)
 
 
 class MoE(nn.Module):

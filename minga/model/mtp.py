@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minga.config import ModelConfig
 from minga.model.attention import Context, RMSNorm
 from minga.model.block import Block
+from minga.model.linear import Linear
 
 
 class MTPModule(nn.Module):
@@ -21,7 +22,7 @@ class MTPModule(nn.Module):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
         self.enorm, self.hnorm = RMSNorm(D, eps), RMSNorm(D, eps)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+        self.eh_proj = Linear(2 * D, D, bias=False)
         self.block = Block(config, config.num_hidden_layers + depth)
         self.norm = RMSNorm(D, eps)
 

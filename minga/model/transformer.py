@@ -19,6 +19,7 @@ from minga.model.attention import Context, RMSNorm
 from minga.model.block import Block
 from minga.model.cache import Cache
 from minga.model.experts import Experts, MoE, Router
+from minga.model.linear import Linear
 from minga.model.mtp import MTPModule
 from minga.model.rope import Rope
 from minga.quant.int8 import dense_weight
@@ -49,9 +50,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.num_nextn_predict_layers))
         self.rope = Rope(config)
 
@@ -81,6 +80,17 @@ class Transformer(nn.Module):
             elif isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, 0.0, std, generator=generator)
                 nn.init.normal_(module.down_proj, 0.0, residual_std, generator=generator)
+        return self
+
+    def set_precision(self, precision: str) -> Transformer:
+        """Chooses what the blocks' (and MTP modules') matrix products are computed in: one of `config.train.PRECISIONS`.
+
+        Embedding, head, router, norms and the attention core keep the weights' dtype, as in V3 section 3.3.1.
+        """
+        for block in (*self.model.layers, *self.mtp):
+            for module in block.modules():
+                if isinstance(module, (Linear, Experts)):
+                    module.precision = precision
         return self
 
     def forward(
@@ -130,6 +140,11 @@ class Transformer(nn.Module):
         context = self.context(next_ids_BT, cache=cache, positions_BT=positions_BT, segments_BT=segments_BT)
         return self.mtp[depth](self.model.embed_tokens(next_ids_BT), hidden_BTD, context)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the head's own matrix, or the embedding's where the two are tied."""
+        return dense_weight(self.model.embed_tokens if self.lm_head is None else self.lm_head)
+
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Logits, float32 or wider."""
         if self.lm_head is not None:
@@ -141,26 +156,19 @@ class Transformer(nn.Module):
     def context(
         self, ids_BT: Tensor, *, cache: Cache | None, positions_BT: Tensor | None, segments_BT: Tensor | None
     ) -> Context:
-        """Angles and mask of one call. Raises `UserError` when a position does not fit the cache."""
+        """What the layers of one call share. Raises `UserError` when a position does not fit the cache."""
         T = ids_BT.shape[1]
-        causal = positions_BT is None and segments_BT is None and cache is None
         if positions_BT is None:
             positions_BT = torch.arange(T, device=ids_BT.device)[None]  # (1, T): the same for every row
         cos, sin = self.rope(positions_BT, self.dtype)
-        if causal:
-            return Context(cos, sin, None, positions_BT)
         if cache is None:
-            past = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril()[None]
-            mask = past if segments_BT is None else past & (segments_BT[:, :, None] == segments_BT[:, None, :])
-            return Context(cos, sin, mask, positions_BT)
+            return Context(cos, sin, positions_BT, segments_BT)
         length = int(positions_BT.max()) + 1
         if length > cache.capacity:
             raise UserError(
                 f"position {length - 1} is beyond the cache's {cache.capacity} slots. give the cache more room"
             )
-        slots = torch.arange(length, device=ids_BT.device)
-        mask = slots <= positions_BT[:, :, None]
-        return Context(cos, sin, mask, positions_BT, cache, length)
+        return Context(cos, sin, positions_BT, cache=cache, length=length)
 
     def moe_layers(self) -> list[MoE]:
         """Every expert layer, main model first, then the MTP modules."""

@@ -27,6 +27,7 @@ from minga.data.shards import Shards, open_shards
 from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
+from minga.kernels import cpu
 from minga.model.transformer import Transformer
 from minga.planner.counts import count_parameters
 from minga.recipes.evaluate import Evaluation, evaluate
@@ -87,6 +88,7 @@ def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], Non
     checkpoint = parallel.on_main(lambda: latest_checkpoint(run))
     config = _resolve(config, run, shards, note, parallel, resuming=checkpoint is not None)
 
+    cpu.load(note)
     model, optimizer = _build(config, parallel)
     run_batches = forward_backward if parallel.pp == 1 else Pipeline(model, config, parallel)
     counter = LoadCounter(model.moe_layers())
@@ -200,6 +202,7 @@ def _resolve(
             )
         return dataclasses.replace(config, steps=begun["steps"])
     if config.hours and not config.steps:
+        cpu.load(note)
         measured = _seconds_a_step(config, shards, parallel)
         seconds = parallel.on_main(lambda: measured)
         steps = max(1, int(config.hours * 3600 * (1 - EVALUATION_SHARE) / seconds))
@@ -237,7 +240,7 @@ def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = AL
 
 def _build(config: TrainConfig, parallel: Parallel) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
-    model = Transformer(config.model).init_weights()
+    model = Transformer(config.model).init_weights().set_precision(config.precision)
     if parallel.pp > 1:
         keep_stages(model, parallel)
     elif parallel.world > 1:

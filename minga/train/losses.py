@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minga.data.packing import MASKED
+from minga.kernels import ops
+from minga.model.transformer import Transformer
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
     """Nats per counted token ("mean") or in all ("sum"). A batch with nothing to count gives 0, not NaN."""
     total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=MASKED, reduction="sum")
     return total if reduction == "sum" else total / (targets_BT != MASKED).sum().clamp(min=1)
+
+
+def head_loss(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, *, precision: str = "float32") -> Tensor:
+    """`cross_entropy` of the head's logits, in nats a counted token, without ever holding all logits."""
+    rows = (hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten())
+    return ops.linear_cross_entropy(*rows, precision=precision) / (targets_BT != MASKED).sum().clamp(min=1)
 
 
 def sequence_balance(index_NA: Tensor, score_NE: Tensor, batch_size: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minga.config import TrainConfig
+from minga.kernels import cpu, ops
 
 # Quintic Newton-Schulz coefficients: steepest slope at zero for which five steps end with singular values in about
 # [0.7, 1.2]; exact orthogonality buys nothing (Jordan et al., section "Deriving the coefficients").
@@ -30,6 +31,9 @@ def orthogonalize(update_SMN: Tensor, steps: int = 5) -> Tensor:
     tall = update_SMN.shape[-2] > update_SMN.shape[-1]
     x = update_SMN.mT if tall else update_SMN  # the Gram matrix of the short side is the cheap one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if ops.compiled(x):
+        x = cpu.orthogonalize(x.contiguous(), torch.tensor([_COEFFICIENTS] * steps), "bf16")
+        return x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -42,7 +46,14 @@ class Muon(torch.optim.Optimizer):
     A group's `parts` says how many matrices lie above each other in one parameter (2 for gate and up): each is its own.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from minga.model.block import Block
 from minga.model.experts import MoE
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import sequence_balance
+from minga.train.losses import cross_entropy, sequence_balance
 from minga.train.parallel import Parallel
 from minga.train.step import StepMetrics, head_losses, locations
 
@@ -71,6 +71,11 @@ class _AddLoss(torch.autograd.Function):
         return grads[0], torch.ones_like(ctx.loss)
 
 
+def _plain_head_loss(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, *, precision: str) -> Tensor:
+    """`head_loss` by operations whose backward may run twice, as it does here: for inputs, and later for weights."""
+    return cross_entropy(model.head(hidden_BTD), targets_BT)
+
+
 class _Stage(nn.Module):
     """Some blocks of the model, with the embedding before them or norm, head, MTP and loss after them."""
 
@@ -98,7 +103,13 @@ class _Stage(nn.Module):
         if not self.last:
             return x_BTD.clone()  # the schedule detaches it in place, which a view does not let it do
         loss, main, mtp = head_losses(
-            model, model.model.norm(x_BTD), batch, self.config, with_mtp=with_mtp, shares=shares
+            model,
+            model.model.norm(x_BTD),
+            batch,
+            self.config,
+            with_mtp=with_mtp,
+            shares=shares,
+            nats=_plain_head_loss,
         )
         metrics.add(main, mtp, batch, len(batches))
         for module in model.mtp if with_mtp else ():

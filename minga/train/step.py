@@ -17,7 +17,7 @@ from minga.data.packing import MASKED, Batch
 from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import cross_entropy, sequence_balance
+from minga.train.losses import head_loss, sequence_balance
 from minga.train.optim import Optimizer
 from minga.train.parallel import ALONE, Parallel
 
@@ -67,13 +67,14 @@ def head_losses(
     *,
     with_mtp: bool,
     shares: Sequence[float],
+    nats: Callable[..., Tensor] = head_loss,
 ) -> tuple[Tensor, float, float | None]:
     """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch, from its hidden states.
 
     shares: what part of the micro-batch's targets (by depth) and rows (last) is here; 1.0 where all of it is. Each loss
     is weighted with its share, so that what several processes return adds up to the mean over all.
     """
-    main = cross_entropy(model.head(hidden_BTD), batch.targets_KBT[0]) * shares[0]
+    main = nats(model, hidden_BTD, batch.targets_KBT[0], precision=config.precision) * shares[0]
     loss, mtp_loss = main, None
     if with_mtp:
         # V3 equation 25: lambda times the mean over the modules
@@ -81,7 +82,8 @@ def head_losses(
         for depth in range(len(model.mtp)):
             next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
             hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **locations(batch))
-            losses.append(cross_entropy(model.head(hidden_BTD), batch.targets_KBT[depth + 1]) * shares[depth + 1])
+            loss_K = nats(model, hidden_BTD, batch.targets_KBT[depth + 1], precision=config.precision)
+            losses.append(loss_K * shares[depth + 1])
         mtp = torch.stack(losses).mean()
         loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
     return loss, float(main.detach()), mtp_loss

@@ -1,0 +1,107 @@
+"""Compiles the kernels at first use, for the very machine they run on, and opens the result.
+
+`load()` compiles `kernels.cpp` with the machine's C++ compiler (some seconds, once; the result is kept in the user's
+cache folder) and returns whether the kernels are there. Without a compiler everything runs on torch's own operations,
+slower, and that is said once. Training calls `load`; nothing else makes anyone wait for a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+SOURCES = ("kernels.cpp", "gemm.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi")
+
+_library: ctypes.CDLL | None = None
+_tried = False
+
+
+def load(note: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether the kernels can be used; compiles them the first time. `note` receives a line if they cannot be had."""
+    global _library, _tried
+    if not _tried:
+        _tried = True
+        try:
+            _library = ctypes.CDLL(str(_built(note)))
+            _library.minga_keep_memory()
+        except (OSError, subprocess.SubprocessError) as error:
+            note(f"no compiled kernels ({_reason(error)}): training runs on torch's own operations, which are slower")
+    return _library is not None
+
+
+def available() -> bool:
+    """Whether `load` has been called, with success."""
+    return _library is not None
+
+
+def call(name: str, *arguments: Tensor | float | None) -> None:
+    """Tensors become pointers, whole numbers int64, others double; None is a null pointer."""
+    assert _library is not None
+    function = getattr(_library, name)
+    function.restype = None
+    function(*map(_as_c, arguments))
+
+
+def _as_c(argument: Tensor | float | None) -> ctypes._SimpleCData:  # type: ignore[type-arg]
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
+
+
+def _built(note: Callable[[str], None]) -> Path:
+    """The shared library for these sources, this compiler and this processor; compiled if it is not in the cache."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler: install g++ or clang++")
+    folder = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    identity = hashlib.sha256(version + _processor().encode() + " ".join(FLAGS).encode())
+    for name in SOURCES:
+        identity.update((folder / name).read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
+    library = cache / f"kernels-{identity.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    note("compiling the CPU kernels for this machine, once")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        # Compiled with OpenMP but not linked with it: the calls find torch's own runtime, which is in the process
+        # already. Two runtimes would be two pools of threads that wait for each other's cores.
+        openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+        compiled, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
+        for arguments in (
+            [*FLAGS, *openmp, "-c", str(folder / "kernels.cpp"), "-o", str(compiled)],
+            ["-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run([compiler, *arguments], capture_output=True, check=True, timeout=600)
+        os.replace(linked, library)  # whole or not there, also when two processes compile at once
+    return library
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by machines of different kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
+    except OSError:
+        return platform.machine() + platform.processor() + platform.platform()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if "error" in line]
+        return f"the C++ compiler refused: {lines[0][:160] if lines else error}"
+    return str(error)

@@ -1,0 +1,522 @@
+// Matrix products for training, many at once, in float32, bf16 or int8, forward and backward alike.
+//
+// One scheme serves all precisions. Both operands are copied into panels ("packed"): A in panels of MR rows, B in panels
+// of NR columns, K running slowest, one 32-bit word an entry. A word is one float32, two bf16 or four int8, and the
+// inner loop is always: broadcast a word of A, load vectors of B, one dot-product instruction. Packing reads row-major
+// float32 memory in either direction and through a row index, so that no product needs a transposed or gathered copy.
+//
+// int8: each run of 128 values along K has one float32 scale per row of A and per column of B (the activations' 1 x 128
+// tiles of DeepSeek-V3, section 3.3.2, on both sides), integer sums within the run, float32 sums across runs. x86's
+// instruction multiplies unsigned by signed: A is shifted by 128, and -128 times B's column sum starts the accumulator.
+//
+// The order of every sum depends on the shapes alone, never on the number of threads.
+//
+// This file is compiled for the machine it runs on (-march=native), so what the machine has is known here.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace minga {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, MR = 12, NV = 2;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int VL = 8, MR = 6, NV = 2;  // 12 of 16
+#else
+constexpr int VL = 4, MR = 8, NV = 2;  // 16 of NEON's 32
+#endif
+constexpr int NR = NV * VL;
+constexpr int MC = 96, NC = 128;  // a task's block of C: its accumulator stays in the second-level cache
+constexpr int RUN = 128;          // values along K that share a scale, and that are packed at a time
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+
+template <class V>
+static inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+static inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+static inline vf splat(float x) { return vf{} + x; }
+
+enum Precision : int { F32 = 0, BF16 = 1, I8 = 2 };
+
+// Values of K in one word, and words of one block of the K loop.
+template <Precision P>
+struct Format;
+template <>
+struct Format<F32> {
+  static constexpr int per_word = 1, block = 256;
+};
+template <>
+struct Format<BF16> {
+#if defined(__AVX512BF16__)
+  static constexpr int per_word = 2, block = 256;
+#else
+  static constexpr int per_word = 1, block = 256;  // rounded to bf16, multiplied as float32: the same products
+#endif
+};
+template <>
+struct Format<I8> {
+#if defined(__AVX512VNNI__)
+  static constexpr int per_word = 4;
+#elif defined(__AVX2__)
+  static constexpr int per_word = 2;  // as int16: twice float32's rate, and no sum of two products can overflow
+#else
+  static constexpr int per_word = 1;  // as float32, in which the integer sums of a run are exact
+#endif
+  static constexpr int block = RUN / per_word;
+};
+#if defined(__AVX512VNNI__)
+constexpr bool UNSIGNED_A = true;
+#else
+constexpr bool UNSIGNED_A = false;
+#endif
+
+// A row-major float32 matrix that is one side of a product. `outer` is the dimension that survives (rows of A, columns of
+// B), K the one that is summed over. along_k: K is contiguous in memory. `index`, if given, renames the rows of memory.
+struct Operand {
+  const float* data;
+  int64_t stride;
+  bool along_k;
+  const int64_t* index;
+  bool stochastic;  // int8: round up or down with the right expectation, for gradients
+};
+
+// C (+)= A B, C row-major.
+struct Product {
+  int64_t M, N, K;
+  Operand a, b;
+  float* c;
+  int64_t ldc;
+  bool add;
+  bool symmetric;  // A B is known to be symmetric: only blocks that touch the lower triangle are computed, then mirrored
+};
+
+// ------------------------------------------------------------------------------------------------------ packing
+
+// Scratch memory of the calling thread; grows and stays, as the products of a step repeat.
+static inline char* scratch(size_t bytes) {
+  struct Buffer {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = bytes + bytes / 4;
+    buffer.data = static_cast<char*>(std::aligned_alloc(64, (buffer.size + 63) / 64 * 64));
+    if (!buffer.data) std::abort();
+  }
+  return buffer.data;
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline void transpose_tile(const float* const* rows, float* out) {
+  // out[k][lane] = rows[lane][k] for VL x VL values
+#if defined(__AVX512F__)
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(rows[i]);
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512d t0 = _mm512_castps_pd(t[4 * i]), t1 = _mm512_castps_pd(t[4 * i + 1]);
+    __m512d t2 = _mm512_castps_pd(t[4 * i + 2]), t3 = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t1, t3));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t1, t3));
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm512_storeu_ps(out + (0 + i) * 16, _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88));
+    _mm512_storeu_ps(out + (8 + i) * 16, _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd));
+    _mm512_storeu_ps(out + (4 + i) * 16, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88));
+    _mm512_storeu_ps(out + (12 + i) * 16, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd));
+  }
+#elif defined(__AVX2__)
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i]);
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(out + i * 8, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+    _mm256_storeu_ps(out + (4 + i) * 8, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+  }
+#else
+  for (int k = 0; k < VL; k++)
+    for (int i = 0; i < VL; i++) out[k * VL + i] = rows[i][k];
+#endif
+}
+
+// buf[k][lane] = value (outer0 + lane, k0 + k) for VL lanes; zero beyond the matrix. Lanes past `lanes` may hold anything.
+static inline void gather_run(const Operand& x, int64_t outer, int64_t outer0, int64_t k0, int nk, float* buf) {
+  static const float zeros[VL] = {};
+  int lanes = (int)std::min<int64_t>(VL, outer - outer0);
+  if (x.along_k) {
+    const float* rows[VL];
+    for (int i = 0; i < VL; i++) {
+      int64_t row = outer0 + std::min(i, lanes - 1);
+      rows[i] = x.data + (x.index ? x.index[row] : row) * x.stride + k0;
+    }
+    int k = 0;
+    for (; k + VL <= nk; k += VL) {
+      const float* at[VL];
+      for (int i = 0; i < VL; i++) at[i] = i < lanes ? rows[i] + k : zeros;
+      transpose_tile(at, buf + k * VL);
+    }
+    for (; k < nk; k++)
+      for (int i = 0; i < VL; i++) buf[k * VL + i] = i < lanes ? rows[i][k] : 0.0f;
+  } else {
+    for (int k = 0; k < nk; k++) {
+      int64_t row = k0 + k;
+      const float* from = x.data + (x.index ? x.index[row] : row) * x.stride + outer0;
+      if (lanes == VL) {
+        store(buf + k * VL, load<vf>(from));
+      } else {
+        for (int i = 0; i < VL; i++) buf[k * VL + i] = i < lanes ? from[i] : 0.0f;
+      }
+    }
+  }
+}
+
+static inline vu round_bf16(vf x) {  // to nearest even, the bits in the low half of each lane
+#if defined(__AVX512BF16__)
+  __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return (vu)_mm512_cvtepu16_epi32(h);
+#else
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  vi nan = (vi)(bits & 0x7fffffffu) > 0x7f800000;  // rounding must not carry a NaN over to zero
+  return nan ? (bits >> 16 | 0x40u) : rounded;
+#endif
+}
+
+// Nearest even for |x| < 2^22: in that range adding 1.5 * 2^23 leaves no fraction bits.
+static inline vi round_even(vf x) {
+  const float magic = 12582912.0f;
+  return (vi)(x + magic) - 0x4b400000;
+}
+
+static inline uint32_t mix(uint64_t x) {  // splitmix64's finaliser
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return (uint32_t)(x ^ (x >> 31)) | 1u;
+}
+
+// Words of one run of VL lanes: out[word][panel]. Panels narrower than a vector are written in rising order, each store
+// spilling into the next word's place, the last one exactly.
+template <int PANEL>
+static inline void put(uint32_t* out, int word, int words, vu value) {
+  if (PANEL % VL == 0 || word + 1 < words) {
+    store(out + word * PANEL, value);
+  } else {
+    std::memcpy(out + word * PANEL, &value, PANEL * 4);
+  }
+}
+
+template <Precision P, int PANEL>
+static inline void pack_run(const Operand& x, int64_t outer, int64_t outer0, int64_t k0, int nk, uint32_t* out, int words,
+                            float* scale, int32_t* shift, bool is_a, uint64_t seed) {
+  constexpr int per = Format<P>::per_word;
+  alignas(64) float buf[RUN * VL];
+  gather_run(x, outer, outer0, k0, nk, buf);
+  for (int i = nk * VL; i < words * per * VL; i++) buf[i] = 0.0f;
+  if constexpr (P == F32) {
+    for (int w = 0; w < words; w++) put<PANEL>(out, w, words, load<vu>(buf + w * VL));
+  } else if constexpr (P == BF16) {
+    for (int w = 0; w < words; w++) {
+      vu low = round_bf16(load<vf>(buf + w * per * VL));
+      if constexpr (per == 2) {
+        put<PANEL>(out, w, words, low | (round_bf16(load<vf>(buf + (2 * w + 1) * VL)) << 16));
+      } else {
+        put<PANEL>(out, w, words, low << 16);
+      }
+    }
+  } else {
+    vu top = {};
+    for (int k = 0; k < nk; k++) {  // as integers, so that a NaN is the largest of all and is not lost
+      vu bits = load<vu>(buf + k * VL) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    vf amax = (vf)top, inverse;
+    vf scales = amax * (1.0f / 127.0f);
+    vi broken = (vi)top >= 0x7f800000, zero = amax < 1e-30f;
+    inverse = (zero | broken) ? vf{} : 127.0f / amax;
+    scales = broken ? splat(__builtin_nanf("")) : (zero ? vf{} : scales);
+    std::memcpy(scale, &scales, std::min(PANEL, VL) * 4);
+    vi sum = {};
+    vu state;
+    if (x.stochastic)
+      for (int i = 0; i < VL; i++) state[i] = mix(seed + (uint64_t)(outer0 + i) * 0x9e3779b97f4a7c15ull + k0);
+    auto quantized = [&](int k) {
+      vf v = load<vf>(buf + k * VL) * inverse;
+      if (x.stochastic) {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        v += (vf)((state >> 9) | 0x3f800000u) - 1.5f;  // uniform in [-1/2, 1/2)
+        v = v > 127.0f ? splat(127.0f) : v;
+        v = v < -127.0f ? splat(-127.0f) : v;
+      }
+      return round_even(v);
+    };
+    for (int w = 0; w < words; w++) {
+      if constexpr (per == 4) {
+        vi q0 = quantized(4 * w), q1 = quantized(4 * w + 1), q2 = quantized(4 * w + 2), q3 = quantized(4 * w + 3);
+        sum += q0 + q1 + q2 + q3;
+        vu word = ((vu)q0 & 255u) | (((vu)q1 & 255u) << 8) | (((vu)q2 & 255u) << 16) | ((vu)q3 << 24);
+        put<PANEL>(out, w, words, UNSIGNED_A && is_a ? word ^ 0x80808080u : word);
+      } else if constexpr (per == 2) {
+        put<PANEL>(out, w, words, ((vu)quantized(2 * w) & 0xffffu) | ((vu)quantized(2 * w + 1) << 16));
+      } else {
+        put<PANEL>(out, w, words, (vu) __builtin_convertvector(quantized(w), vf));
+      }
+    }
+    if (UNSIGNED_A && !is_a) {
+      sum *= -128;
+      std::memcpy(shift, &sum, sizeof sum);
+    }
+  }
+}
+
+// A packed side: [panel][K block][word][lane], and for int8 scale and shift as [panel][K block][lane].
+struct Packed {
+  uint32_t* words;
+  float* scale;
+  int32_t* shift;
+};
+
+template <Precision P, int PANEL>
+static void pack_panel(const Operand& x, int64_t outer, int64_t K, int64_t panel, Packed to, bool is_a, uint64_t seed) {
+  constexpr int per = Format<P>::per_word;
+  int64_t runs = ceil_div(K, RUN), panel_words = ceil_div(K, per) * PANEL;
+  for (int64_t run = 0; run < runs; run++) {
+    int nk = (int)std::min<int64_t>(RUN, K - run * RUN), words = (int)ceil_div(nk, per);
+    for (int64_t lane = 0; lane < PANEL; lane += VL) {
+      int64_t first = panel * PANEL + lane;
+      if (first >= outer) continue;  // columns that do not exist are computed from what lies there and never written
+      int64_t at = (panel * runs + run) * PANEL + lane;
+      pack_run<P, PANEL>(x, outer, first, run * RUN, nk, to.words + panel * panel_words + run * (RUN / per) * PANEL + lane,
+                         words, to.scale ? to.scale + at : nullptr, to.shift ? to.shift + at : nullptr, is_a, seed);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ the inner loop
+
+template <Precision P>
+struct Sum {
+  typedef vf type;
+};
+#if defined(__AVX2__)
+template <>
+struct Sum<I8> {
+  typedef vi type;
+};
+#endif
+
+template <Precision P>
+static inline typename Sum<P>::type dot(typename Sum<P>::type sum, uint32_t a, vu b) {
+  if constexpr (P == F32 || Format<P>::per_word == 1) {
+    float x;
+    std::memcpy(&x, &a, 4);
+    return sum + splat(x) * (vf)b;
+#if defined(__AVX512BF16__)
+  } else if constexpr (P == BF16) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#endif
+#if defined(__AVX512VNNI__)
+  } else if constexpr (P == I8) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)a), (__m512i)b);
+#elif defined(__AVX2__)
+  } else if constexpr (P == I8) {
+    return sum + (vi)_mm256_madd_epi16(_mm256_set1_epi32((int)a), (__m256i)b);
+#endif
+  }
+}
+
+// acc[MR][NR] += A panel x B panel over one block of K.
+template <Precision P>
+static inline void micro(int words, const uint32_t* a, const uint32_t* b, const float* sa, const float* sb,
+                         const int32_t* shift, float* acc, int64_t ld) {
+  typename Sum<P>::type sum[MR][NV];
+  for (int i = 0; i < MR; i++)
+    for (int j = 0; j < NV; j++) {
+      if constexpr (P == I8 && UNSIGNED_A) {
+        sum[i][j] = load<typename Sum<P>::type>(shift + j * VL);
+      } else {
+        sum[i][j] = typename Sum<P>::type{};
+      }
+    }
+  for (int w = 0; w < words; w++) {
+    vu vb[NV];
+    for (int j = 0; j < NV; j++) vb[j] = load<vu>(b + w * NR + j * VL);
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NV; j++) sum[i][j] = dot<P>(sum[i][j], a[w * MR + i], vb[j]);
+  }
+  for (int i = 0; i < MR; i++)
+    for (int j = 0; j < NV; j++) {
+      float* at = acc + i * ld + j * VL;
+      vf total = load<vf>(at);
+      if constexpr (P == I8) {
+        vf value;
+        if constexpr (sizeof(sum) && __is_same(typename Sum<P>::type, vi)) {
+          value = __builtin_convertvector(sum[i][j], vf);
+        } else {
+          value = (vf)sum[i][j];
+        }
+        total += value * (load<vf>(sb + j * VL) * sa[i]);
+      } else {
+        total += (vf)sum[i][j];
+      }
+      store(at, total);
+    }
+}
+
+// Of a symmetric C only these blocks are computed; the others are their mirror images.
+static inline bool reaches_diagonal(int64_t m0, int64_t n0) { return n0 < m0 + MC; }
+
+// One block of C, MC x NC: all of K, then written out once.
+template <Precision P>
+static void block(const Product& p, const Packed& a, const Packed& b, int64_t m0, int64_t n0) {
+  constexpr int per = Format<P>::per_word;
+  alignas(64) float acc[MC * NC];
+  int rows = (int)std::min<int64_t>(MC, p.M - m0), columns = (int)std::min<int64_t>(NC, p.N - n0);
+  int m_panels = (int)ceil_div(rows, MR), n_panels = (int)ceil_div(columns, NR);
+  std::memset(acc, 0, (size_t)m_panels * MR * NC * 4);
+  int64_t words = ceil_div(p.K, per), runs = ceil_div(p.K, RUN);
+  for (int64_t w0 = 0, kb = 0; w0 < words; w0 += Format<P>::block, kb++) {
+    int nw = (int)std::min<int64_t>(Format<P>::block, words - w0);
+    for (int n = 0; n < n_panels; n++)
+      for (int m = 0; m < m_panels; m++) {
+        int64_t pa = m0 / MR + m, pb = n0 / NR + n;
+        micro<P>(nw, a.words + (pa * words + w0) * MR, b.words + (pb * words + w0) * NR,
+                 P == I8 ? a.scale + (pa * runs + kb) * MR : nullptr, P == I8 ? b.scale + (pb * runs + kb) * NR : nullptr,
+                 P == I8 ? b.shift + (pb * runs + kb) * NR : nullptr, acc + m * MR * NC + n * NR, NC);
+      }
+  }
+  for (int i = 0; i < rows; i++) {
+    float* to = p.c + (m0 + i) * p.ldc + n0;
+    const float* from = acc + i * NC;
+    if (p.add) {
+      for (int j = 0; j < columns; j++) to[j] += from[j];
+    } else {
+      std::memcpy(to, from, (size_t)columns * 4);
+    }
+  }
+  if (p.symmetric)
+    for (int j = 0; j < columns; j++)
+      for (int i = 0; i < rows; i++)
+        if (!reaches_diagonal((n0 + j) / MC * MC, (m0 + i) / NC * NC)) p.c[(n0 + j) * p.ldc + m0 + i] = acc[i * NC + j];
+}
+
+// ------------------------------------------------------------------------------------------------------ many at once
+
+template <Precision P>
+static void run(const std::vector<Product>& products, int threads, uint64_t seed) {
+  constexpr int per = Format<P>::per_word;
+  struct Task {
+    int32_t product, side;
+    int64_t x, y;
+  };
+  std::vector<Packed> a(products.size()), b(products.size());
+  std::vector<Task> packing, blocks;
+  size_t bytes = 0;
+  auto reserve = [&](size_t size) {
+    size_t at = bytes;
+    bytes += (size + 63) / 64 * 64;
+    return at;
+  };
+  std::vector<size_t> at;
+  for (size_t i = 0; i < products.size(); i++) {
+    const Product& p = products[i];
+    if (p.M == 0 || p.N == 0) continue;
+    int64_t ap = ceil_div(p.M, MR), bp = ceil_div(p.N, NR), words = ceil_div(p.K, per), runs = ceil_div(p.K, RUN);
+    at.push_back(reserve(ap * words * MR * 4 + VL * 4));
+    at.push_back(reserve(bp * words * NR * 4));
+    if (P == I8) {
+      at.push_back(reserve(ap * runs * MR * 4 + VL * 4));
+      at.push_back(reserve(bp * runs * NR * 4));
+      at.push_back(reserve(bp * runs * NR * 4));
+    }
+    for (int64_t panel = 0; panel < ap; panel += 4) packing.push_back({(int32_t)i, 0, panel, std::min(ap, panel + 4)});
+    for (int64_t panel = 0; panel < bp; panel += 2) packing.push_back({(int32_t)i, 1, panel, std::min(bp, panel + 2)});
+    for (int64_t m = 0; m < p.M; m += MC)
+      for (int64_t n = 0; n < p.N; n += NC)
+        if (!p.symmetric || reaches_diagonal(m, n)) blocks.push_back({(int32_t)i, 0, m, n});
+  }
+  char* memory = scratch(bytes);
+  size_t next = 0;
+  for (size_t i = 0; i < products.size(); i++) {
+    if (products[i].M == 0 || products[i].N == 0) continue;
+    a[i].words = (uint32_t*)(memory + at[next++]);
+    b[i].words = (uint32_t*)(memory + at[next++]);
+    if (P == I8) {
+      a[i].scale = (float*)(memory + at[next++]);
+      b[i].scale = (float*)(memory + at[next++]);
+      b[i].shift = (int32_t*)(memory + at[next++]);
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic)
+    for (size_t t = 0; t < packing.size(); t++) {
+      const Task& task = packing[t];
+      const Product& p = products[task.product];
+      uint64_t own = seed + task.product * 0x2545f4914f6cdd1dull + task.side;
+      for (int64_t panel = task.x; panel < task.y; panel++) {
+        if (task.side == 0) {
+          pack_panel<P, MR>(p.a, p.M, p.K, panel, a[task.product], true, own);
+        } else {
+          pack_panel<P, NR>(p.b, p.N, p.K, panel, b[task.product], false, own);
+        }
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (size_t t = 0; t < blocks.size(); t++) {
+      const Task& task = blocks[t];
+      block<P>(products[task.product], a[task.product], b[task.product], task.x, task.y);
+    }
+  }
+}
+
+static void multiply(const std::vector<Product>& products, int precision, int threads, uint64_t seed) {
+  if (precision == F32) run<F32>(products, threads, seed);
+  if (precision == BF16) run<BF16>(products, threads, seed);
+  if (precision == I8) run<I8>(products, threads, seed);
+}
+
+}  // namespace minga
