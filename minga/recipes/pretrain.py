@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -117,7 +117,12 @@ def _pretrain(config: TrainConfig, parallel: Parallel, note: Callable[[str], Non
 
     def save(state: TrainingState) -> Path:
         whole = gather(model, optimizer, parallel)  # on rank 0, which writes
-        path = parallel.on_main(lambda: save_checkpoint(run, state, *whole, tokenizer, keep=config.keep_checkpoints))
+
+        def write() -> Path:
+            assert whole is not None
+            return save_checkpoint(run, state, *whole, tokenizer, keep=config.keep_checkpoints)
+
+        path = parallel.on_main(write)
         log.write("checkpoint", step=state.step, path=path.name)
         return path
 
@@ -227,8 +232,17 @@ def _seconds_a_step(config: TrainConfig, shards: Shards, parallel: Parallel = AL
         for _ in range(repeats):
             began = time.monotonic()
             batches = [next(loader) for _ in range(config.accumulate)]
-            rates, several = [0.0] * len(counter.layers), {"parallel": parallel, "run": run_batches}
-            train_step(model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=rates, **several)
+            train_step(
+                model,
+                batches,
+                optimizer,
+                config,
+                counter,
+                with_mtp=with_mtp,
+                balance_rates=[0.0] * len(counter.layers),
+                parallel=parallel,
+                run=run_batches,
+            )
             times.append(time.monotonic() - began)
         return sorted(times[1:])[len(times[1:]) // 2]  # the first one allocates
 
@@ -287,7 +301,7 @@ def _evaluate(
     batches = evaluation_batches(shards, max_tokens=max_tokens, **sizes)
     if parallel.pp > 1:  # rank 0 alone, with the whole model
         whole = gather_model(model, parallel)
-        return parallel.on_main(lambda: evaluate(whole, batches))
+        return parallel.on_main(lambda: evaluate(cast(Transformer, whole), batches))
     return evaluate(model, map(parallel.rows, batches), total=parallel.sum)
 
 

@@ -12,7 +12,7 @@ W processes in a group
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class WireCounter(TorchDispatchMode):
     """While entered, in the thread that entered it (on a CPU, backward runs there too)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[tuple[str, int]] = Counter()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: dict[tuple[str, int], float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -41,7 +41,7 @@ class WireCounter(TorchDispatchMode):
             return
         group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
         collective, count = _LEAVING[name]
-        self.sent[collective, group.size()] += round(count(args, group))
+        self.sent[collective, group.size()] += count(args, group)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -105,17 +105,18 @@ class ExpertParallelMoE(MoE):
 
         there = Exchange(self.group, sent, received)
         back = there.reverse()
-        under_way_RD = _Start.apply(x_ND[token], there, back)
+        under_way_RD = _Start.apply(x_ND[token], there, back)  # type: ignore[no-untyped-call]
         shared_BTD = None if self.shared_experts is None else self.shared_experts(x_BTD)
-        rows_RD = cast(Tensor, _Wait.apply(under_way_RD, there, back))
+        rows_RD = cast(Tensor, _Wait.apply(under_way_RD, there, back))  # type: ignore[no-untyped-call]
 
         local = torch.arange(counts_PL.shape[1], device=x_ND.device).repeat(self.num_processes)
         out_RD = self._run_experts(rows_RD, local.repeat_interleave(counts_PL.flatten()))
 
         there = Exchange(self.group, received, sent)
         back = there.reverse()
-        answer = cast(Tensor, _Wait.apply(_Start.apply(out_RD, there, back), there, back))
-        weighted = answer * weight_NA.to(x_ND.dtype).flatten()[order, None]
+        under_way = _Start.apply(out_RD, there, back)  # type: ignore[no-untyped-call]
+        answer_RD = cast(Tensor, _Wait.apply(under_way, there, back))  # type: ignore[no-untyped-call]
+        weighted = answer_RD * weight_NA.to(x_ND.dtype).flatten()[order, None]
         out_BTD = torch.zeros_like(x_ND).index_add(0, token, weighted).view_as(x_BTD)
         return out_BTD if shared_BTD is None else out_BTD + shared_BTD
 

@@ -86,7 +86,9 @@ class Optimizer:
     """Both optimizers of a model. `set_scale` multiplies every group's own learning rate."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        matrices, joined, embeddings, others = [], [], [], []
+        matrices, joined = [], []
+        embeddings: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in model.named_parameters():
             if is_elementwise(name, p):
                 (embeddings if "embed_tokens" in name or "lm_head" in name else others).append(p)

@@ -83,10 +83,10 @@ class _Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(model.model.layers[number] for number in layers)
         self.ends = nn.ModuleList()  # the schedule asks a stage for its parameters
-        if first:
+        if first or (last and (len(model.mtp) or model.lm_head is None)):
             self.ends.append(model.model.embed_tokens)
         if last:
-            self.ends.extend([model.model.norm, model.mtp, model.lm_head or model.model.embed_tokens])
+            self.ends.extend([model.model.norm, model.mtp, *([model.lm_head] if model.lm_head is not None else [])])
         self.first, self.last, self.config = first, last, config
         self._model = (model,)  # in a tuple: not a part of this module
         self.step: tuple[Sequence[Batch], Sequence[Sequence[float]], LoadCounter, StepMetrics, bool]
@@ -99,7 +99,7 @@ class _Stage(nn.Module):
         context = model.context(batch.ids_BT, cache=None, **locations(batch))
         x_BTD = model.model.embed_tokens(batch.ids_BT) if self.first else x
         for block in self.blocks:
-            x_BTD = self._with_balance(block(x_BTD, context), cast(Block, block).mlp, counter, len(x), shares[-1])
+            x_BTD = self._with_balance(block(x_BTD, context), cast(Block, block).mlp, counter, shares[-1])
         if not self.last:
             return x_BTD.clone()  # the schedule detaches it in place, which a view does not let it do
         loss, main, mtp = head_losses(
@@ -113,10 +113,10 @@ class _Stage(nn.Module):
         )
         metrics.add(main, mtp, batch, len(batches))
         for module in model.mtp if with_mtp else ():
-            loss = cast(Tensor, self._with_balance(loss, cast(Any, module).block.mlp, counter, len(x), shares[-1]))
+            loss = self._with_balance(loss, cast(Any, module).block.mlp, counter, shares[-1])
         return torch.stack([loss / len(batches)])
 
-    def _with_balance(self, x: Tensor, layer: nn.Module, counter: LoadCounter, batch_size: int, share: float) -> Tensor:
+    def _with_balance(self, x: Tensor, layer: nn.Module, counter: LoadCounter, share: float) -> Tensor:
         """Counts a layer's routing and lets its balance loss act."""
         if not isinstance(layer, MoE) or layer.routing is None:
             return x
@@ -127,7 +127,8 @@ class _Stage(nn.Module):
         if not weight:
             return x
         sequences = len(batches[0].ids_BT)
-        return cast(Tensor, _AddLoss.apply(x, weight * sequence_balance(index_NA, score_NE, sequences)))
+        balance = weight * sequence_balance(index_NA, score_NE, sequences)
+        return cast(Tensor, _AddLoss.apply(x, balance))  # type: ignore[no-untyped-call]
 
 
 class Pipeline:

@@ -100,7 +100,7 @@ def _join(name: str, parts: list[Tensor], parallel: Parallel) -> Tensor:
     """The whole of what `piece` cuts; numbers that are not cut, such as a step count, are the same everywhere."""
     if parts[0].ndim == 0 or len(parts) == 1 or parallel.pp > 1:  # whole, in each replica of its stage
         return parts[0]
-    order = range(len(parts))
+    order = list(range(len(parts)))
     if EXPERTS in name:  # of the pieces of one ep position, those of its dp processes follow each other
         order = [dp * parallel.ep + ep for ep in range(parallel.ep) for dp in range(parallel.dp)]
     return torch.cat([parts[rank] for rank in order])
