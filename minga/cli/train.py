@@ -20,6 +20,7 @@ examples:
   minga train --data shards --out runs/mine --hours 1
   minga train --data shards --out runs/tiny --preset tiny --steps 20
   minga train --data shards --out runs/mine --hours 1 --set batch_size=32 --set model.num_hidden_layers=6
+  torchrun --nproc-per-node 4 -m minga train --data shards --out runs/mine --hours 1 --set ep=2
 The same command goes on with a run that was stopped (Ctrl-C saves first).
 """
 
