@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Where else to look for torch, such as https://download.pytorch.org/whl/cpu for the small build without CUDA.
 TORCH_INDEX ?=
+# Which benchmark, with its flags.
+BENCH ?= train --quick
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
@@ -16,7 +18,7 @@ help:
 	@echo "make test      style, types, the direction of imports, and the tests"
 	@echo "make test-all  the same with the slow tests, and those that need a GPU or other software where it is there"
 	@echo "make lint      style, types and the direction of imports"
-	@echo "make bench     what speculation gains on this machine"
+	@echo "make bench     what training costs here, side by side with transformers (ten minutes; BENCH=... chooses)"
 	@echo "make clean     forget .venv and every cache"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python. TORCH_INDEX=URL is one more place to look for torch."
@@ -36,8 +38,8 @@ lint: .venv/.test-ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.demo-ready
-	$(BIN)/python benchmarks/speculation.py
+bench: .venv/.bench-ready
+	$(BIN)/minga bench $(BENCH)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* htmlcov build dist
@@ -58,6 +60,11 @@ clean:
 .venv/.demo-ready: .venv/.torch-ready
 	@echo "set-up: minga and what it runs on"
 	@$(PIP) -e '.[serve]'
+	@touch $@
+
+.venv/.bench-ready: .venv/.torch-ready
+	@echo "set-up: minga and the software it is compared with"
+	@$(PIP) -e . 'transformers==5.23.0'
 	@touch $@
 
 .venv/.test-ready: .venv/.torch-ready

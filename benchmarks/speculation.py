@@ -1,38 +1,36 @@
 """Tokens per second with and without MTP speculation: same model, same greedy text, alternating in one process.
 
-    python benchmarks/speculation.py runs/demo [--runs 5]
-
-Prints a table and, as the last line, one JSON document.
+minga bench speculation --model runs/demo
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 
+import common
 import torch
+from common import row
 
 import minga
-from minga.runtime.machine import describe
 
 PROMPTS = ["ROMEO:\n", "KING HENRY V\t", "\n", "Enter HAMLET and HORATIO\n"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument(
         "model", nargs="?", default="runs/demo", help="model or run folder (default: the one `make demo` trains)"
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     params = minga.SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     plain, ahead = (minga.LLM(args.model, speculate=speculate) for speculate in (False, True))
     speed: dict[str, list[float]] = {"plain": [], "ahead": []}
     acceptance: list[float] = []
-    for turn in range(args.runs + 1):
+    for turn in range((1 if args.quick else args.runs) + 1):
         for prompt in PROMPTS:
             texts = {}
             for name, llm in (("plain", plain), ("ahead", ahead)):
@@ -45,23 +43,11 @@ def main() -> int:
                 print(f"error: speculation changed the text of {prompt!r}", file=sys.stderr)
                 return 1
     ratios = [a / p for a, p in zip(speed["ahead"], speed["plain"], strict=True)]
-    ours, theirs, ratio = (statistics.median(values) for values in (speed["ahead"], speed["plain"], ratios))
-    accepted = statistics.median(acceptance)
-    print(f"without speculation  {theirs:7.1f} tokens/s")
-    print(f"with MTP drafts      {ours:7.1f} tokens/s   {ratio:.2f}x, {accepted:.0%} of the drafts accepted, same text")
-    row = {"id": "speculate/demo/batch1", "ours": ours, "theirs": theirs, "peer": "minga without speculation"}
-    row |= {"unit": "tokens/s", "ratio": ratio, "runs": len(ratios), "spread": [min(ratios), max(ratios)]}
-    machine = describe()
-    versions = {"minga": minga.__version__, "torch": torch.__version__}
-    document = {
-        "bench": "speculation",
-        "machine": machine,
-        "versions": versions,
-        "commit": machine.get("commit"),
-        "rows": [row],
-    }
-    print(json.dumps(document))
-    return 0
+    note = f"{statistics.median(acceptance):.0%} of the drafts accepted, same text"
+    ours, theirs = (statistics.median(speed[name]) for name in ("ahead", "plain"))
+    peer = "minga without speculation"
+    rows = [row("speculate/demo/batch1", ours, theirs, unit="tokens/s", peer=peer, ratios=ratios, note=note)]
+    return common.finish("speculation", rows, as_json=args.json)
 
 
 if __name__ == "__main__":

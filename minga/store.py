@@ -7,6 +7,7 @@ newest checkpoint that is whole.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minga.checkpoint import gguf, hf, names
-from minga.checkpoint.durable import durable_folder, recover, verify_folder
+from minga.checkpoint.durable import durable_folder, find_problems, recover
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
@@ -25,6 +26,7 @@ from minga.quant import int8
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 QUANTS = ("int8",)
+_LOG = logging.getLogger("minga")
 
 
 class _SkipInit(TorchFunctionMode):
@@ -127,15 +129,19 @@ def resolve(path: str | PathLike[str]) -> Path:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; damaged ones are passed over. None if there is none."""
+    """The newest checkpoint of a run that is whole, None if there is none. Damaged ones are passed over, and a warning
+    of the logger "minga" (a line on stderr, unless configured otherwise) says so.
+    """
+    damaged: list[str] = []
     for number in sorted(checkpoint_steps(run), reverse=True):
         folder = run / f"checkpoint-{number:06d}"
         recover(folder)
-        try:
-            verify_folder(folder)
-        except UserError:
-            continue
-        return folder
+        problems = find_problems(folder)
+        if not problems:
+            for line in damaged:
+                _LOG.warning("%s. using %s", line, folder)
+            return folder
+        damaged.append(f"damaged checkpoint passed over: {problems[0]} ({folder})")
     return None
 
 

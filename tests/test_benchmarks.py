@@ -2,24 +2,283 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 from minga.config import TrainConfig
 from minga.recipes.pretrain import pretrain
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+KEYS = {"id", "ours", "theirs", "peer", "unit", "ratio", "runs", "spread"}
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Callable[[str], ModuleType]]:
+    """The scripts as modules, found as they find each other."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def bench(scripts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """`bench(answers, **settings)`: a Bench whose measurements are `answers[name](**arguments)`."""
+    train = scripts("train")
+
+    def make(answers: dict[str, Callable[..., Any]], **settings: Any) -> Any:
+        monkeypatch.setattr(train, "measure", lambda script, name, *, threads, **rest: answers[name](**rest))
+        monkeypatch.setattr(train.Bench, "shards", str(tmp_path))
+        defaults: dict[str, Any] = {"data": None, "minutes": 40, "threads": 2, "quick": False, "only": ""}
+        return train.Bench(**{**defaults, **settings})
+
+    return make
+
 
 def test_speculation(make_config: Callable[..., TrainConfig]) -> None:
     run = pretrain(make_config(steps=2)).run
-    script = Path(__file__).parents[1] / "benchmarks" / "speculation.py"
-    command = [sys.executable, str(script), str(run), "--runs", "1", "--tokens", "8"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "speculation.py"),
+        str(run),
+        "--runs",
+        "1",
+        "--tokens",
+        "8",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     document = json.loads(done.stdout.splitlines()[-1])
     assert set(document) == {"bench", "machine", "versions", "commit", "rows"}
     (row,) = document["rows"]
-    assert set(row) == {"id", "ours", "theirs", "peer", "unit", "ratio", "runs", "spread"}
+    assert set(row) == KEYS | {"note"}
     assert row["runs"] == 4
     assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+
+
+# ---------------------------------------------------------------------------------------------- train: measurements
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_a_step_of_either_side_is_timed(scripts, side: str) -> None:
+    speed = scripts("train").measure_speed(side, "tiny", steps=1)
+    assert speed["tokens_per_second"] > 0
+    assert 5e7 < speed["peak_bytes"] < 1e11  # bytes, not kilobytes
+
+
+def test_a_measurement_has_a_process_of_its_own(scripts) -> None:
+    common = scripts("common")
+    assert common.measure(str(BENCHMARKS / "train.py"), "peak", threads=1) > 1e8
+    with pytest.raises(common.Failed, match="speed"):
+        common.measure(str(BENCHMARKS / "train.py"), "speed", threads=1, side="ours", model="no such", steps=1)
+
+
+def test_the_baseline_trains_for_its_budget(scripts, make_config: Callable[..., TrainConfig], monkeypatch) -> None:
+    baseline = scripts("baseline")
+    monkeypatch.setitem(baseline.SIZES, "10m", {"n_layer": 1, "n_head": 2, "n_embd": 32})
+    monkeypatch.setattr(baseline, "SEQ_LEN", 32)
+    shards = baseline.open_shards(make_config().data)
+    said: list[dict[str, Any]] = []
+    options = {"lr": 1e-2, "batch_tokens": 128, "evaluations": 2, "eval_tokens": 500, "say": said.append}
+    last = baseline.train(shards, "10m", budget=2.0, **options)
+    assert last == said[-1]
+    assert last["step"] == last["steps"] > 10
+    assert 0.5 < last["seconds"] < 8.0
+    assert 0 < last["bits_per_byte"] < said[0]["bits_per_byte"] * 1.05
+
+
+def test_the_learning_rate_is_not_left_at_the_edge_of_the_sweep(scripts, monkeypatch) -> None:
+    baseline = scripts("baseline")
+    tried = []
+
+    def train(*_: Any, lr: float, **__: Any) -> dict[str, float]:
+        tried.append(lr)
+        return {"bits_per_byte": abs(lr - 7.5e-3)}
+
+    monkeypatch.setattr(baseline, "train", train)
+    assert baseline.sweep(None, "10m", budget=1, batch_tokens=1) == 8e-3
+    assert tried == [*baseline.LEARNING_RATES, 8e-3, 16e-3]
+
+
+# ---------------------------------------------------------------------------------------------- train: rows
+
+
+def test_speed_memory_and_utilisation_of_alternating_runs(bench) -> None:
+    order = []
+
+    def speed(side: str, precision: str = "float32", **_: Any) -> dict[str, float]:
+        order.append(side)
+        return {"tokens_per_second": {"theirs": 10.0, "ours": 15.0}[side] + len(order), "peak_bytes": 100.0}
+
+    b = bench({"speed": speed, "peak": lambda: 1e9}, only="train/")
+    b.speed("b", ["float32"], rounds=3, steps=1)
+    assert order == ["theirs", "ours"] * 3
+    rows = {row["id"]: row for row in b.rows}
+    assert list(rows) == [f"train/{name}/b" for name in ("tokens-per-second", "peak-memory", "mfu")]
+    assert all(set(row) - {"note"} == KEYS for row in rows.values())
+    fast = rows["train/tokens-per-second/b"]
+    assert (fast["ours"], fast["theirs"], fast["runs"]) == (19.0, 13.0, 3)
+    assert fast["spread"] == [21 / 15, 17 / 11]
+    assert rows["train/peak-memory/b"]["ratio"] == 1.0
+
+
+def _run(*bits: float) -> dict[str, Any]:
+    evaluations = [
+        {"seconds": 100.0 * n, "tokens": 1000 * n, "bits_per_byte": value, "val_loss": value, "mtp_acceptance": 0.5}
+        for n, value in enumerate(bits, 1)
+    ]
+    return {"evaluations": evaluations, "balance": {"median": 1.2, "spread": [1.1, 1.3], "steps": 9}}
+
+
+BASELINE = {"bits_per_byte": 2.0, "seconds": 4800.0, "tokens": 5000, "lr": 1e-3}
+
+
+def test_equal_loss_is_the_first_evaluation_as_low_as_the_baseline(bench) -> None:
+    budgets = []
+
+    def ours(budget: float, **_: Any) -> dict[str, Any]:
+        budgets.append(budget)
+        return _run(2.5, 2.1) if len(budgets) == 1 else _run(2.4, 2.0, 1.9)
+
+    b = bench({"baseline": lambda **_: BASELINE, "ours": ours})
+    b.equal_loss("30m")
+    rows = {row["id"]: row for row in b.rows}
+    row = rows["train/compute-to-equal-loss/30m"]
+    assert (row["ours"], row["theirs"], row["ratio"]) == (200.0, 4800.0, 24.0)
+    assert budgets[1] == pytest.approx(1.6 * budgets[0])  # the first schedule ended too early
+    assert rows["train/mtp-acceptance/30m"]["ours"] == 0.5
+    assert rows["train/balance/max-over-mean"]["spread"] == [1.1, 1.3]
+
+
+def test_a_loss_that_is_never_reached_has_no_ratio(bench) -> None:
+    b = bench({"baseline": lambda **_: BASELINE, "ours": lambda **_: _run(2.3)})
+    b.equal_loss("10m")
+    (row,) = b.rows
+    assert (row["ours"], row["ratio"]) == (None, None)
+    assert "not reached: 2.3" in row["note"]
+
+
+def test_loss_gaps_are_relative_to_float32(bench) -> None:
+    losses = {"float32": 4.0, "fp8": 4.01, "int8": 3.99}
+    b = bench({"steps": lambda config, **_: _run(losses[config["precision"]])}, quick=True)
+    b.gaps()
+    assert {row["id"]: round(row["ours"], 6) for row in b.rows} == {
+        "train/fp8-loss-gap": 0.0025,
+        "train/int8-loss-gap": -0.0025,
+    }
+    assert all("2,000 without --quick" in row["note"] for row in b.rows)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_all_rows_and_what_only_leaves_out(scripts, bench, quick: bool) -> None:
+    train = scripts("train")
+
+    def failing(**_: Any) -> Any:
+        raise train.Failed("no memory")
+
+    answers = {
+        "speed": lambda **_: {"tokens_per_second": 1.0, "peak_bytes": 1.0},
+        "peak": lambda: 1e9,
+        "steps": lambda **_: _run(2.0),
+        "baseline": lambda **_: BASELINE,
+        "ours": lambda **_: _run(1.9),
+    }
+    b = bench(answers, quick=quick)
+    train.run_all(b)
+    left_out = {"train/compute-to-equal-loss/30m"} if quick else set()
+    assert {row["id"] for row in b.rows} == set(train.IDS) - left_out
+    only = bench({"speed": answers["speed"], "peak": answers["peak"]}, quick=quick, only="train/peak")
+    train.run_all(only)
+    assert [row["id"] for row in only.rows] == ["train/peak-memory/b"]
+    broken = bench({**answers, "steps": failing}, quick=quick)
+    train.run_all(broken)
+    assert broken.failures == ["loss gaps: no memory"]
+    assert len(broken.rows) == len(b.rows) - 2
+
+
+def test_the_ablation_measures_time_to_equal_loss(scripts, bench) -> None:
+    train = scripts("train")
+    curves = {"full-recipe": _run(3.0, 2.0), "adamw": _run(3.5, 2.5), "no-mtp": _run(2.5, 1.5)}
+    b = bench({"ours": lambda config, **_: curves.get(config["ablation"], _run(3.0, 2.0))})
+    train.run_ablation(b, "10m")
+    ratios = {row["id"].rpartition("/")[2]: row["ratio"] for row in b.rows}
+    assert ratios["adamw"] == pytest.approx(200 / 150)  # the reference is at 2.5 halfway between its evaluations
+    assert ratios["no-mtp"] == pytest.approx(150 / 200)
+    assert ratios["gqa"] == 1.0
+
+
+def test_every_ablation_is_a_model_that_trains(scripts, make_config: Callable[..., TrainConfig]) -> None:
+    """Those that settings express, on the real recipe: the model can be built, and its active size stays about equal."""
+    from minga.planner.counts import count_parameters
+
+    train = scripts("train")
+    full = train.recipe("10m")
+    size = count_parameters(full.model).active
+    for name, ablation in train.ABLATIONS.items():
+        if ablation.change is not None and ablation.changes(full):
+            assert count_parameters(ablation.change(full).model).active == pytest.approx(size, rel=0.1), name
+
+
+@pytest.mark.parametrize(("size", "millions"), [("10m", 10), ("30m", 30)])
+def test_the_recipes_have_the_size_they_are_named_for(scripts, size: str, millions: int) -> None:
+    from minga.planner.counts import count_parameters
+
+    assert count_parameters(scripts("train").recipe(size).model).active / 1e6 == pytest.approx(millions, rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------- corpus
+
+
+def test_text_without_markup(scripts) -> None:
+    corpus = scripts("corpus")
+    page = '<head><title>T</title></head><div class="navheader"><p>Up</p></div><p>One  <b>two</b></p><pre>a\n  b</pre>'
+    ((_, text),) = corpus.html("name", page)
+    assert corpus.tidy(text) == "One two\n\na\n  b\n"
+    ((_, text),) = corpus.pod(
+        "name", "=head1 NAME\n\nUse C<print>, I<B<not>> L<say|perlfunc>, E<lt>b>.\n\n=over 4\n\n=cut\n"
+    )
+    assert corpus.tidy(text) == "NAME\n\nUse print, not say, <b>.\n"
+    entries = "".join(f"Word{n} \\Word\\\n   Same as {{Other}}.\n   [1913 Webster]\n\n" for n in range(2000))
+    parts = [text for _, text in corpus.dictionary("name", entries)]
+    assert len(parts) > 1
+    assert "\n\n".join(parts).count("Same as Other.") == 2000
+    assert not any("Webster" in part for part in parts)
+
+
+def test_the_files_of_a_package(scripts, tmp_path: Path) -> None:
+    corpus = scripts("corpus")
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:xz") as archive:
+        for name, data in (("./b.txt", b"bb"), ("./a.txt", b"aaa"), ("./c.png", b"x")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    package = b"!<arch>\n"
+    for name, data in (("debian-binary", b"2.0"), ("data.tar.xz", held.getvalue())):
+        package += f"{name:16}{0:<12}{0:<6}{0:<6}{644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    (tmp_path / "p.deb").write_bytes(package)
+    assert list(corpus.members(tmp_path / "p.deb")) == [("./a.txt", b"aaa"), ("./b.txt", b"bb")]
+
+
+def test_what_cannot_be_had_is_one_line(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = scripts("corpus")
+    monkeypatch.setattr(corpus, "COMMANDS", {key: ["no-such-program"] for key in corpus.COMMANDS})
+    (tmp_path / "moby-dick").mkdir()
+    (tmp_path / "moby-dick" / "a.txt").write_text("Call me Ishmael.\n")
+    said: list[str] = []
+    assert corpus.fetch(tmp_path, said.append) == 17
+    assert len(said) == len(corpus.ORIGINS) + 1
+    assert (
+        "passed over: no-such-program is not installed. to have it, make this work: no-such-program dict-gcide"
+        in said[0]
+    )

@@ -33,7 +33,9 @@ from minga.errors import UserError
 from minga.runtime.files import sync
 
 CHECKSUMS = "checksums.json"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# EFBIG: a file too large for the file system (4 GB on FAT32) or for `ulimit -f`
+_NO_SPACE = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "no space left on the device"}
+_NO_SPACE |= {errno.EFBIG: "a file would be larger than is allowed there"}
 _WAIT_FOR_WRITER = 5.0  # seconds; between its two renames a living writer needs microseconds
 
 
@@ -147,7 +149,7 @@ def _replace(target: Path, partial: Path) -> None:
     try:
         partial.rename(target)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not target.exists():  # a Ctrl-C may come when the new one is in place already
             aside.rename(target)
         raise
     sync(target.parent)
@@ -166,7 +168,7 @@ def _explain_failure(target: Path, *, only_no_space: bool = False) -> Iterator[N
         if error.errno in _NO_SPACE:
             free = shutil.disk_usage(_existing_parent(target)).free / 1e6
             raise UserError(
-                f"no space left on the device ({target}, {free:.1f} MB free). nothing was lost: "
+                f"{_NO_SPACE[error.errno]} ({target}, {free:.1f} MB free). nothing was lost: "
                 "what was there before is untouched. free some space, or save elsewhere"
             ) from error
         if only_no_space:

@@ -28,6 +28,7 @@ from torch import Tensor
 from minga.checkpoint import durable, names
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.kernels import fp8
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE_INV = "_scale_inv"  # what the name of an FP8 weight's scale adds to the weight's
@@ -220,13 +221,10 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, *, block: tuple[int, int], dty
 
     Multiplied in float32, then rounded to `dtype` once, a row of blocks at a time.
     """
-    rows, columns = weight.shape
-    step = block[0]
-    scale_of_column = scale.to(torch.float32).repeat_interleave(block[1], dim=1)[:, :columns]
-    out = torch.empty(rows, columns, dtype=dtype)
+    out = torch.empty(weight.shape, dtype=dtype)
     for i in range(scale.shape[0]):
-        band = slice(i * step, (i + 1) * step)
-        out[band] = weight[band].to(torch.float32) * scale_of_column[i]
+        band = slice(i * block[0], (i + 1) * block[0])
+        out[band] = fp8.dequantize(weight[band], scale[i : i + 1], block)
     return out
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
     "serve": "an OpenAI-compatible API and a web page",
+    "bench": "measure what it claims on this machine, beside its peers",
     "doctor": "what this machine has and what is missing",
     "completion": "print a shell's completion script",
 }

@@ -8,19 +8,25 @@ import difflib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minga.errors import UserError
+from minga.planner.dial import Budget, Choice, Plan, check_budget
+from minga.runtime.sinks import check_sinks
 
 if TYPE_CHECKING:
     from minga.config import TrainConfig
 
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 EXAMPLE = """\
 examples:
-  minga train --data shards --out runs/mine --hours 1
+  minga train --data shards --out runs/mine --hours 1                  everything is chosen for this machine and text
+  minga train --data shards --out runs/mine --hours 1 --dry-run        shows each choice, its formula and its source
+  minga train --data shards --out runs/mine --tokens 100m --size 10m   so many tokens, so many active parameters
   minga train --data shards --out runs/tiny --preset tiny --steps 20
   minga train --data shards --out runs/mine --hours 1 --set batch_size=32 --set model.num_hidden_layers=6
-  torchrun --nproc-per-node 4 -m minga train --data shards --out runs/mine --hours 1 --set ep=2
+  torchrun --nproc-per-node 4 -m minga train --data shards --out runs/mine --preset laptop --steps 1000 --set ep=2
 The same command goes on with a run that was stopped (Ctrl-C saves first).
 """
 
@@ -34,14 +40,23 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="folder that `minga data` wrote")
-    parser.add_argument("--out", required=True, metavar="DIR", help="run folder; an unfinished run in it goes on")
+    parser.add_argument("--out", metavar="DIR", help="run folder; an unfinished run in it goes on")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument(
-        "--hours", type=float, metavar="H", help="time to train; the steps follow from this machine's speed"
+    length.add_argument("--hours", type=float, metavar="H", help="time for the whole run on this machine")
+    length.add_argument("--tokens", metavar="N", help="tokens to read, such as 100m")
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; nothing else is chosen for you")
+    pinned = parser.add_mutually_exclusive_group()
+    pinned.add_argument(
+        "--size", metavar="N", help="active parameters, such as 10m (default: best for the time or tokens)"
     )
-    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    pinned.add_argument("--preset", metavar="NAME", help="architecture: tiny, laptop (with --steps the default), small")
+    parser.add_argument("--dry-run", action="store_true", help="measure, print what would be chosen and why, and stop")
     parser.add_argument(
-        "--preset", default="laptop", metavar="NAME", help="architecture: tiny, laptop (default), small"
+        "--log",
+        action="append",
+        default=[],
+        metavar="SINK",
+        help="send the numbers also to tensorboard, trackio or wandb; may be repeated",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data order (default 0)")
     parser.add_argument(
@@ -57,10 +72,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = make_config(args)
+    check_sinks(args.log)
+    if not (args.out or args.dry_run):
+        raise UserError("there is no folder to write to (train). give --out DIR")
+    plan = _plan(args)
+    config = make_config(args, plan)
+    if args.dry_run:
+        return _show(plan, config, as_json=args.json)
+    if plan is not None and plan.seconds:
+        print(_table(plan), file=sys.stderr, flush=True)
     from minga.recipes.pretrain import pretrain
 
-    result = pretrain(config, note=lambda line: print(line, file=sys.stderr, flush=True))
+    note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    result = pretrain(config, note=note, plan=plan, sinks=args.log)
     if int(os.environ.get("RANK", "0")):  # of several processes the first speaks
         return 0
     if args.json:
@@ -79,12 +103,82 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_config(args: argparse.Namespace) -> TrainConfig:
-    """The run's settings from flags and `--set`. Raises `UserError`, with the nearest name, for an unknown one."""
+def _plan(args: argparse.Namespace) -> Plan | None:
+    """The one dial's choices: made now, or for a run that goes on those it was begun with. None with `--steps`."""
+    from minga.config import PRESETS
+
+    if args.preset is not None and args.preset not in PRESETS:
+        raise UserError(f"preset {args.preset!r} is not known (--preset). {_known(args.preset, list(PRESETS))}")
+    if args.steps is not None:
+        if args.dry_run or args.size:
+            flag = "--dry-run" if args.dry_run else "--size"
+            raise UserError(f"with --steps nothing is chosen ({flag}). say how long by --hours H or --tokens N instead")
+        return None
+    asked = {"tokens": _count(args.tokens, "tokens"), "size": _count(args.size, "size"), "preset": args.preset}
+    check_budget(Budget(args.hours, asked["tokens"], asked["size"]))
+    make_config(args, None)  # a mistake in the settings is found before anything is measured
+    from minga.data.shards import open_shards
+    from minga.recipes.dial import plan_run
+    from minga.store import latest_checkpoint
+
+    file = Path(args.out or ".") / "plan.json"
+    if args.out and not args.dry_run and file.is_file() and latest_checkpoint(Path(args.out)) is not None:
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"--{key}" for key in asked if begun["asked"][key] != asked[key]]
+        if changed:
+            raise UserError(
+                f"this run was begun with another {', '.join(changed)} ({args.out}). use the same, or another --out"
+            )
+        return Plan(asked, tuple(Choice(**choice) for choice in begun["choices"]))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "without --steps the run is chosen for one process, and here are several (train). "
+            "give --steps N, with --preset and --set for the rest"
+        )
+    return plan_run(open_shards(args.data), hours=args.hours, **asked)
+
+
+def _count(text: str | None, flag: str) -> int | None:
+    """10m is ten million."""
+    if text is None:
+        return None
+    digits, factor = (text[:-1], UNITS[text[-1].lower()]) if text[-1:].lower() in UNITS else (text, 1)
+    try:
+        value = float(digits) * factor
+        if 1 <= value <= 1e15:
+            return round(value)
+    except ValueError:
+        pass
+    raise UserError(f"{text!r} is no number of {flag} (--{flag}). write it as 10m, 1.5b or 250000")
+
+
+def _show(plan: Plan | None, config: TrainConfig, *, as_json: bool) -> int:
+    assert plan is not None
+    if as_json:
+        from minga.recipes.pretrain import as_dict
+
+        print(json.dumps({**dataclasses.asdict(plan), "config": as_dict(config)}))
+    else:
+        print(_table(plan))
+    return 0
+
+
+def _table(plan: Plan) -> str:
+    """A line a choice: what, how much, by which formula, and who says so."""
+    rows = [(choice.name, str(choice.value), choice.formula, choice.source) for choice in plan.choices]
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(
+        f"{name:{wide[0]}}  {value:>{wide[1]}}  {formula}  [{source}]" for name, value, formula, source in rows
+    )
+
+
+def make_config(args: argparse.Namespace, plan: Plan | None) -> TrainConfig:
+    """The run's settings: the dial's, and above them flags and `--set`.
+
+    Raises `UserError`, with the nearest name, for an unknown one.
+    """
     from minga.config import PRESETS, ModelConfig, TrainConfig
 
-    if args.preset not in PRESETS:
-        raise UserError(f"preset {args.preset!r} is not known (--preset). {_known(args.preset, list(PRESETS))}")
     model: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for item in args.set:
@@ -94,17 +188,24 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
         if not equals or name not in fields or fields[name] not in ("int", "float", "bool", "str", "int | None"):
             raise UserError(f"setting {item!r} is not known (--set). {_known(name, list(fields))}")
         target[name] = _parse(key, text, fields[name])
-    return TrainConfig(
+    chosen, architecture = ({}, {}) if plan is None else (plan.values(), plan.values("model."))
+    config = TrainConfig(
         **{
             "data": args.data,
-            "out": args.out,
-            "model": PRESETS[args.preset]().replace(**model),
+            "out": args.out or "",
+            "model": PRESETS[args.preset or "laptop"]().replace(**{**architecture, **model}),
             "hours": args.hours or 0.0,
-            "steps": args.steps or 0,
+            "steps": args.steps or int(args.tokens is not None),
             "seed": args.seed,
+            **chosen,
             **values,
         }
     )
+    tokens = _count(args.tokens, "tokens")
+    if tokens is None or "steps" in values:
+        return config
+    step = config.batch_size * config.accumulate * config.seq_len  # after --set: so many tokens were asked for
+    return dataclasses.replace(config, steps=max(1, round(tokens / step)))
 
 
 def _parse(key: str, text: str, kind: str) -> Any:

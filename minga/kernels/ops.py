@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minga.kernels import cpu, reference
+from minga.kernels import cpu, fp8, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
@@ -74,6 +74,8 @@ def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | No
 
 def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str = "float32") -> Tensor:
     """x @ W.T + bias over the last dimension of x, its product and those of its gradients in `precision`."""
+    if precision == "fp8":
+        return fp8.linear(x, weight_OI, bias)
     if compiled(x, weight_OI):
         y = cpu.Linear.apply(x, weight_OI, cpu.PRECISIONS[precision])
         return y if bias is None else y + bias
@@ -84,7 +86,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precisio
 
 def mlp(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, precision: str = "float32") -> Tensor:
     """down(silu(gate(x)) · up(x)), over the last dimension of x."""
-    if compiled(x, gate_FD, up_FD, down_DF):
+    if precision in cpu.PRECISIONS and compiled(x, gate_FD, up_FD, down_DF):
         weights = (torch.cat([gate_FD, up_FD])[None], down_DF[None])
         return cpu.Experts.apply(x.flatten(0, -2), None, None, *weights, cpu.PRECISIONS[precision]).view_as(x)
     gate, up = (linear(x, weight, precision=precision) for weight in (gate_FD, up_FD))
@@ -105,17 +107,22 @@ def experts(
     The loop is over experts that were chosen, and its slices come from one `split` and one `unbind`: their backward is
     one `cat` and one `stack`, where indexing would add E full-size gradients.
     """
-    if compiled(x_ND, weight_NA, gate_up_EGD, down_EDF):
+    if precision in cpu.PRECISIONS and compiled(x_ND, weight_NA, gate_up_EGD, down_EDF):
         return cpu.Experts.apply(x_ND, index_NA, weight_NA, gate_up_EGD, down_EDF, cpu.PRECISIONS[precision])
     active = index_NA.shape[1]
     order = index_NA.flatten().argsort(stable=True)
     counts = torch.bincount(index_NA.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
     token = order // active
-    rows = x_ND[token].split(counts)
-    chosen = [
-        linear(swiglu(linear(x, gate_up, precision=precision)), down, precision=precision)
-        for x, gate_up, down in zip(rows, gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)
-        if len(x)
-    ]
-    weighted = torch.cat(chosen) * weight_NA.flatten()[order, None]
+    rows = x_ND[token]
+    if precision == "fp8":
+        out = fp8.grouped_linear(swiglu(fp8.grouped_linear(rows, gate_up_EGD, counts)), down_EDF, counts)
+    else:
+        out = torch.cat(
+            [
+                linear(swiglu(linear(x, gate_up, precision=precision)), down, precision=precision)
+                for x, gate_up, down in zip(rows.split(counts), gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)
+                if len(x)
+            ]
+        )
+    weighted = out * weight_NA.flatten()[order, None]
     return torch.zeros_like(x_ND).index_add(0, token, weighted)

@@ -43,6 +43,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.logits_NE: Tensor | None = None  # of the last forward in training mode, for the router's z-loss
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         has_bias = config.topk_method == "noaux_tc"
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if has_bias else None
@@ -52,6 +53,7 @@ class Router(nn.Module):
         """Returns expert numbers (N, A), weights (N, A) and all scores (N, E), the last two float32."""
         c = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
+        self.logits_NE = logits_NE if self.training else None
         score_NE = logits_NE.sigmoid() if c.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         index_NA = self._select(score_NE.detach())
         weight_NA = score_NE.gather(1, index_NA)

@@ -62,13 +62,14 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def init_weights(self, generator: torch.Generator | None = None) -> Transformer:
+    def init_weights(self, generator: torch.Generator | None = None, *, residual_scale: float = 1.0) -> Transformer:
         """Normal with `initializer_range`, scaled down by sqrt(2 layers) where a block writes to the residual stream.
 
         The scaling is GPT-2's; with it the stream keeps its size at any depth, and the first loss is ln(vocabulary).
+        `residual_scale` multiplies it: with 0 every block begins as the identity, which training does (docs/log.md).
         """
         std = self.config.initializer_range
-        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        residual_std = residual_scale * std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_stream = name.endswith(("o_proj", "down_proj"))

@@ -28,7 +28,7 @@ class CommBytes:
     reduce_scatter: float  # gradients (FSDP)
     experts: float  # all-to-all: tokens to their experts and back, and so their gradients
     matrices: float  # all-to-all: gradients of matrices to their owners, new weights back (Muon)
-    all_reduce: float  # token counts, metrics, the gradient's norm, the wish to stop
+    all_reduce: float  # token counts, metrics, the gradient's norm, CPU time, the wish to stop
 
     @property
     def total(self) -> float:
@@ -64,7 +64,7 @@ def step_bytes(config: TrainConfig, *, dp: int, ep: int = 1, with_mtp: bool = Fa
     depths = 1 + c.num_nextn_predict_layers
     routers = sum(c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
     routers += c.num_nextn_predict_layers * bool(c.n_routed_experts)
-    numbers = config.accumulate * depths + 3 + routers * c.n_routed_experts + 1
+    numbers = config.accumulate * depths + 3 + routers * c.n_routed_experts + 2
     small = 2 * _share(processes) * (8 * numbers + 4)
     return CommBytes(
         config.accumulate * gathered, config.accumulate * reduced, config.accumulate * routed, owned, small

@@ -83,6 +83,31 @@ def forward_flops(config: ModelConfig, context: int, *, absorbed: bool = False, 
     return 2 * products
 
 
+def muon_flops(config: ModelConfig, *, mtp: bool = False, steps: int = 5) -> int:
+    """Matrix products of one optimizer step: `steps` Newton-Schulz iterations of every hidden matrix, whatever the batch.
+
+    Each takes x xT, its square, and a product with x: 4 m² n + 2 m³ for m rows and n columns, m <= n.
+    """
+    c = config
+    D, H = c.hidden_size, c.num_attention_heads
+    if c.kv_lora_rank is None:
+        attention = [(D, H * c.head_dim)] * 2 + [(D, c.num_key_value_heads * c.head_dim)] * 2
+    else:
+        C, Q = c.kv_lora_rank, H * c.qk_head_dim
+        queries = [(D, Q)] if c.q_lora_rank is None else [(D, c.q_lora_rank), (c.q_lora_rank, Q)]
+        up, out = (C, H * (c.qk_nope_head_dim + c.v_head_dim)), (H * c.v_head_dim, D)
+        attention = [*queries, (D, C + c.qk_rope_head_dim), up, out]
+    expert, shared = (D, c.moe_intermediate_size), (D, c.n_shared_experts * c.moe_intermediate_size)
+    extra = c.num_nextn_predict_layers if mtp else 0
+    layers = c.num_hidden_layers + extra
+    moe = sum(c.is_moe_layer(layer) for layer in range(layers))
+    counted = [(layers, shape) for shape in attention]
+    counted += [(3 * moe * c.n_routed_experts, expert), (3 * moe, shared)]
+    counted += [(3 * (layers - moe), (D, c.intermediate_size)), (extra, (D, 2 * D))]
+    sides = ((count, min(shape), max(shape)) for count, shape in counted)
+    return steps * sum(count * (4 * m * m * n + 2 * m**3) for count, m, n in sides)
+
+
 def _attention_matrices(c: ModelConfig) -> int:
     D, H, Q, V = c.hidden_size, c.num_attention_heads, c.qk_head_dim, c.value_head_dim
     if c.kv_lora_rank is None:

@@ -26,8 +26,11 @@ from typing import Any
 from minga.errors import UserError
 
 Points = list[tuple[float, float]]  # (step, value), steps rising
+Table = list[list[float]]
 MAX_POINTS = 600  # a curve is drawn 640 wide: more points cannot be seen
 MAX_SAMPLES = 8
+MAX_CELLS = 6000  # of the heat map over time; with more experts it has fewer columns
+STEP_KEYS = ("loss", "train_bits_per_byte", "tokens_per_second", "mfu", "lr", "grad_norm", "expert_max_over_mean")
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -52,7 +55,8 @@ class _Run:
     end: dict[str, Any] = field(default_factory=dict)
     last_step: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    expert_load: list[list[float]] = field(default_factory=list)  # the latest: MoE layers x experts, mean 1
+    loads: list[tuple[float, Table]] = field(default_factory=list)  # (step, MoE layers x experts, mean 1), steps rising
+    skips: list[float] = field(default_factory=list)  # steps that were left out because the loss or gradient leapt
     curves: dict[str, Points] = field(default_factory=dict)  # by key of the line: "loss", "bits_per_byte", ...
 
     def curve(self, key: str) -> Points:
@@ -94,10 +98,12 @@ def _gather(lines: Iterable[dict[str, Any]]) -> _Run:
             run.start, run.end = line, {}
         elif kind == "step":
             run.last_step = line
-            _add_points(run, line, ("loss", "tokens_per_second", "expert_max_over_mean"))
-            run.expert_load = _load_table(line.get("expert_load")) or run.expert_load
+            _add_points(run, line, STEP_KEYS)
+            _add_load(run, line)
         elif kind == "eval":
             _add_points(run, line, ("val_loss", "bits_per_byte", "mtp_acceptance"))
+        elif kind == "skip" and (step := _number(line.get("step"))) is not None:
+            run.skips = [*(earlier for earlier in run.skips if earlier < step), step]
         elif kind == "sample":
             run.samples.append(line)
         elif kind == "end":
@@ -117,7 +123,14 @@ def _add_points(run: _Run, line: Mapping[str, Any], keys: Iterable[str]) -> None
         points.append((step, value))
 
 
-def _load_table(value: Any) -> list[list[float]]:
+def _add_load(run: _Run, line: Mapping[str, Any]) -> None:
+    step, table = _number(line.get("step")), _load_table(line.get("expert_load"))
+    if step is None or not table:
+        return
+    run.loads = [*(earlier for earlier in run.loads if earlier[0] < step), (step, table)]
+
+
+def _load_table(value: Any) -> Table:
     if not isinstance(value, list):
         return []
     table = [[_number(load) or 0.0 for load in row] for row in value if isinstance(row, list)]
@@ -149,6 +162,10 @@ def _decimal(value: float | None, digits: int) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _gigabytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e9:.2f} GB"
 
 
 def _duration(seconds: float | None) -> str:
@@ -212,7 +229,9 @@ def _chart(title: str, series: Sequence[tuple[str, str, Points]]) -> str:
         return ""
     steps = [step for _, _, points in series for step, _ in points]
     values = [value for _, _, points in series for _, value in points]
-    margin = 0.06 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
+    spread = max(values) - min(values)
+    level = spread <= 1e-9 * max(map(abs, values))  # rounding is no curve, and has no ticks
+    margin = (0.1 * abs(values[0]) or 1.0) if level else 0.06 * spread
     x = _Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, WIDTH - RIGHT)
     y = _Scale(min(values) - margin, max(values) + margin, HEIGHT - BOTTOM, TOP)
     legend = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind, _ in series if name)
@@ -244,7 +263,7 @@ def _axes(x: _Scale, y: _Scale) -> str:
 
 def _curve(name: str, kind: str, points: Points, x: _Scale, y: _Scale) -> str:
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-    out = f'<polyline class="curve {kind}" points="{line}"/>'
+    out = "" if kind == "dots" else f'<polyline class="curve {kind}" points="{line}"/>'
     if name and len(points) <= 40:  # few enough to be pointed at: each says its value
         out += "".join(
             f'<circle class="{kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3">'
@@ -285,6 +304,43 @@ def _heat_map(table: Sequence[Sequence[float]]) -> str:
     )
 
 
+def _heat_over_time(loads: Sequence[tuple[float, Table]]) -> str:
+    """One band a layer, one row an expert, time to the right; the colours are those of the map of the last step.
+
+    Cells of one shade are one path, in five shades, so that the page stays small.
+    """
+    rows = sum(len(row) for row in loads[-1][1]) if loads else 0
+    if len(loads) < 2 or not rows:
+        return ""
+    columns = min(len(loads), 100, max(8, MAX_CELLS // rows))
+    shown = [loads[(i + 1) * len(loads) // columns - 1] for i in range(columns)]
+    wide, high, gap = (WIDTH - LEFT - RIGHT) / columns, min(8.0, max(1.0, HEIGHT / rows)), 4
+    paths: dict[tuple[str, int], str] = {}
+    labels, y = "", 0.0
+    for layer, last in enumerate(loads[-1][1]):
+        labels += f'<text x="{LEFT - 8}" y="{y + len(last) * high / 2 + 4:.1f}" text-anchor="end">{layer + 1}</text>'
+        for expert in range(len(last)):
+            for column, (_, table) in enumerate(shown):
+                load = table[layer][expert] if layer < len(table) and expert < len(table[layer]) else 1.0  # came later
+                shade = round(5 * min(1.0, abs(math.log2(max(load, 0.05)))))
+                if shade:
+                    kind = ("hot" if load > 1 else "cold", shade)
+                    at = f"M{LEFT + column * wide:.1f} {y:.1f}h{wide:.1f}v{high:.1f}h-{wide:.1f}z"
+                    paths[kind] = paths.get(kind, "") + at
+            y += high
+        y += gap
+    x = _Scale(shown[0][0], shown[-1][0], LEFT + wide / 2, WIDTH - RIGHT - wide / 2)
+    ticks = [v for v in _ticks(x.low, x.high, 7) if v == round(v)]
+    labels += "".join(f'<text x="{x(v):.1f}" y="{y + 14:.1f}" text-anchor="middle">{v:,.0f}</text>' for v in ticks)
+    drawn = "".join(f'<path class="{kind}" fill-opacity="{n / 5}" d="{d}"/>' for (kind, n), d in paths.items())
+    ground = f'<rect class="cell" x="{LEFT}" y="0" width="{WIDTH - LEFT - RIGHT}" height="{y - gap:.1f}"/>'
+    return (
+        f"<figure><figcaption>Load of each expert over time (bands: layers)</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {y + 20:.0f}" role="img" '
+        f'aria-label="Expert load over {columns} moments">{ground}{drawn}{labels}</svg></figure>'
+    )
+
+
 # ---- the page
 
 
@@ -300,6 +356,8 @@ def _tiles(run: _Run) -> str:
         ("steps", _compact(_number(run.last_step.get("step")))),
         ("tokens", _compact(tokens)),
         ("tokens a second", _compact(_speed(run, tokens))),
+        ("MFU", _percent(_median(run.curve("mfu")))),
+        ("memory", _gigabytes(_number(run.last_step.get("gpu_memory")) or _number(run.last_step.get("memory")))),
         ("time", _duration(seconds)),
         ("MTP acceptance", _percent(run.latest("mtp_acceptance"))),
     )
@@ -308,8 +366,12 @@ def _tiles(run: _Run) -> str:
 
 def _speed(run: _Run, tokens: float | None) -> float | None:
     """The median over the steps: one slow step (a checkpoint, a suspended laptop) does not move it."""
-    speeds = sorted(value for _, value in run.curve("tokens_per_second"))
-    return speeds[len(speeds) // 2] if speeds and tokens else None
+    return _median(run.curve("tokens_per_second")) if tokens else None
+
+
+def _median(points: Points) -> float | None:
+    values = sorted(value for _, value in points)
+    return values[len(values) // 2] if values else None
 
 
 def _outcome(run: _Run) -> str:
@@ -350,6 +412,23 @@ def _table(value: Any) -> str:
     return f"<table>{cells}</table>"
 
 
+def _skipped(run: _Run) -> Points:
+    norms = dict(run.curve("grad_norm"))
+    return [(step, norms[step]) for step in run.skips if step in norms]
+
+
+def _plan(value: Any) -> str:
+    """The one dial's choices: name, value, formula, source."""
+    found = _mapping(value).get("choices")
+    choices = [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(choice.get("name")))}</th><td>{escape(str(choice.get("value")))}</td>'
+        f"<td>{escape(str(choice.get('formula')))}<br><small>{escape(str(choice.get('source')))}</small></td></tr>"
+        for choice in choices
+    )
+    return f'<table class="plan">{rows}</table>' if rows else ""
+
+
 def _section(title: str, *parts: str, kind: str = "") -> str:
     body = "".join(parts)
     return f'<section class="{kind}"><h2>{title}</h2>{body}</section>' if body else ""
@@ -366,19 +445,35 @@ def _page(name: str, run: _Run) -> str:
                 ("held-out", "held", run.curve("val_loss")),
             ],
         ),
-        _chart("Bits per byte", [("held-out", "held", run.curve("bits_per_byte"))]),
+        _chart(
+            "Bits per byte",
+            [
+                ("training, smoothed", "train", _smooth(_thin(run.curve("train_bits_per_byte")))),
+                ("held-out", "held", run.curve("bits_per_byte")),
+            ],
+        ),
+        _chart("Learning rate of the matrices", [("", "train", run.curve("lr"))]),
+        _chart("Gradient norm", [("", "train", run.curve("grad_norm")), ("skipped steps", "dots", _skipped(run))]),
     )
     balance = [("busiest expert / mean", "train", run.curve("expert_max_over_mean"))]
     sections = (
         _section("Learning", *charts, kind="pair"),
-        _section("Experts", _heat_map(run.expert_load), _chart("Imbalance", balance), kind="pair"),
+        _section(
+            "Experts",
+            _heat_over_time(run.loads),
+            _heat_map(run.loads[-1][1] if run.loads else []),
+            _chart("Imbalance", balance),
+            kind="pair",
+        ),
         _section(
             "Speed",
             _chart("Training (tokens a second)", [("", "raw", speed), ("smoothed", "train", _smooth(_thin(speed)))]),
+            _chart("MFU (share of the float32 product's peak)", [("", "train", _smooth(_thin(run.curve("mfu"))))]),
             _chart("MTP acceptance (share of drafts)", [("held-out", "held", run.curve("mtp_acceptance"))]),
             kind="pair",
         ),
         _section("Samples", _samples(run)),
+        _section("Why these numbers", _plan(run.start.get("plan"))),
         _section("Machine", _table(run.start.get("machine"))),
         _section("Settings", _table(run.start.get("config"))),
     )
@@ -441,7 +536,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: .82rem; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0;
   background: var(--teal); }
-.key.held::before { background: var(--amber); }
+.key.held::before, .key.dots::before { background: var(--amber); }
 .key.cold::before { background: var(--blue); }
 svg { display: block; width: 100%; overflow: visible; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
@@ -450,7 +545,7 @@ svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-num
 .curve.raw { stroke-width: 1; opacity: .3; }
 .curve.held { stroke: var(--amber); }
 circle { fill: var(--teal); }
-circle.held, .hot { fill: var(--amber); }
+circle.held, circle.dots, .hot { fill: var(--amber); }
 .cold { fill: var(--blue); }
 .cell { fill: var(--sunk); }
 blockquote { margin: 0 0 12px; padding: 12px 18px; }
@@ -461,6 +556,9 @@ table { width: 100%; border-collapse: separate; border-spacing: 0; padding: 6px 
 th, td { text-align: left; vertical-align: top; padding: 5px 8px 5px 0; border-bottom: 1px solid var(--line); }
 tr:last-child > * { border-bottom: 0; }
 th { font-weight: 400; color: var(--soft); width: 45%; }
+.plan th { width: 24%; }
+.plan td:nth-child(2) { width: 14%; }
+small { color: var(--soft); }
 td { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) { svg text { font-size: 18px; } } /* the drawing shrinks, its words must not */
 @media print { figure, blockquote, .tiles div { break-inside: avoid; } }

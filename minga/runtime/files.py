@@ -1,4 +1,4 @@
-"""Making sure that what was written is on the disk."""
+"""Making sure that what was written is on the disk, and whole."""
 
 from __future__ import annotations
 
@@ -13,3 +13,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is there whole or as it was before, on the disk when this returns. Raises `OSError`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

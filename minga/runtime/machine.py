@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 PACKAGES = (
@@ -88,6 +89,35 @@ def memory(
                 left = max(0, int(limit) - int(usage))
                 free = left if free is None else min(left, free)
     return total, free
+
+
+def memory_used() -> tuple[int | None, int | None]:
+    """Bytes that this process holds: (main memory, the GPU's by torch; None without one)."""
+    pages = _text(Path("/proc/self/statm")).split()
+    resident = int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else _peak_memory()
+    import torch
+
+    return resident, torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+
+
+def gemm_peak(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the best of a few float32 products of two square matrices, on the GPU if torch has one.
+
+    What utilisation is measured against: it is reached here, with this number of threads, and not a data sheet's. On an
+    NVIDIA GPU it is full float32 unless torch is allowed TF32. Draws no random number, so a run is the same without it.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size *= 8 if device.type == "cuda" else 1
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        began = perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for a GPU
+        best = min(best, perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def free_disk(folder: Path) -> int | None:
@@ -167,6 +197,15 @@ def _apple_cpu() -> tuple[str | None, list[str]]:
     spelled = {"sse4.2": "sse4_2", "avx1.0": "avx"}
     found |= {spelled.get(flag, flag) for flag in intel.lower().split()}
     return name, [flag for flag in SIMD if flag in found]
+
+
+def _peak_memory() -> int | None:
+    """Where the system does not tell what is held now: the most that has been."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _apple_memory() -> tuple[int | None, int | None]:

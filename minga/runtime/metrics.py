@@ -6,18 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minga.errors import UserError
+
 
 class MetricsLog:
-    """Appends to a file. Each line is flushed whole, so a killed run loses at most the line it was writing."""
+    """Appends to a file. Each line is written at once, so a killed run loses at most the line it was writing.
+
+    Raises `UserError` when the file cannot be written, as on a full disk.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        # without a buffer: one that could not be emptied would be tried again, and fail again, at the program's end
+        self._file = path.open("ab", buffering=0)
         if path.stat().st_size and not _ends_with_newline(path):
-            self._file.write("\n")  # a run that died in mid-line: its torn line must not swallow our first
+            self._append("\n")  # a run that died in mid-line: its torn line must not swallow our first
 
     def write(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
+
+    def _append(self, text: str) -> None:
+        data = text.encode("utf-8", "replace")
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run's log: {error.strerror} ({self._path}). free some space or check the rights, and "
+                "give the same command: the run goes on from its last checkpoint"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -18,7 +19,8 @@ class ProgressBar:
     def __init__(self, label: str, total: int, done: int = 0, *, shown: bool = True):
         self._label, self._total, self._done, self._shown = label, total, done, shown
         self._console = Console(stderr=True, highlight=False)
-        self._last_line = time.monotonic()
+        self._last_line = self._began = time.monotonic()
+        self._first = done
         self._bar: Progress | None = None
         if self._console.is_terminal and shown:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -44,7 +46,10 @@ class ProgressBar:
             self._bar.update(self._task, advance=advance, text=text)
         elif self._shown and (self._done >= self._total or time.monotonic() - self._last_line >= LINE_EVERY):
             self._last_line = time.monotonic()
-            print(f"{self._label} {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
+            each = (self._last_line - self._began) / max(1, self._done - self._first)
+            left = timedelta(seconds=round(each * (self._total - self._done)))
+            end = f"  {left} left" if left else ""
+            print(f"{self._label} {self._done}/{self._total}  {text}{end}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -33,6 +33,11 @@ class LoadCounter:
         """Load of each expert over the layer's mean, one (E,) tensor a layer that ran; 1.0 is an even share."""
         return [counts_E / counts_E.mean() for counts_E in self.counts_LE if counts_E.sum() > 0]
 
+    def reset(self) -> None:
+        """Forgets the counts of a step that is not taken."""
+        for counts_E in self.counts_LE:
+            counts_E.zero_()
+
     @torch.no_grad()
     def update_bias(self, rates: Sequence[float]) -> None:
         """One step of each router's bias, by its layer's rate and the sign of each expert's load error. Counts restart."""
@@ -40,7 +45,7 @@ class LoadCounter:
             bias_E = layer.gate.e_score_correction_bias
             if bias_E is not None and counts_E.sum() > 0:
                 bias_E += rate * torch.sign(counts_E.mean() - counts_E).to(bias_E)
-            counts_E.zero_()
+        self.reset()
 
 
 def balance_rates(config: TrainConfig, step: int, layers: list[MoE]) -> list[float]:

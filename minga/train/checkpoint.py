@@ -2,7 +2,8 @@
 
     checkpoint-000200/
         config.json  model.safetensors  tokenizer.json ...   the model (docs/formats.md)
-        training_state/state.json                            step, seconds, loader position
+        ema/                                                 the mean of the weights, a model folder too, if there is one
+        training_state/state.json                            step, seconds, loader position, what the guard remembers
         training_state/optimizer.safetensors                 every moment, and torch's random state
         checksums.json                                       sha256 of each file, written last
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.store import checkpoint_steps, load, write_into
+from minga.train.ema import Ema
+from minga.train.guard import require_finite_weights
 from minga.train.optim import Optimizer
 
 RANDOM_STATE = "torch random state"
@@ -35,36 +38,57 @@ RANDOM_STATE = "torch random state"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands. `loader` is the loader's `state_dict`; `seconds` the time trained so far."""
+    """Where a run stands. `loader` and `guard` are their `state_dict`; `seconds` the time trained so far."""
 
     step: int
     tokens: int
     seconds: float
     loader: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
-    run: Path, state: TrainingState, model: Transformer, moments: dict[str, Tensor], tokenizer: Tokenizer, *, keep: int
+    run: Path,
+    state: TrainingState,
+    model: Transformer,
+    moments: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    keep: int,
+    ema: Ema | None = None,
 ) -> Path:
-    """Writes `checkpoint-STEP` whole or not at all, then drops all but the newest `keep`. `moments`: the optimizer's state."""
+    """Writes `checkpoint-STEP` whole or not at all, then drops all but the newest `keep` up to this one.
+
+    moments: the optimizer's state. Raises `Diverged`, before anything is written, for a model whose weights are not finite.
+    """
+    require_finite_weights(model)
     folder = run / f"checkpoint-{state.step:06d}"
     with durable_folder(folder) as partial:
         write_into(partial, model, tokenizer)
+        if ema is not None:
+            (partial / "ema").mkdir()
+            write_into(partial / "ema", ema.model, tokenizer)
         training = partial / "training_state"
         training.mkdir()
         tensors = {**moments, RANDOM_STATE: torch.get_rng_state()}
+        tensors = dict(
+            sorted(tensors.items())
+        )  # a resumed run, whose moments came in file order, writes the same bytes
         hf.write_tensors(training / "optimizer.safetensors", tensors)
         (training / "state.json").write_text(json.dumps(vars(state), indent=2) + "\n")
-    for step in checkpoint_steps(run)[:-keep]:
+    # A later one can only be damaged, else the run had gone on from there: it must not count among those to keep.
+    for step in [step for step in checkpoint_steps(run) if step <= state.step][:-keep]:
         shutil.rmtree(run / f"checkpoint-{step:06d}")
     return folder
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> TrainingState:
-    """Puts weights, moments and random state back. Raises `UserError` if the folder is of another model or no run."""
+def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, *, ema: Ema | None = None) -> TrainingState:
+    """Puts weights, their mean, moments and random state back. Raises `UserError` if the folder is of another model or no run."""
     weights, moments, state = read_checkpoint(folder, model.config)
     model.load_state_dict(weights)
     optimizer.load_state_tensors(moments)
+    if ema is not None:
+        ema.model.load_state_dict(load(folder / "ema").state_dict())
     return state
 
 

@@ -37,3 +37,12 @@ def sequence_balance(index_NA: Tensor, score_NE: Tensor, batch_size: int) -> Ten
     f_BE = chosen_NE.view(batch_size, -1, experts).mean(1) * experts / active
     share_NE = score_NE / score_NE.sum(-1, keepdim=True)
     return (f_BE * share_NE.view(batch_size, -1, experts).mean(1)).sum(-1).mean()
+
+
+def router_z(logits_NE: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2 of one router (ST-MoE, arXiv 2202.08906, equation 5), without its weight.
+
+    It keeps a router's logits small, whose rounding errors grow with them. It reads the logits, so it is the same for
+    routers that score by sigmoid, where it draws large logits towards the sigmoid's slope.
+    """
+    return torch.logsumexp(logits_NE, -1).square().mean()

@@ -10,31 +10,39 @@ AdamW, as in the original and in DeepSeek-V4.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minga.config import TrainConfig
 from minga.kernels import cpu, ops
+from minga.train.lowbit import ABSMAX, StateStore, code_tables, wide, write_weight
 
-# Quintic Newton-Schulz coefficients: steepest slope at zero for which five steps end with singular values in about
-# [0.7, 1.2]; exact orthogonality buys nothing (Jordan et al., section "Deriving the coefficients").
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
+# all singular values nearest to 1 from where the step before may have left them, [0.003, 1] at the start (the greedy
+# minimax of Polar Express, arXiv 2505.16932). Four of them end in [0.8, 1.2]; five of the one fixed polynomial of Jordan
+# et al. in [0.68, 1.13].
+_STEPS = ((8.3830, -24.7631, 18.3546), (4.0433, -3.0113, 0.5695), (3.5057, -2.6268, 0.5257), (2.4903, -1.8345, 0.4369))
+# Rounding may lift a value above the interval that a step was made for, where its polynomial grows fast: all but the last
+# see values 1 % smaller.
+_SAFETY = 1.01
+COEFFICIENTS = torch.tensor([[a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5] for a, b, c in _STEPS[:-1]] + [_STEPS[-1]])
 
 
-def orthogonalize(update_SMN: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix to each of a stack, up to singular values in about [0.7, 1.2]."""
-    a, b, c = _COEFFICIENTS
-    tall = update_SMN.shape[-2] > update_SMN.shape[-1]
-    x = update_SMN.mT if tall else update_SMN  # the Gram matrix of the short side is the cheap one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+def orthogonalize(update_SMN: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix to each of a stack, up to singular values in about [0.8, 1.2].
+
+    Singular values below 0.003 of the matrix's norm stay below 1: they are noise more than signal.
+    """
+    x = update_SMN / (update_SMN.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if ops.compiled(x):
-        x = cpu.orthogonalize(x.contiguous(), torch.tensor([_COEFFICIENTS] * steps), "bf16")
-        return x.mT if tall else x
-    for _ in range(steps):
+        return cpu.orthogonalize(x.contiguous(), COEFFICIENTS, "bf16")
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the Gram matrix of the short side is the cheap one
+    for a, b, c in COEFFICIENTS.tolist():
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -44,6 +52,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters are matrices (M, N) or stacks of them (E, M, N).
 
     A group's `parts` says how many matrices lie above each other in one parameter (2 for gate and up): each is its own.
+    bits: what a number of the momentum is kept in, 32 or 8 (`lowbit`).
     """
 
     def __init__(
@@ -53,28 +62,82 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        bits: int = 32,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self._store = StateStore(bits)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
-                rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
-                by_shape[rows, columns].append((p, nesterov.reshape(-1, rows, columns)))
-            for (rows, columns), items in by_shape.items():
                 # a tall matrix moves each output by more columns' worth; sqrt keeps the step per output the same
-                step_size = -group["lr"] * max(1.0, rows / columns) ** 0.5
-                updates = orthogonalize(torch.cat([update for _, update in items])).split([len(u) for _, u in items])
-                for (p, _), update in zip(items, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape), alpha=step_size)
+                rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
+                rates = {
+                    "beta": group["momentum"],
+                    "weight_decay": group["lr"] * group["weight_decay"],
+                    "step_size": group["lr"] * max(1.0, rows / columns) ** 0.5,
+                }
+                value, grad, stack = wide(p), wide(p.grad).contiguous(), (-1, rows, columns)
+                if ops.compiled(value, grad):
+                    self._compiled_step(p, value.view(stack), grad.view(stack), rates)
+                else:
+                    momentum = self._store.read(self.state[p], "momentum", p).lerp_(grad, 1 - rates["beta"])
+                    update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
+                    value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
+                    self._store.write(self.state[p], "momentum", momentum, p)
+                write_weight(p, value)
+
+    def _compiled_step(self, p: nn.Parameter, value_SMN: Tensor, grad_SMN: Tensor, rates: dict[str, float]) -> None:
+        """The same in one call; an 8-bit momentum is read and written a row at a time."""
+        state = self.state[p]
+        if not state:
+            self._store.write(state, "momentum", self._store.read(state, "momentum", p), p)
+        momentum = state["momentum"].view(value_SMN.shape)
+        rest: dict[str, Any] = {"precision": "bf16", **rates}
+        if self._store.is_8_bit(p):
+            kept = (momentum, state["momentum" + ABSMAX])
+            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables())
+        else:
+            cpu.muon_step(value_SMN, grad_SMN, momentum, COEFFICIENTS, **rest)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, a parameter at a time, so that only one has its moments in float32. `bits` as in `Muon`."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], *, bits: int = 32, **settings: Any):
+        super().__init__(params, fused=True, **settings)
+        self._store = StateStore(bits)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, value = self.state[p], wide(p)
+                count = state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+                mean = self._store.read(state, "exp_avg", p)
+                square = self._store.read(state, "exp_avg_sq", p, signed=False)
+                adamw(
+                    [value],
+                    [wide(p.grad)],
+                    [mean],
+                    [square],
+                    [],
+                    [count],
+                    beta1=beta1,
+                    beta2=beta2,
+                    fused=True,
+                    **settings,
+                )
+                self._store.write(state, "exp_avg", mean, p)
+                self._store.write(state, "exp_avg_sq", square, p, signed=False)
+                write_weight(p, value)
 
 
 def is_elementwise(name: str, p: Tensor) -> bool:
@@ -96,10 +159,13 @@ class Optimizer:
                 joined.append(p)
             else:
                 matrices.append(p)
-        hidden = [{"params": matrices}, {"params": joined, "parts": 2}]  # one of them may be empty
-        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay)
+        hidden: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": joined, "parts": 2},
+        ]  # one of them may be empty
+        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay, bits=config.optimizer_bits)
         groups = [{"params": embeddings, "lr": config.lr_embedding}, {"params": others, "lr": config.lr_other}]
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        adam = AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, bits=config.optimizer_bits)
         self._parts: list[torch.optim.Optimizer] = [muon, adam]
         self._base = [[group["lr"] for group in part.param_groups] for part in self._parts]
         self._names = {p: name for name, p in model.named_parameters()}
@@ -108,6 +174,10 @@ class Optimizer:
         for part, base in zip(self._parts, self._base, strict=True):
             for group, lr in zip(part.param_groups, base, strict=True):
                 group["lr"] = lr * scale
+
+    def set_momentum(self, momentum: float) -> None:
+        for group in self._parts[0].param_groups:  # Muon
+            group["momentum"] = momentum
 
     def step(self) -> None:
         for part in self._parts:

@@ -84,6 +84,18 @@ class Parallel:
         """Whether any process wishes it."""
         return bool(self.sum(torch.tensor(float(wish)))) if self.world > 1 else wish
 
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        return float(self.sum(torch.tensor(value, dtype=torch.float64))) if self.world > 1 else value
+
+    def first(self, text: str | None) -> str | None:
+        """What the first process that has something to say says."""
+        if self.world == 1:
+            return text
+        texts: list[str | None] = [None] * self.world
+        dist.all_gather_object(texts, text)
+        return next((said for said in texts if said is not None), None)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Rank 0 acts and all have the result; its `UserError` is raised on all."""
         if self.world == 1:
@@ -183,6 +195,18 @@ def check(config: TrainConfig, world: int) -> tuple[int, int, int]:
         )
     if pp > 1 and ep > 1:
         raise UserError(f"pp {pp} and ep {ep} do not go together (run config). set one of them to 1")
+    for name, off in (("batch_warmup", 0.0), ("seq_warmup", 0.0)):
+        if pp > 1 and getattr(config, name) != off:
+            raise UserError(
+                f"{name} {getattr(config, name)} and pp {pp} do not go together: a pipeline's micro-batches are all alike "
+                f"(run config). set {name} to {off}"
+            )
+    for name, only in (("ema_decay", 0.0), ("weight_dtype", "float32")):
+        if world > 1 and getattr(config, name) != only:
+            raise UserError(
+                f"{name} {getattr(config, name)} is for one process and there are {world} (run config). "
+                f"set {name} to {only}"
+            )
     return dp, ep, pp
 
 

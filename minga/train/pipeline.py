@@ -32,7 +32,7 @@ from minga.model.block import Block
 from minga.model.experts import MoE
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import cross_entropy, sequence_balance
+from minga.train.losses import cross_entropy, router_z, sequence_balance
 from minga.train.parallel import Parallel
 from minga.train.step import StepMetrics, head_losses, locations
 
@@ -117,18 +117,22 @@ class _Stage(nn.Module):
         return torch.stack([loss / len(batches)])
 
     def _with_balance(self, x: Tensor, layer: nn.Module, counter: LoadCounter, share: float) -> Tensor:
-        """Counts a layer's routing and lets its balance loss act."""
+        """Counts a layer's routing and lets its router's losses act."""
         if not isinstance(layer, MoE) or layer.routing is None:
             return x
         (index_NA, score_NE), layer.routing = layer.routing, None
         counter.add(counter.layers.index(layer), index_NA)
+        logits_NE, layer.gate.logits_NE = layer.gate.logits_NE, None
         batches = self.step[0]
-        weight = self.config.sequence_loss * share / len(batches)
-        if not weight:
+        losses = []
+        if self.config.sequence_loss:
+            losses.append(self.config.sequence_loss * sequence_balance(index_NA, score_NE, len(batches[0].ids_BT)))
+        if self.config.router_z_loss and logits_NE is not None:
+            losses.append(self.config.router_z_loss * router_z(logits_NE))
+        if not losses:
             return x
-        sequences = len(batches[0].ids_BT)
-        balance = weight * sequence_balance(index_NA, score_NE, sequences)
-        return cast(Tensor, _AddLoss.apply(x, balance))  # type: ignore[no-untyped-call]
+        loss = torch.stack(losses).sum() * (share / len(batches))
+        return cast(Tensor, _AddLoss.apply(x, loss))  # type: ignore[no-untyped-call]
 
 
 class Pipeline:

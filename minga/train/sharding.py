@@ -35,6 +35,8 @@ from minga.model.experts import MoE
 from minga.model.transformer import Transformer
 from minga.train.checkpoint import TrainingState, load_checkpoint, read_checkpoint
 from minga.train.dispatch import ExpertParallelMoE
+from minga.train.ema import Ema
+from minga.train.lowbit import NUM_WHOLE
 from minga.train.optim import Optimizer, is_elementwise
 from minga.train.parallel import Parallel, local_tensor
 
@@ -133,6 +135,7 @@ class ShardedOptimizer(Optimizer):
         for name, p in self._sources.items():
             if name not in matrices:
                 parameters[name] = nn.Parameter(local_tensor(p.detach()))  # shares the memory of p
+                setattr(parameters[name], NUM_WHOLE, p.numel() * (parallel.ep if EXPERTS in name else 1))
             elif name in whole:
                 parameters[name] = nn.Parameter(whole[name])
         self.parameters = parameters
@@ -260,10 +263,12 @@ def gather(
     return whole, {key: _join(key, parts, parallel) for key, parts in _by_name(pieces).items()}
 
 
-def restore(folder: Path, model: Transformer, optimizer: Optimizer, parallel: Parallel) -> TrainingState:
-    """`load_checkpoint` for a model that is spread over processes; rank 0 reads."""
+def restore(
+    folder: Path, model: Transformer, optimizer: Optimizer, parallel: Parallel, *, ema: Ema | None = None
+) -> TrainingState:
+    """`load_checkpoint` for a model that is spread over processes; rank 0 reads. One process alone may have an `ema`."""
     if parallel.world == 1:
-        return load_checkpoint(folder, model, optimizer)
+        return load_checkpoint(folder, model, optimizer, ema=ema)
     whole = []
 
     def read() -> tuple[TrainingState, Tensor]:

@@ -5,6 +5,7 @@ B batch, T tokens, D model dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from minga.config import TrainConfig
 from minga.data.packing import MASKED, Batch
-from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter
-from minga.train.losses import head_loss, sequence_balance
+from minga.train.guard import Diverged, Guard, first_not_finite
+from minga.train.losses import head_loss, router_z, sequence_balance
 from minga.train.optim import Optimizer
 from minga.train.parallel import ALONE, Parallel
 
@@ -28,7 +29,9 @@ class StepMetrics:
     mtp_loss: float | None = None
     grad_norm: float = 0.0
     tokens: int = 0
+    cpu_seconds: float = 0.0  # of the whole step, all threads: what it costs whatever else the machine does
     load: list[Tensor] = field(default_factory=list)  # relative expert load, a tensor a layer
+    skipped: str | None = None  # why the guard let this step pass without an update
 
     @property
     def max_over_mean(self) -> float:
@@ -96,9 +99,10 @@ def batch_loss(
     counter: LoadCounter,
     *,
     with_mtp: bool,
-    shares: Sequence[float],
+    shares: Sequence[float] | None = None,
 ) -> tuple[Tensor, float, float | None]:
-    """`head_losses` of one micro-batch, with the balance loss; expert choices go to `counter`."""
+    """`head_losses` of one micro-batch, with the routers' losses; expert choices go to `counter`. `shares` None: all here."""
+    shares = shares or [1.0] * (len(batch.targets_KBT) + 1)
     hidden_BTD = model.hidden(batch.ids_BT, **locations(batch))
     loss, main, mtp = head_losses(model, hidden_BTD, batch, config, with_mtp=with_mtp, shares=shares)
     for number, layer in enumerate(counter.layers):
@@ -107,8 +111,12 @@ def batch_loss(
             layer.routing = None
             counter.add(number, index_NA)
             if config.sequence_loss:
-                balance = sequence_balance(index_NA, score_NE, len(batch.ids_BT)) * shares[-1]
-                loss = loss + config.sequence_loss * balance
+                loss = loss + config.sequence_loss * shares[-1] * sequence_balance(
+                    index_NA, score_NE, len(batch.ids_BT)
+                )
+            if config.router_z_loss and layer.gate.logits_NE is not None:
+                loss = loss + config.router_z_loss * shares[-1] * router_z(layer.gate.logits_NE)
+            layer.gate.logits_NE = None
     return loss, main, mtp
 
 
@@ -138,13 +146,15 @@ def train_step(
     *,
     with_mtp: bool,
     balance_rates: Sequence[float],
+    guard: Guard | None = None,
     parallel: Parallel = ALONE,
     run: Callable[..., None] = forward_backward,
 ) -> StepMetrics:
     """`batches` are this process's rows; the step and its metrics are those of all processes together.
 
-    run: `forward_backward` or a pipeline in its place. Raises `UserError` when loss or gradient is no longer a number;
-    the weights are then as before the step.
+    guard: may skip the update, weights and biases alike, and says why in `StepMetrics.skipped`; all processes give it
+    the same numbers. run: `forward_backward` or a pipeline in its place. Raises `Diverged` when loss or gradient is no
+    longer a number; the weights are then as before the step.
     """
     metrics = StepMetrics()
     optimizer.zero_grad()
@@ -152,11 +162,18 @@ def train_step(
     metrics.sum_over(parallel, counter)
     norm = parallel.clip_grad_norm(model, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
-    if not torch.isfinite(norm):
-        raise UserError(
-            f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: training diverged. lower the learning rates"
+    if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+        where = first_not_finite(
+            model, lambda batch: batch_loss(model, batch, config, counter, with_mtp=with_mtp)[0], batches, parallel
         )
-    optimizer.step()
+        raise Diverged(f"loss {metrics.loss}, gradient norm {metrics.grad_norm}, {where}")
     metrics.load = counter.relative()
+    if guard is not None:
+        regime = f"mtp {with_mtp}, {batches[0].ids_BT.shape[1]} tokens a row"
+        metrics.skipped = guard.judge(metrics.loss, metrics.grad_norm, regime=regime)
+    if metrics.skipped is not None:
+        counter.reset()
+        return metrics
+    optimizer.step()
     counter.update_bias(balance_rates)
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from minga.cli.main import main
+from minga.planner.dial import MachineSpeed
 from minga.store import load, load_tokenizer
 
 SMALL = ["--preset", "tiny", "--set", "batch_size=2", "--set", "seq_len=32", "--set", "eval_every=0"]
@@ -112,3 +114,96 @@ def test_eval_refuses_another_tokenizer(ask: Ask, trained: Path, tmp_path: Path)
     code, _, err = ask("eval", trained, "--data", tmp_path / "other")
     assert code == 2
     assert "another tokenizer" in err
+
+
+# ---------------------------------------------------------------------------------------------- the one dial
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that answers the calibration at once."""
+    speed = MachineSpeed(((128, 3e9), (384, 5e9)), memory=8 * 10**9)
+    monkeypatch.setattr("minga.recipes.dial.calibrate", lambda shards, seconds: speed)
+
+
+def test_dry_run_prints_each_value_with_formula_and_source(
+    ask: Ask, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minga.recipes.dial.PROBE_WIDTHS", (64, 128))  # really timed, but small
+    code, out, _ = ask("train", "--data", shards, "--out", tmp_path / "run", "--hours", 0.001, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "run").exists()
+    for line in out.splitlines():
+        assert re.fullmatch(r"\S.*  .*  .*\[.+\]", line), line
+    assert "model.hidden_size" in out
+    assert "GFLOP/s at width 64" in out
+
+
+def test_dry_run_as_one_json_document(ask: Ask, shards: Path, quick: None) -> None:
+    code, out, _ = ask("train", "--data", shards, "--tokens", "50k", "--dry-run", "--json", "--set", "seq_len=64")
+    document = json.loads(out)
+    assert code == 0
+    assert all({"name", "value", "formula", "source"} == set(choice) for choice in document["choices"])
+    config = document["config"]
+    step = config["batch_size"] * config["accumulate"] * config["seq_len"]
+    assert config["seq_len"] == 64  # --set stands above the dial, and the tokens stay those that were asked for
+    assert config["steps"] * step == pytest.approx(50_000, rel=0.1)
+    chosen = {choice["name"]: choice["value"] for choice in document["choices"]}
+    assert config["model"]["hidden_size"] == chosen["model.hidden_size"]
+    assert config["model"]["vocab_size"] % 64 == 0
+
+
+def test_a_run_by_the_dial_keeps_its_plan_and_goes_on_with_it(
+    ask: Ask, shards: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", "--data", shards, "--out", tmp_path / "run", "--tokens", "2k", "--json"]
+    code, out, err = ask(*command)
+    assert code == 0
+    assert "[Muennighoff" in err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["asked"] == {"tokens": 2000, "size": None, "preset": None}
+    start = json.loads((tmp_path / "run" / "run.jsonl").read_text().splitlines()[0])
+    assert start["plan"]["choices"] == plan["choices"]
+    monkeypatch.setattr("minga.recipes.dial.calibrate", lambda shards, seconds: pytest.fail("measured again"))
+    code, again, _ = ask(*command)
+    assert code == 0
+    assert json.loads(again)["step"] == json.loads(out)["step"]
+    code, _, err = ask("train", "--data", shards, "--out", tmp_path / "run", "--tokens", "3k")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "begun with another --tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "many"], "'many' is no number of tokens"),
+        (["--tokens=-3m"], "'-3m' is no number of tokens"),
+        (["--tokens", "1m", "--size", "5"], "no model of ours has about 5 active parameters"),
+        (["--hours", "0"], "no time to train"),
+        (["--hours", "nan"], "no time to train"),
+        (["--steps", "3", "--size", "10m"], "with --steps nothing is chosen"),
+        (["--steps", "3", "--dry-run"], "with --steps nothing is chosen"),
+        (["--hours", "1", "--preset", "lapto"], "did you mean 'laptop'"),
+        (["--hours", "1", "--size", "10m", "--preset", "tiny"], "not allowed with"),
+        (["--hours", "1", "--set", "batchsize=2"], "did you mean 'batch_size'"),
+        (["--hours", "1", "--log", "tensorbord"], "is no place to log to"),
+        (["--hours", "1", "--data", "/nowhere"], "does not exist"),
+    ],
+)
+def test_a_wrong_dial_is_one_line_before_anything_is_measured(
+    ask: Ask, shards: Path, tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minga.recipes.dial.calibrate", lambda shards, seconds: pytest.fail("measured"))
+    code, out, err = ask("train", "--data", shards, "--out", tmp_path / "run", *flags)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_folder_there_is_only_a_dry_run(ask: Ask, shards: Path) -> None:
+    code, _, err = ask("train", "--data", shards, "--steps", 1)
+    assert code == 2
+    assert "--out" in err

@@ -84,6 +84,41 @@ def test_resume_equals_the_uninterrupted_stream(shards: Shards) -> None:
             assert torch.equal(joined, stream[stop].ids_BT)
 
 
+def test_shorter_rows_are_the_same_windows_cut(shards: Shards) -> None:
+    """Lengths that change from batch to batch: the same tokens, each once, and the same state as without."""
+    settings: dict[str, Any] = {"batch_size": 3, "seq_len": 64, "seed": 2, "num_extra": 2}
+    plain, varied = Loader(shards, **settings), Loader(shards, **settings)
+    rng = random.Random(0)
+    for _ in range(2 * plain.windows_per_epoch // 3):
+        length = rng.choice([8, 16, 32, 64])
+        whole, cut = next(plain), varied.next_batch(length)
+        assert cut.ids_BT.shape == (3 * 64 // length, length)
+        assert torch.equal(cut.ids_BT.view(3, 64), whole.ids_BT)
+        inside = cut.targets_KBT[0].reshape(3, 64)  # depth 0 masks nothing
+        assert torch.equal(inside, whole.targets_KBT[0])
+        assert varied.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_any_number_of_workers_gives_the_same_stream(shards: Shards, workers: int) -> None:
+    """Also across the ends of epochs, with lengths that change, after going back, and resumed with another number."""
+    settings: dict[str, Any] = {"batch_size": 4, "seq_len": 64, "seed": 1, "num_extra": 2}
+    lengths = [random.Random(number // 3).choice([16, 32, 64]) for number in range(60)]
+    plain = Loader(shards, **settings)
+    stream = [plain.next_batch(length) for length in lengths]
+    assert plain.epoch > 2
+    ahead = Loader(shards, **settings, workers=workers)
+    start = ahead.state_dict()
+    for stop in (0, 7, 41):
+        ahead.load_state_dict(start)
+        assert same([ahead.next_batch(length) for length in lengths[:stop]], stream[:stop])
+        state = json.loads(json.dumps(ahead.state_dict()))  # counts what was handed out, not what was read ahead
+        for number in (0, 1, 3):
+            resumed = Loader(shards, **settings, workers=number)
+            resumed.load_state_dict(state)
+            assert same([resumed.next_batch(length) for length in lengths[stop:]], stream[stop:])
+
+
 def test_loading_an_earlier_state_goes_back(shards: Shards) -> None:
     loader = Loader(shards, batch_size=4, seq_len=64)
     state = loader.state_dict()
@@ -184,7 +219,10 @@ def test_bits_per_byte_of_a_uniform_model(shards: Shards) -> None:
 def test_a_part_of_the_split(shards: Shards, max_tokens: int) -> None:
     batches = list(evaluation_batches(shards, batch_size=2, seq_len=20, max_tokens=max_tokens))
     scored = [id for batch in batches for id in batch.targets_KBT[0].flatten().tolist() if id != MASKED]
-    assert scored == shards.tokens("val")[:max_tokens].tolist()
+    tokens = shards.tokens("val").tolist()
+    rows = [tokens[start : start + 20] for start in range(0, len(tokens), 20)]
+    wanted = min(len(rows), math.ceil(max_tokens / 20))
+    assert scored == [id for index in range(wanted) for id in rows[index * len(rows) // wanted]]  # from end to end
     text = b"".join(shards.tokenizer.token_bytes(id) for id in scored if id != shards.manifest.eos_id)
     assert sum(batch.num_bytes or 0 for batch in batches) == len(text)
 

@@ -227,7 +227,7 @@ def test_mtp_is_the_papers_formula(mtp_model):
     embedding = module.enorm(mtp_model.model.embed_tokens(next_ids))
     joined = module.eh_proj(torch.cat([embedding, module.hnorm(hidden)], -1))
     cos, sin = mtp_model.rope(positions(2, 0, TOKENS - 1), torch.float32)
-    expected = module.norm(module.block(joined, Context(cos, sin, None, positions(2, 0, TOKENS - 1))))
+    expected = module.norm(module.block(joined, Context(cos, sin, positions(2, 0, TOKENS - 1))))
     close(mtp_model.mtp_hidden(0, next_ids, hidden), expected, 1e-5)
 
 

@@ -11,11 +11,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minga.config import PRESETS, ModelConfig
+from minga.config import PRESETS, ModelConfig, TrainConfig
 from minga.config.presets import tiny, v2_lite, v3
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
-from minga.planner.counts import cache_bytes_per_token, count_parameters, forward_flops
+from minga.planner.counts import cache_bytes_per_token, count_parameters, forward_flops, muon_flops
+from minga.train.optim import Optimizer
 
 _LLAMA = ModelConfig(
     model_type="llama",
@@ -137,3 +138,14 @@ def test_flops_of_mtp_equal_what_torch_counts():
 def test_the_planner_does_not_import_torch():
     code = "import sys, minga.planner.counts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "no-query-latent", "no-shared", "every-other", "no-experts", "llama"])
+def test_muon_flops_equal_those_counted_in_a_step(name: str) -> None:
+    model = Transformer(CONFIGS[name]).init_weights()
+    optimizer = Optimizer(model, TrainConfig(steps=1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step()
+    assert counted.get_total_flops() == muon_flops(CONFIGS[name], mtp=True)

@@ -261,3 +261,48 @@ def test_a_new_report_replaces_the_old(tmp_path):
     assert first == second == tmp_path / "report.html"
     assert tile(second.read_text(encoding="utf-8"), "steps") == "2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run.jsonl"]
+
+
+def test_curves_of_what_one_watches(tmp_path):
+    watched = {"train_bits_per_byte": 2.0, "mfu": 0.41, "lr": 0.02, "grad_norm": 1.0, "memory": 1.5e9}
+    lines = [START, *(step_line(n, **watched | {"grad_norm": 9.0 if n == 7 else 1.0}) for n in range(1, 11))]
+    page = report_of(tmp_path, [*lines, {"kind": "skip", "step": 7, "reason": "leapt"}])
+    for title in ("Bits per byte", "Gradient norm", "Learning rate", "MFU"):
+        assert title in page
+    assert tile(page, "MFU") == "41 %"
+    assert tile(page, "memory") == "1.50 GB"
+    assert re.findall(r'<circle class="dots".*?<title>([^<]*)</title>', page) == ["skipped steps, step 7: 9.0000"]
+
+
+def test_a_skip_before_the_checkpoint_that_a_run_went_on_from_counts_and_a_later_one_is_forgotten(tmp_path):
+    steps = [step_line(n, grad_norm=1.0) for n in range(1, 11)]
+    skips = [{"kind": "skip", "step": step} for step in (3, 8)]
+    page = report_of(tmp_path, [START, *steps, *skips, *steps[5:], {"kind": "skip", "step": 6}])
+    assert re.findall(r"skipped steps, step (\d+)", page) == ["3", "6"]
+
+
+def test_heat_map_over_time_has_a_band_a_layer_and_shades(tmp_path):
+    loads = [[[1.0, 2.0], [1.0, 1.0]], [[1.0, 0.5], [1.0, 1.0]], [[1.0, 1.0], [1.4, 0.7]]]
+    page = report_of(tmp_path, [START, *(step_line(10 * n + 10, expert_load=load) for n, load in enumerate(loads))])
+    paths = {
+        (kind, float(shade)): d.count("M")
+        for kind, shade, d in re.findall(r'<path class="(hot|cold)" fill-opacity="([\d.]+)" d="([^"]*)"', page)
+    }
+    assert paths == {("hot", 1.0): 1, ("cold", 1.0): 1, ("hot", 0.4): 1, ("cold", 0.6): 1}
+    one = report_of(tmp_path, [START, step_line(10, expert_load=loads[0])])
+    assert "over time" not in one  # nothing to compare
+
+
+def test_a_report_of_many_experts_stays_small(tmp_path):
+    load = [[0.3 + (e % 5) for e in range(64)] for _ in range(20)]
+    page = report_of(tmp_path, [START, *(step_line(n, expert_load=load) for n in range(200))])
+    assert len(page) < 1_500_000
+
+
+def test_the_plan_is_told_with_formula_and_source(tmp_path):
+    choice = {"name": "batch_size", "value": 8, "formula": "D^0.383 <b>", "source": "Power Lines"}
+    page = report_of(tmp_path, [START | {"plan": {"choices": [choice, "torn"]}}, step_line(1)])
+    assert "Why these numbers" in page
+    assert "D^0.383 &lt;b&gt;<br><small>Power Lines</small>" in page
+    for plan in (None, [], {"choices": None}, {"choices": 3}):
+        report_of(tmp_path, [START | {"plan": plan}, step_line(1)])

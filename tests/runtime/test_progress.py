@@ -45,7 +45,7 @@ def test_without_a_terminal_long_work_is_told_now_and_then(
         for _ in range(9):
             now += progress.LINE_EVERY / 4
             bar.update(1, "on")
-    assert _lines(capsys) == ["training 4/100  on", "training 8/100  on"]
+    assert _lines(capsys) == ["training 4/100  on  0:08:00 left", "training 8/100  on  0:07:40 left"]
 
 
 def test_a_note_is_a_line_of_its_own_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,11 +120,14 @@ def test_a_message_is_answered_on_the_page(llm, address: str, tmp_path: Path) ->
 @pytest.mark.slow
 @needs_chromium
 def test_a_run_is_shown_on_the_page(address: str, tmp_path: Path) -> None:
-    steps = [{"kind": "step", "step": n, "loss": 5 - n / 10, "seconds": n} for n in range(1, 21)]
+    watched = {"mfu": 0.375, "memory": 1.25e9, "grad_norm": 1.0}
+    steps = [{"kind": "step", "step": n, "loss": 5 - n / 10, "seconds": n, **watched} for n in range(1, 21)]
+    steps[4]["expert_load"] = [[2.0, 1.0], [1, 1], [1, 1]]
     steps[9]["expert_load"] = [[0.5, 1.5], [1, 1], [2, 0]]
     lines = [
         {"kind": "start", "config": {"steps": 20}, "parameters": {"total": 12_300_000, "active": 4_560_000}},
         *steps,
+        {"kind": "skip", "step": 7, "reason": "leapt"},
         {"kind": "eval", "step": 20, "val_loss": 3.2, "bits_per_byte": 2.125, "mtp_acceptance": 0.64},
         {"kind": "sample", "step": 20, "prompt": "To be", "text": ", or <i>not</i>"},
         {"kind": "end", "reason": "done", "seconds": 20},
@@ -133,8 +136,13 @@ def test_a_run_is_shown_on_the_page(address: str, tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st'
     (tmp_path / "village" / "run.jsonl").write_text(text)
     page = _rendered(f"{address}/#runs/village", tmp_path / "profile")
-    for value in ("12.3M", "2.125", "64%", "3.00", "20 s", "finished"):
+    for value in ("12.3M", "2.125", "64%", "3.00", "20 s", "finished", "38%", "1.25 GB"):
         assert f">{value}<" in page, value
     assert "<b>To be</b>, or &lt;i&gt;not&lt;/i&gt;" in page
-    assert page.count("<polyline") == 4  # loss twice, held-out loss, bits per byte
+    assert page.count("<polyline") == 9  # loss, MFU, norm twice; held-out loss, bits per byte, MTP acceptance
+    assert len(re.findall(r'<circle [^>]*class="dot spike"', page)) == 1
+    shades = re.findall(r'<path class="(hot|cold)" fill-opacity="([\d.]+)" d="([^"]*)"', page)
+    assert {(kind, shade): d.count("M") for kind, shade, d in shades} == {
+        ("hot", "1"): 2, ("hot", "0.6"): 1, ("cold", "1"): 2,
+    }  # fmt: skip
     assert len(re.findall(r'<rect [^>]*class="(?:hot|cold)"', page)) == 6

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from minga.config import TrainConfig
-from minga.train.losses import cross_entropy, sequence_balance
+from minga.config.presets import tiny
+from minga.data.packing import Batch
+from minga.model.transformer import Transformer
+from minga.train.balance import LoadCounter
+from minga.train.losses import cross_entropy, router_z, sequence_balance
 from minga.train.schedule import lr_scale
+from minga.train.step import batch_loss
 
 
 def test_cross_entropy_counts_unmasked_targets_only() -> None:
@@ -58,3 +63,40 @@ def test_schedule_rises_holds_and_falls() -> None:
     assert values[5] < values[9] < 1.0
     assert values[51:] == sorted(values[51:], reverse=True)
     assert math.isclose(values[100], 0.1)
+
+
+def test_router_z_is_the_papers_mean_and_differentiates() -> None:
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    expected = sum(math.log(sum(math.exp(x) for x in row)) ** 2 for row in logits.tolist()) / 7
+    assert router_z(logits).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(router_z, (logits,))
+    assert torch.autograd.gradgradcheck(router_z, (logits,))
+
+
+def test_router_z_of_every_layer_is_in_the_loss_and_draws_the_logits_in() -> None:
+    torch.manual_seed(0)
+    model = Transformer(tiny()).init_weights().train()
+    ids = torch.randint(0, 256, (2, 16))
+    batch = Batch(ids, torch.stack([ids, ids]), None, None)
+
+    def loss(weight: float) -> torch.Tensor:
+        config = TrainConfig(steps=1, model=tiny(), router_z_loss=weight)
+        return batch_loss(model, batch, config, LoadCounter(model.moe_layers()), with_mtp=True)[0]
+
+    model.hidden(ids)
+    hidden = model.hidden(ids)
+    model.mtp_hidden(0, ids, hidden)
+    expected = sum(router_z(layer.gate.logits_NE).item() for layer in model.moe_layers())
+    assert expected > 1
+    assert (loss(0.5) - loss(0.0)).item() == pytest.approx(0.5 * expected, rel=1e-4)
+    assert all(layer.gate.logits_NE is None for layer in model.moe_layers())  # the graph is not kept beyond the step
+    optimizer = torch.optim.SGD([layer.gate.weight for layer in model.moe_layers()], lr=0.1)
+    before = loss(1.0).item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(1.0).backward()
+        optimizer.step()
+    assert loss(1.0).item() < before
+    model.eval()
+    model.hidden(ids)
+    assert model.moe_layers()[0].gate.logits_NE is None

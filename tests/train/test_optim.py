@@ -50,14 +50,15 @@ def test_muon_descends() -> None:
     assert (p - target).norm() < 0.3 * target.norm()
 
 
-def test_state_goes_out_and_in_exactly() -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+def test_state_goes_out_and_in_exactly(bits: int) -> None:
     def step(model: Transformer, optimizer: Optimizer, seed: int) -> None:
         ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(seed))
         optimizer.zero_grad()
         model(ids).logits.square().mean().backward()
         optimizer.step()
 
-    config = TrainConfig(steps=1, model=tiny(), seq_len=8)
+    config = TrainConfig(steps=1, model=tiny(), seq_len=8, optimizer_bits=bits)
     torch.manual_seed(0)
     model = Transformer(config.model).init_weights()
     optimizer = Optimizer(model, config)

@@ -123,6 +123,7 @@ def _count(config: TrainConfig, out: Path, steps: int) -> None:
         with WireCounter() as wire:
             for _ in range(steps):
                 assert not parallel.any(False)
+                parallel.total(0.0)
                 batches = [next(loader) for _ in range(config.accumulate)]
                 rates = [0.0] * len(counter.layers)
                 train_step(
@@ -145,7 +146,7 @@ def _mean_sent(folder: Path, steps: int) -> Counter[tuple[str, int]]:
 @pytest.mark.parametrize(("dp", "ep"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_counted_bytes_are_the_planned_ones(make_config: Make, tmp_path: Path, dp: int, ep: int) -> None:
     config = make_config(steps=4, batch_size=4, seq_len=64, dp=dp, ep=ep)
-    config = recipe._fit_to_tokenizer(config, open_shards(config.data))
+    config = recipe.fit_to_tokenizer(config, open_shards(config.data))
     run_processes(dp * ep, _count, config, tmp_path, 4)
     sent = _mean_sent(tmp_path, 4)
     planned = step_bytes(config, dp=dp, ep=ep, with_mtp=True)
@@ -183,6 +184,7 @@ def test_bytes_of_sixty_four_processes_are_the_planned_ones(make_config: Make, p
     batch = pack(rows, eos_id=0, num_extra=2)
     with WireCounter() as wire:
         pretended.any(False)
+        pretended.total(0.0)
         rates = [0.0] * len(counter.layers)
         train_step(model, [batch], optimizer, config, counter, with_mtp=True, balance_rates=rates, parallel=pretended)
     planned = step_bytes(config, dp=8, ep=8, with_mtp=True)
@@ -241,7 +243,7 @@ def _copy(config: TrainConfig, source: Path, target: Path) -> None:
 def test_a_checkpoint_is_the_same_from_any_number_of_processes(make_config: Make, tmp_path: Path) -> None:
     """One process writes it, two (expert parallel) read and write it, bit for bit."""
     result = pretrain(make_config(steps=3, mtp_from=0.0))
-    config = recipe._fit_to_tokenizer(make_config(steps=3, ep=2), open_shards(make_config().data))
+    config = recipe.fit_to_tokenizer(make_config(steps=3, ep=2), open_shards(make_config().data))
     copies = tmp_path / "copies"
     copies.mkdir()
     run_processes(2, _copy, config, result.model, copies)
@@ -257,7 +259,7 @@ def test_every_division_reads_and_writes_the_same_checkpoint(
     config = make_config(steps=3, batch_size=12, accumulate=3, **sizes)
     copies = tmp_path / "copies"
     copies.mkdir()
-    run_processes(world, _copy, recipe._fit_to_tokenizer(config, open_shards(config.data)), result.model, copies)
+    run_processes(world, _copy, recipe.fit_to_tokenizer(config, open_shards(config.data)), result.model, copies)
     _equal_weights(copies / "checkpoint-000003", result.model, tolerance=0.0)
 
 

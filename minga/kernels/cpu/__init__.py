@@ -9,6 +9,7 @@ from minga.kernels.cpu.functions import (
     RMSNorm,
     cross_entropy_in_place,
     linear_backward,
+    muon_step,
     orthogonalize,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "cross_entropy_in_place",
     "linear_backward",
     "load",
+    "muon_step",
     "orthogonalize",
 ]

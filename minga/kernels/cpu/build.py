@@ -33,7 +33,7 @@ def load(note: Callable[[str], None] = lambda line: None) -> bool:
     if not _tried:
         _tried = True
         try:
-            _library = ctypes.CDLL(str(_built(note)))
+            _library = _open(note)
             _library.minga_keep_memory()
         except (OSError, subprocess.SubprocessError) as error:
             note(f"no compiled kernels ({_reason(error)}): training runs on torch's own operations, which are slower")
@@ -51,6 +51,15 @@ def call(name: str, *arguments: Tensor | float | None) -> None:
     function = getattr(_library, name)
     function.restype = None
     function(*map(_as_c, arguments))
+
+
+def _open(note: Callable[[str], None]) -> ctypes.CDLL:
+    path = _built(note)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a damaged file in the cache must not stand in the way for ever
+        path.unlink()
+        return ctypes.CDLL(str(_built(note)))
 
 
 def _as_c(argument: Tensor | float | None) -> ctypes._SimpleCData:  # type: ignore[type-arg]

@@ -188,10 +188,38 @@ def cross_entropy_in_place(logits_NV: Tensor, targets_N: Tensor, scale: float) -
 
 
 def orthogonalize(x_SMN: Tensor, coefficients: Tensor, precision: str) -> Tensor:
-    """Newton-Schulz steps on a stack of wide matrices, in place; `coefficients` (steps, 3). Returns its argument."""
+    """Newton-Schulz steps on a stack of matrices, in place; `coefficients` (steps, 3). Returns its argument."""
     S, M, N = x_SMN.shape
-    assert M <= N and x_SMN.is_contiguous() and x_SMN.dtype == torch.float32
-    work = x_SMN.new_empty(S * M * (2 * M + N))
-    steps = coefficients.float().contiguous()
-    call("minga_orthogonalize", x_SMN, work, steps, S, M, N, len(steps), PRECISIONS[precision], _threads())
+    assert x_SMN.is_contiguous() and x_SMN.dtype == torch.float32
+    sizes = (S, M, N, len(coefficients), PRECISIONS[precision], _threads())
+    call("minga_orthogonalize", x_SMN, coefficients.float().contiguous(), *sizes)
     return x_SMN
+
+
+def muon_step(
+    weight_SMN: Tensor,
+    grad_SMN: Tensor,
+    momentum: Tensor | tuple[Tensor, Tensor],
+    coefficients: Tensor,
+    *,
+    beta: float,
+    weight_decay: float,
+    step_size: float,
+    precision: str,
+    code_tables: tuple[Tensor, Tensor, int] | None = None,
+) -> None:
+    """One step of Muon for a stack of matrices: one matrix at a time in a core's cache, nothing else allocated.
+
+    weight <- weight (1 - weight_decay) - step_size · orthogonalized(Nesterov momentum); the momentum is updated too.
+    In 8 bits the momentum is its codes (S, M, N) and block maxima, and `code_tables` the 256 values, the nearest code by
+    a float32's upper 20 bits, and the block size (minga/train/lowbit.py).
+    """
+    codes, absmax = momentum if isinstance(momentum, tuple) else (None, None)
+    wide = None if isinstance(momentum, tuple) else momentum
+    values, nearest, block = code_tables or (None, None, 1)
+    floats = [t for t in (weight_SMN, grad_SMN, wide, absmax, values) if t is not None]
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in floats)
+    kept = (wide, codes, absmax, values, nearest, block)
+    sizes = (*weight_SMN.shape, float(beta), float(weight_decay), float(step_size), len(coefficients))
+    steps = coefficients.float().contiguous()
+    call("minga_muon", weight_SMN, grad_SMN, *kept, steps, *sizes, PRECISIONS[precision], _threads())

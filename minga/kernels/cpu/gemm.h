@@ -319,19 +319,21 @@ struct Packed {
   int32_t* shift;
 };
 
+// Some panels beside each other, run by run: where memory runs across them, its lines are read once.
 template <Precision P, int PANEL>
-static void pack_panel(const Operand& x, int64_t outer, int64_t K, int64_t panel, Packed to, bool is_a, uint64_t seed) {
+static void pack_panels(const Operand& x, int64_t outer, int64_t K, int64_t from, int64_t to, Packed out, bool is_a,
+                        uint64_t seed) {
   constexpr int per = Format<P>::per_word;
   int64_t runs = ceil_div(K, RUN), panel_words = ceil_div(K, per) * PANEL;
   for (int64_t run = 0; run < runs; run++) {
     int nk = (int)std::min<int64_t>(RUN, K - run * RUN), words = (int)ceil_div(nk, per);
-    for (int64_t lane = 0; lane < PANEL; lane += VL) {
-      int64_t first = panel * PANEL + lane;
-      if (first >= outer) continue;  // columns that do not exist are computed from what lies there and never written
-      int64_t at = (panel * runs + run) * PANEL + lane;
-      pack_run<P, PANEL>(x, outer, first, run * RUN, nk, to.words + panel * panel_words + run * (RUN / per) * PANEL + lane,
-                         words, to.scale ? to.scale + at : nullptr, to.shift ? to.shift + at : nullptr, is_a, seed);
-    }
+    for (int64_t panel = from; panel < to; panel++)
+      for (int64_t lane = 0; lane < PANEL; lane += VL) {
+        int64_t first = panel * PANEL + lane, at = (panel * runs + run) * PANEL + lane;
+        if (first >= outer) continue;  // columns that do not exist are computed from what lies there and never written
+        pack_run<P, PANEL>(x, outer, first, run * RUN, nk, out.words + panel * panel_words + run * (RUN / per) * PANEL + lane,
+                           words, out.scale ? out.scale + at : nullptr, out.shift ? out.shift + at : nullptr, is_a, seed);
+      }
   }
 }
 
@@ -472,8 +474,8 @@ static void run(const std::vector<Product>& products, int threads, uint64_t seed
       at.push_back(reserve(bp * runs * NR * 4));
       at.push_back(reserve(bp * runs * NR * 4));
     }
-    for (int64_t panel = 0; panel < ap; panel += 4) packing.push_back({(int32_t)i, 0, panel, std::min(ap, panel + 4)});
-    for (int64_t panel = 0; panel < bp; panel += 2) packing.push_back({(int32_t)i, 1, panel, std::min(bp, panel + 2)});
+    for (int64_t panel = 0; panel < ap; panel += 8) packing.push_back({(int32_t)i, 0, panel, std::min(ap, panel + 8)});
+    for (int64_t panel = 0; panel < bp; panel += 4) packing.push_back({(int32_t)i, 1, panel, std::min(bp, panel + 4)});
     for (int64_t m = 0; m < p.M; m += MC)
       for (int64_t n = 0; n < p.N; n += NC)
         if (!p.symmetric || reaches_diagonal(m, n)) blocks.push_back({(int32_t)i, 0, m, n});
@@ -497,12 +499,10 @@ static void run(const std::vector<Product>& products, int threads, uint64_t seed
       const Task& task = packing[t];
       const Product& p = products[task.product];
       uint64_t own = seed + task.product * 0x2545f4914f6cdd1dull + task.side;
-      for (int64_t panel = task.x; panel < task.y; panel++) {
-        if (task.side == 0) {
-          pack_panel<P, MR>(p.a, p.M, p.K, panel, a[task.product], true, own);
-        } else {
-          pack_panel<P, NR>(p.b, p.N, p.K, panel, b[task.product], false, own);
-        }
+      if (task.side == 0) {
+        pack_panels<P, MR>(p.a, p.M, p.K, task.x, task.y, a[task.product], true, own);
+      } else {
+        pack_panels<P, NR>(p.b, p.N, p.K, task.x, task.y, b[task.product], false, own);
       }
     }
 #pragma omp for schedule(dynamic)

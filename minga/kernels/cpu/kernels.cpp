@@ -132,6 +132,26 @@ Head open_head(const Latent& a, int64_t b, int64_t h) {
   return head;
 }
 
+// x (M, N) <- x p(G) or p(G) x, p(G) = a + b G + c G G, G the Gram matrix of the short side.
+void newton_schulz(float* x, const float* coefficients, int64_t M, int64_t N, int64_t steps, int precision, int threads) {
+  int64_t S = std::min(M, N);
+  std::vector<float> gram(S * S), poly(S * S), next(M * N);
+  auto short_side = M <= N ? rows(x, N) : columns(x, N);
+  for (int64_t step = 0; step < steps; step++) {
+    float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
+    multiply({{S, S, std::max(M, N), short_side, short_side, gram.data(), S, false, true}}, precision, threads, 0);
+    multiply({{S, S, S, rows(gram.data(), S), rows(gram.data(), S), poly.data(), S, false, true}}, precision, threads, 0);
+    for (int64_t i = 0; i < S * S; i++) poly[i] = b * gram[i] + c * poly[i];
+    for (int64_t i = 0; i < S; i++) poly[i * S + i] += a;
+    if (M <= N) {
+      multiply({{M, N, S, rows(poly.data(), S), columns(x, N), next.data(), N, false, false}}, precision, threads, 0);
+    } else {
+      multiply({{M, N, S, rows(x, N), rows(poly.data(), S), next.data(), N, false, false}}, precision, threads, 0);
+    }
+    std::memcpy(x, next.data(), M * N * 4);
+  }
+}
+
 constexpr int64_t QUERIES = 96;  // rows of scores computed at a time
 
 }  // namespace
@@ -427,22 +447,54 @@ void minga_cross_entropy(float* logits, const int64_t* target, float* loss, int6
   }
 }
 
-// A stack of S matrices x (M, N), M <= N, becomes nearly orthogonal in place, by steps of x <- a x + (b G + c G G) x,
-// G = x x^T. coefficients (steps, 3). work: S * M * (2 M + N) floats.
-void minga_orthogonalize(float* x, float* work, const float* coefficients, int64_t S, int64_t M, int64_t N, int64_t steps,
+// Newton-Schulz steps, in place, on a stack of S matrices (M, N): each becomes nearly orthogonal. coefficients (steps, 3).
+void minga_orthogonalize(float* x, const float* coefficients, int64_t S, int64_t M, int64_t N, int64_t steps,
                          int64_t precision, int64_t threads) {
 #pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
-  for (int64_t s = 0; s < S; s++) {  // each stays in one core's cache; a few large ones share all cores instead
-    int inner = S < threads ? threads : 1;
-    float *xs = x + s * M * N, *gram = work + s * M * (2 * M + N), *poly = gram + M * M, *next = poly + M * M;
-    for (int64_t step = 0; step < steps; step++) {
-      float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
-      multiply({{M, M, N, rows(xs, N), rows(xs, N), gram, M, false, true}}, precision, inner, 0);
-      multiply({{M, M, M, rows(gram, M), rows(gram, M), poly, M, false, true}}, precision, inner, 0);
-      for (int64_t i = 0; i < M * M; i++) poly[i] = b * gram[i] + c * poly[i];
-      multiply({{M, N, M, rows(poly, M), columns(xs, N), next, N, false, false}}, precision, inner, 0);
-      for (int64_t i = 0; i < M * N; i++) xs[i] = a * xs[i] + next[i];
+  for (int64_t s = 0; s < S; s++) newton_schulz(x + s * M * N, coefficients, M, N, steps, precision, S < threads ? threads : 1);
+}
+
+// One step of Muon on a stack of S matrices (M, N). Momentum and weights are updated in place. With `codes` the momentum is
+// kept in 8 bits instead (minga/train/lowbit.py): codes (S, M, N), the largest magnitude of each BLOCK of a row in
+// absmax (S, M, blocks), `values` the 256 numbers that codes stand for, `nearest` the code of each float32's upper 20 bits.
+void minga_muon(float* p, const float* grad, float* momentum, uint8_t* codes, float* absmax, const float* values,
+                const uint8_t* nearest, int64_t size, const float* coefficients, int64_t S, int64_t M, int64_t N,
+                double beta, double decay, double rate, int64_t steps, int64_t precision, int64_t threads) {
+  int64_t blocks = codes ? ceil_div(N, size) : 0;
+#pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
+  for (int64_t s = 0; s < S; s++) {
+    float *ps = p + s * M * N, mu = (float)beta, keep = (float)(1 - decay), lr = (float)rate;
+    const float* g = grad + s * M * N;
+    std::vector<float> work(M * N), row(N);
+    double squares = 0;
+    for (int64_t i = 0; i < M; i++) {
+      float *m = codes ? row.data() : momentum + (s * M + i) * N, *update = &work[i * N], sum = 0;
+      uint8_t* code = codes + (s * M + i) * N;
+      for (int64_t j = 0; codes && j < N; j++) m[j] = values[code[j]] * absmax[(s * M + i) * blocks + j / size];
+      for (int64_t j = 0; j < N; j++) {
+        m[j] += (1 - mu) * (g[i * N + j] - m[j]);
+        update[j] = g[i * N + j] + mu * (m[j] - g[i * N + j]);  // Nesterov
+      }
+      for (int64_t j = 0; j < N; j++) sum += update[j] * update[j];
+      squares += sum;
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = std::min(N, (b + 1) * size);
+        float top = 0;
+        for (int64_t j = b * size; j < end; j++) top = std::max(top, std::fabs(m[j]));
+        absmax[(s * M + i) * blocks + b] = top;
+        float scale = top == 0 ? 1.0f : top;
+        for (int64_t j = b * size; j < end; j++) {
+          float share = m[j] / scale;
+          uint32_t bits;
+          std::memcpy(&bits, &share, 4);
+          code[j] = nearest[bits >> 12];
+        }
+      }
     }
+    float norm = 1.0f / ((float)std::sqrt(squares) + 1e-7f);
+    for (float& x : work) x *= norm;
+    newton_schulz(work.data(), coefficients, M, N, steps, precision, S < threads ? threads : 1);
+    for (int64_t i = 0; i < M * N; i++) ps[i] = ps[i] * keep - lr * work[i];
   }
 }
 

@@ -49,7 +49,7 @@ export class Chart {
 		this.#svg.addEventListener("pointermove", (event) => this.#move(this.#stepAt(event.offsetX)));
 		this.#svg.addEventListener("pointerleave", () => this.#move(null));
 		this.#svg.addEventListener("keydown", (event) => {
-			const points = this.series.at(-1).points, way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+			const points = this.series.filter(({ points }) => points.length).at(-1)?.points ?? [], way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
 			if (!way || !points.length) return;
 			event.preventDefault();
 			const next = this.#at === null ? points.length - 1 : points.indexOf(nearest(points, this.#at)) + way;
@@ -69,7 +69,8 @@ export class Chart {
 		const width = this.#svg.clientWidth;
 		if (!width || !all.length) return;
 		const [x0, last] = range(all.map(([x]) => x)), [low, high] = range(all.map(([, y]) => y));
-		const x1 = Math.max(last, x0 + 1), margin = (high - low) * 0.06 || Math.abs(low) * 0.1 || 1;
+		const level = high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high)); // rounding is no curve
+		const x1 = Math.max(last, x0 + 1), margin = level ? Math.abs(low) * 0.1 || 1 : (high - low) * 0.06;
 		const [y0, y1] = [low - margin, high + margin];
 		const X = (x) => LEFT + (x - x0) / (x1 - x0) * (width - LEFT - RIGHT);
 		const Y = (y) => HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
@@ -78,7 +79,7 @@ export class Chart {
 		const rows = ticks(y0, y1, 5), digits = Math.max(0, -Math.floor(Math.log10(rows.step) + 1e-9));
 		const parts = rows.values.flatMap((y) => [
 			el("svg:line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: Y(y), y2: Y(y) }),
-			el("svg:text", { x: LEFT - 7, y: Y(y) + 4, "text-anchor": "end" }, number(y, digits)),
+			el("svg:text", { x: LEFT - 7, y: Y(y) + 4, "text-anchor": "end" }, y < 1e4 ? number(y, digits) : compact(y)),
 		]);
 		for (const x of ticks(x0, x1, width / 90).values.filter(Number.isInteger)) { // there is no half step
 			const anchor = X(x) > width - 20 ? "end" : "middle";
@@ -87,8 +88,8 @@ export class Chart {
 		const dot = (kind, [x, y], r) => el("svg:circle", { class: `dot ${kind}`, cx: X(x), cy: Y(y), r });
 		for (const { points, kind } of shown) {
 			const line = points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" ");
-			parts.push(el("svg:polyline", { class: `curve ${kind}`, points: line }));
-			if (kind === "held" && points.length <= 40) parts.push(...points.map((point) => dot(kind, point, 3)));
+			if (kind !== "spike") parts.push(el("svg:polyline", { class: `curve ${kind}`, points: line }));
+			if (kind === "spike" || kind === "held" && points.length <= 40) parts.push(...points.map((point) => dot(kind, point, 3)));
 		}
 		const named = shown.filter(({ name }) => name);
 		if (this.#at === null) {
@@ -103,6 +104,42 @@ export class Chart {
 		const said = named.map(({ name, points }) => `${t(name)} ${number(points[0][1])} → ${number(points.at(-1)[1])}`);
 		this.#svg.ariaLabel = `${t(this.title)}: ${said.join("; ")}`;
 		this.#svg.replaceChildren(...parts);
+	}
+}
+
+// Experts over time: one band a layer, one row an expert, the latest to the right. Cells of one shade are one path.
+export class HeatHistory {
+	#map = el("div");
+	#drawn = 0;
+	node = el("div", { class: "card", hidden: "" }, el("h3", {}, t("expertsOverTime")), this.#map);
+
+	// `loads` holds [step, layers x experts].
+	draw(loads) {
+		const last = loads.at(-1)?.[1] ?? [], rows = last.flat().length;
+		this.node.hidden = loads.length < 2 || !rows;
+		if (this.node.hidden || this.#drawn === loads.at(-1)[0]) return;
+		this.#drawn = loads.at(-1)[0];
+		const columns = Math.min(loads.length, 100, Math.max(8, Math.floor(6000 / rows)));
+		const shown = Array.from({ length: columns }, (_, i) => loads[Math.floor((i + 1) * loads.length / columns) - 1][1]);
+		const high = Math.min(8, Math.max(1, 200 / rows)), paths = {};
+		let y = 0;
+		last.forEach((row, layer) => {
+			row.forEach((_, expert) => {
+				shown.forEach((table, column) => {
+					const load = table[layer]?.[expert] ?? 1, shade = Math.round(5 * Math.min(1, Math.abs(Math.log2(Math.max(load, 0.05)))));
+					if (shade) (paths[`${load > 1 ? "hot" : "cold"} ${shade}`] ??= []).push(`M${column} ${y.toFixed(1)}h1v${high}h-1z`);
+				});
+				y += high;
+			});
+			y += 4;
+		});
+		const drawn = Object.entries(paths).map(([key, parts]) => {
+			const [kind, shade] = key.split(" ");
+			return el("svg:path", { class: kind, "fill-opacity": shade / 5, d: parts.join("") });
+		});
+		const box = { viewBox: `0 0 ${columns} ${y - 4}`, preserveAspectRatio: "none", height: y - 4 };
+		const ground = el("svg:rect", { class: "cell", width: columns, height: y - 4 });
+		this.#map.replaceChildren(el("svg:svg", { ...box, role: "img", "aria-label": t("expertsOverTime") }, ground, ...drawn));
 	}
 }
 

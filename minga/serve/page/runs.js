@@ -1,10 +1,12 @@
 // Training runs: the list, and one of them in full, read again every two seconds from where the last reading ended.
 import { read } from "./api.js";
-import { Chart, HeatMap, smooth, thin } from "./charts.js";
+import { Chart, HeatHistory, HeatMap, smooth, thin } from "./charts.js";
 import { $, el } from "./dom.js";
-import { compact, duration, finite, number, percent, t, whole } from "./words.js";
+import { compact, duration, finite, gigabytes, number, percent, t, whole } from "./words.js";
 
 const MOST_SAMPLES = 6;
+const STEP_KEYS = ["loss", "train_bits_per_byte", "tokens_per_second", "mfu", "lr", "grad_norm", "seconds"];
+const EVAL_KEYS = ["val_loss", "bits_per_byte", "mtp_acceptance"];
 const rows = new Map(); // run name -> its row in the list, changed in place so that the focus stays
 let runs = []; // the server's summaries, the latest written first
 let open = null; // the run on the page
@@ -17,7 +19,9 @@ class Run {
 	config = {};
 	last = {}; // step
 	samples = [];
-	curves = { loss: [], val_loss: [], bits_per_byte: [], seconds: [] }; // [[step, value]]
+	loads = []; // [[step, layers x experts]]
+	skips = []; // steps
+	curves = Object.fromEntries([...STEP_KEYS, ...EVAL_KEYS].map((key) => [key, []])); // [[step, value]]
 
 	constructor(name) { this.name = name; }
 
@@ -25,13 +29,15 @@ class Run {
 		if (line.kind === "start") Object.assign(this, { start: line, config: line.config ?? {}, end: null });
 		if (line.kind === "step") {
 			this.last = line;
-			this.#put(line, "loss", "seconds");
-			this.load = line.expert_load?.filter((row) => row?.length) ?? this.load;
+			this.#put(line, ...STEP_KEYS);
+			const load = line.expert_load?.filter((row) => row?.length);
+			if (load?.length) this.loads = [...this.loads.filter(([step]) => step < line.step), [line.step, load]];
 		}
 		if (line.kind === "eval") {
 			this.mtp = line.mtp_acceptance;
-			this.#put(line, "val_loss", "bits_per_byte");
+			this.#put(line, ...EVAL_KEYS);
 		}
+		if (line.kind === "skip") this.skips = [...this.skips.filter((step) => step < line.step), line.step];
 		if (line.kind === "sample") this.samples.push(line);
 		if (line.kind === "end") this.end = line;
 	}
@@ -59,6 +65,11 @@ class Run {
 
 // ---- the page
 
+const CHARTS = [ // title, curve of the steps, curve of the evaluations
+	["lossCurve", "loss", "val_loss"], ["bpb", "train_bits_per_byte", "bits_per_byte"], ["speedCurve", "tokens_per_second"],
+	["mfuCurve", "mfu"], ["lr", "lr"], ["norm", "grad_norm"], ["mtpCurve", null, "mtp_acceptance"],
+];
+
 function showList() {
 	for (const [name, row] of rows) if (!runs.some((run) => run.name === name)) { row.remove(); rows.delete(name); }
 	runs.forEach((run, i) => {
@@ -78,12 +89,13 @@ function openRun(run) {
 	open = run;
 	const view = run.view = {
 		state: el("span"), bar: el("progress", { max: 1, "aria-label": run.name }), note: el("p", { class: "note" }),
-		tiles: el("dl", { class: "tiles" }), loss: new Chart("lossCurve"), bpb: new Chart("bpb"), heat: new HeatMap(),
+		tiles: el("dl", { class: "tiles" }), charts: CHARTS.map(([title]) => new Chart(title)),
+		history: new HeatHistory(), heat: new HeatMap(),
 		samples: el("div", { class: "card" }),
 	};
 	const title = el("div", { class: "title" }, el("h2", {}, run.name), view.state);
-	const pair = el("div", { class: "pair" }, view.loss.node, view.bpb.node);
-	$("run").replaceChildren(title, view.bar, view.note, view.tiles, pair, view.heat.node, view.samples);
+	const pair = el("div", { class: "pair" }, ...view.charts.map((chart) => chart.node));
+	$("run").replaceChildren(title, view.bar, view.note, view.tiles, pair, view.history.node, view.heat.node, view.samples);
 	showRun();
 }
 
@@ -95,6 +107,8 @@ function facts({ config, last, start, end, mtp, secondsLeft, curves }, how) {
 		[t("loss"), number(latest("loss"))],
 		[t("bpb"), number(latest("bits_per_byte"), 3)],
 		[t("speed"), whole(last.tokens_per_second)],
+		[t("mfu"), percent(last.mfu)],
+		[t("memory"), gigabytes(last.gpu_memory ?? last.memory)],
 		how === "running" ? [t("left"), duration(secondsLeft)] : [t("elapsed"), duration(end?.seconds ?? last.seconds)],
 		[t("seen"), compact(last.tokens)],
 		[t("params") + (finite(active) ? ` (${compact(active)} ${t("active")})` : ""), compact(total)],
@@ -113,11 +127,17 @@ function showRun() {
 	view.note.textContent = t(start ? "deadText" : "nothing");
 	const known = facts(open, how).filter(([, value]) => value !== "–");
 	view.tiles.replaceChildren(...known.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
-	const { loss, val_loss, bits_per_byte } = open.curves, points = thin(loss), held = { kind: "held", name: "held" };
-	view.loss.series = [{ points, kind: "raw" }, { points: smooth(points), kind: "", name: "smooth" }, { points: val_loss, ...held }];
-	view.bpb.series = [{ points: bits_per_byte, ...held }];
+	CHARTS.forEach(([, key, held], i) => {
+		const raw = thin(open.curves[key] ?? []), norms = new Map(key === "grad_norm" ? open.curves.grad_norm : []);
+		view.charts[i].series = [
+			{ points: raw, kind: "raw" }, { points: key === "lr" ? raw : smooth(raw), kind: "", name: "smooth" },
+			{ points: open.curves[held] ?? [], kind: "held", name: "held" },
+			{ points: open.skips.filter((step) => norms.has(step)).map((step) => [step, norms.get(step)]), kind: "spike", name: "skipped" },
+		];
+	});
 	redraw();
-	view.heat.draw(open.load, open.last.expert_max_over_mean);
+	view.history.draw(open.loads);
+	view.heat.draw(open.loads.at(-1)?.[1], open.last.expert_max_over_mean);
 	view.samples.hidden = !samples.length;
 	view.samples.replaceChildren(el("h3", {}, t("samples")), ...samples.slice(-MOST_SAMPLES).reverse().map(sample));
 }
@@ -131,8 +151,7 @@ function sample({ step, prompt, text }) {
 // ---- the clock
 
 export function redraw() {
-	open?.view.loss.draw();
-	open?.view.bpb.draw();
+	for (const chart of open?.view.charts ?? []) chart.draw();
 }
 
 // In another language, say.

@@ -49,16 +49,25 @@ const WORDS = {
 	loss: ["Loss", "Pérdida"],
 	bpb: ["Bits per byte", "Bits por byte"],
 	speed: ["Tokens a second", "Tokens por segundo"],
+	speedCurve: ["Speed (tokens a second)", "Velocidad (tokens por segundo)"],
+	mfu: ["MFU", "MFU"],
+	mfuCurve: ["MFU (share of the float32 peak)", "MFU (parte del máximo en float32)"],
+	memory: ["Memory", "Memoria"],
+	lr: ["Learning rate", "Tasa de aprendizaje"],
+	norm: ["Gradient norm", "Norma del gradiente"],
+	skipped: ["skipped steps", "pasos omitidos"],
 	left: ["Time left", "Tiempo restante"],
 	elapsed: ["Time", "Tiempo"],
 	seen: ["Tokens seen", "Tokens vistos"],
 	params: ["Parameters", "Parámetros"],
 	active: ["active", "activos"],
 	mtp: ["MTP acceptance", "Aceptación MTP"],
+	mtpCurve: ["MTP acceptance (share of drafts)", "Aceptación MTP (parte de los borradores)"],
 	lossCurve: ["Loss (nats a token)", "Pérdida (nats por token)"],
 	smooth: ["training", "entrenamiento"],
 	held: ["held-out", "reservado"],
 	experts: ["Expert load", "Carga de expertos"],
+	expertsOverTime: ["Expert load over time (bands: layers)", "Carga de expertos en el tiempo (bandas: capas)"],
 	hot: ["twice its share", "el doble de su parte"],
 	cold: ["half", "la mitad"],
 	worst: ["busiest / mean", "más ocupado / media"],
@@ -86,6 +95,7 @@ export const number = (x, digits = 2) => format(x, { maximumFractionDigits: digi
 export const whole = (x) => format(x, { maximumFractionDigits: 0 });
 export const compact = (x) => format(x, { notation: "compact", maximumSignificantDigits: 3 });
 export const percent = (x) => format(x, { style: "percent" });
+export const gigabytes = (x) => finite(x) ? `${number(x / 1e9)} GB` : "–";
 export function duration(seconds) {
 	if (!finite(seconds)) return "–";
 	const s = Math.max(0, Math.round(seconds)), h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60;
