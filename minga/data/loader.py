@@ -100,7 +100,7 @@ class Loader:
         return batch
 
     def _starts(self, window: int, length: int) -> list[int]:
-        firsts = [self._start_of(window + row) for row in range(self.batch_size)]
+        firsts = [self._start_of(window + row) for row in self._rows]
         return [first + inside for first in firsts for inside in range(0, self.seq_len, length)]
 
     def _read(self, starts: list[int], length: int) -> Batch:
