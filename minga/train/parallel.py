@@ -26,7 +26,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from minga.config import TrainConfig
 from minga.data.packing import MASKED, Batch
@@ -218,7 +220,11 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     if world == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=TIMEOUT)  # training is on CPUs so far; a GPU's tensors will need nccl
+    store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives a restart, and a process must not meet the addresses of those that died
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # training is on CPUs so far; a GPU's tensors will need nccl
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         mesh = init_device_mesh("cpu", (pp, dp, ep), mesh_dim_names=("pp", "dp", "ep"))
         meshes = {axis: mesh[axis] for axis in ("pp", "dp", "ep")} | {"data": mesh["dp", "ep"]._flatten("data")}

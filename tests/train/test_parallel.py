@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -203,6 +205,45 @@ def test_bytes_of_sixty_four_processes_are_the_planned_ones(make_config: Make, p
     assert sent / 64 == pytest.approx(planned.matrices, rel=0.02)
 
 
+# ---------------------------------------------------------------------------------------------- the guard
+
+
+def _diverges(config: TrainConfig, out: Path) -> None:
+    try:
+        pretrain(config)
+    except UserError as error:
+        (out / os.environ["RANK"]).write_text(str(error))
+
+
+def test_all_processes_stop_a_run_that_diverges(make_config: Make, tmp_path: Path) -> None:
+    """One line, the same on each, with the step and the place, which all looked for together."""
+    config = make_config(steps=4, lr_embedding=1e20, warmup=0.0, ep=2)
+    run_processes(2, _diverges, config, tmp_path)
+    lines = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert lines[0] == lines[1]
+    assert re.match(r"training diverged at step \d: loss .*, gradient norm .*, .*no checkpoint yet", lines[0])
+    assert read_metrics(Path(config.out) / "run.jsonl")[-1]["reason"] in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
+def test_warmups_eight_bits_router_loss_and_guard_as_in_one_process(make_config: Make, tmp_path: Path) -> None:
+    """Stopped after half of the steps and resumed by another number of processes, besides."""
+    settings: dict[str, Any] = {"steps": 8, "batch_size": 4, "seq_len": 128, "batch_warmup": 0.5, "seq_warmup": 0.5}
+    settings |= {"router_z_loss": 1e-3, "optimizer_bits": 8, "spike_skip": 30.0, "mtp_from": 0.5, "workers": 1}
+    config = make_config(out=str(tmp_path / "one"), checkpoint_every=4, **settings)
+    pretrain(config)
+    run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
+    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3)  # eight bits round what differs in the last
+    shutil.copytree(tmp_path / "four", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-000008")
+    run_processes(2, pretrain, dataclasses.replace(config, out=str(tmp_path / "two")))
+    resumed, whole = _steps(tmp_path / "two")[8:], _steps(tmp_path / "one")[4:]
+    assert [step["step"] for step in resumed] == [5, 6, 7, 8]
+    for mine, other in zip(resumed, whole, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------- pipeline
 
 
@@ -210,8 +251,9 @@ def test_bytes_of_sixty_four_processes_are_the_planned_ones(make_config: Make, p
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.usefixtures("exact")
 def test_a_pipeline_trains_as_one_process_does(make_config: Make, tmp_path: Path, replicas: int) -> None:
-    """Zero-bubble schedule, MTP switched on midway, sequence-wise loss; and with two replicas of every stage."""
+    """Zero-bubble schedule, MTP switched on midway, the routers' losses; and with two replicas of every stage."""
     sizes: dict[str, Any] = {"steps": 6, "batch_size": 2, "accumulate": 4, "mtp_from": 0.5, "sequence_loss": 0.01}
+    sizes["router_z_loss"] = 0.001
     config = make_config(out=str(tmp_path / "one"), checkpoint_every=3, **sizes)
     pretrain(config)
     piped = dataclasses.replace(config, pp=2, out=str(tmp_path / "piped"))
@@ -305,8 +347,11 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
     def last_step() -> int:
         return max((step["step"] for step in _steps(run)), default=0) if (run / "run.jsonl").exists() else 0
 
+    began = time.monotonic()
     launcher = _torchrun(config, 4, "--max-restarts=1")
     try:
+        _wait_for(lambda: last_step() >= 1)
+        to_start = time.monotonic() - began
         _wait_for(lambda: last_step() >= 6)
         os.kill(_workers(launcher.pid)[2], signal.SIGKILL)
         began = time.monotonic()
@@ -320,8 +365,8 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
         launcher.wait(60)
     finally:
         launcher.kill()
-    print(f"training went on after {seconds:.1f} s", file=sys.stderr)
-    assert seconds < 30
+    print(f"first step after {to_start:.1f} s; training went on {seconds:.1f} s after the kill", file=sys.stderr)
+    assert seconds < max(30, 2 * to_start)  # on a busy machine a start alone may take that long
     assert _torchrun(config, 2).wait(120) == 0
     assert last_step() == 24
     losses = {step["step"]: step["loss"] for step in _steps(run)}  # a step taken again counts the second time
@@ -343,6 +388,18 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
         ({"pp": 3, "batch_size": 6}, 3, r"pp 3 cuts a model into 6 stages and this one has 3 layers .* at most pp 2"),
         ({"pp": 2, "accumulate": 2}, 2, r"accumulate 2 micro-batches do not fill a pipeline of pp 2 .* 3 or more"),
         ({"pp": 2, "ep": 2, "accumulate": 4}, 4, r"pp 2 and ep 2 do not go together"),
+        ({"pp": 2, "accumulate": 4, "batch_warmup": 0.5}, 2, r"batch_warmup 0.5 and pp 2 do not go together"),
+        (
+            {"pp": 2, "accumulate": 4, "seq_len": 64, "seq_warmup": 0.5},
+            2,
+            r"seq_warmup 0.5 and pp 2 do not go together",
+        ),
+        ({"ema_decay": 0.9}, 2, r"ema_decay 0.9 is for one process and there are 2"),
+        (
+            {"weight_dtype": "bf16"},
+            2,
+            r"weight_dtype bf16 is for one process and there are 2 .* set weight_dtype to float32",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(
