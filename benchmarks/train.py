@@ -232,8 +232,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
     evaluate = recipes._evaluate
     # The last evaluation reads the windows of the others instead of the whole split: both sides are scored on the same.
-    recipes._evaluate = lambda model, shards, run, max_tokens: evaluate(
-        model, shards, dataclasses.replace(run, batch_size=8, seq_len=SEQ_LEN), run.eval_tokens
+    recipes._evaluate = lambda model, shards, run, parallel, max_tokens: evaluate(
+        model, shards, dataclasses.replace(run, batch_size=8, seq_len=SEQ_LEN), parallel, run.eval_tokens
     )
     seconds, evaluations, fullest = 0.0, [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -86,7 +86,8 @@ def save(request: dict[str, Any]) -> bool:
     state = TrainingState(step=request["step"], tokens=0, seconds=0.0, loader={"mark": request["mark"]})
     run = Path(request["save"])
     return killed_at_syscall(
-        lambda: save_checkpoint(run, state, model, optimizer, tokenizer, keep=request["keep"]), request["kill_at"]
+        lambda: save_checkpoint(run, state, model, optimizer.state_tensors(), tokenizer, keep=request["keep"]),
+        request["kill_at"],
     )
 
 

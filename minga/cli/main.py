@@ -157,7 +157,8 @@ def _nearest(name: str, known: Iterable[str], help_command: str) -> str:
 
 def _fail(message: str, argv: list[str]) -> int:
     line = " ".join(message.splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started here, one is enough
+        print(f"error: {line}", file=sys.stderr)
     _answer(line, argv)
     return 2
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ examples:
   minga train --data shards --out runs/mine --tokens 100m --size 10m   so many tokens, so many active parameters
   minga train --data shards --out runs/tiny --preset tiny --steps 20
   minga train --data shards --out runs/mine --hours 1 --set batch_size=32 --set model.num_hidden_layers=6
+  torchrun --nproc-per-node 4 -m minga train --data shards --out runs/mine --preset laptop --steps 1000 --set ep=2
 The same command goes on with a run that was stopped (Ctrl-C saves first).
 """
 
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
     note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     result = pretrain(config, note=note, plan=plan, sinks=args.log)
+    if int(os.environ.get("RANK", "0")):  # of several processes the first speaks
+        return 0
     if args.json:
         evaluation = None if result.evaluation is None else dataclasses.asdict(result.evaluation)
         document = {"run": str(result.run), "model": str(result.model), "step": result.step, "seconds": result.seconds}
@@ -126,6 +130,11 @@ def _plan(args: argparse.Namespace) -> Plan | None:
                 f"this run was begun with another {', '.join(changed)} ({args.out}). use the same, or another --out"
             )
         return Plan(asked, tuple(Choice(**choice) for choice in begun["choices"]))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "without --steps the run is chosen for one process, and here are several (train). "
+            "give --steps N, with --preset and --set for the rest"
+        )
     return plan_run(open_shards(args.data), hours=args.hours, **asked)
 
 

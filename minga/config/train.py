@@ -37,6 +37,10 @@ class TrainConfig:
     precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
     weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
     residual_init: float = 0.0  # scale, at the start, of what writes to the residual stream; 1 is GPT-2's
+    # processes (minga/train/parallel.py); none of these changes what is computed
+    dp: int = 0  # data parallel; 0: all there are / (ep · pp)
+    ep: int = 1  # expert parallel
+    pp: int = 1  # pipeline parallel
     # optimizer (minga/train/optim.py)
     lr_matrix: float = 0.009  # Muon: hidden matrices, experts included
     lr_embedding: float = 0.006  # AdamW: embedding and head
@@ -69,12 +73,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "seq_len", "keep_checkpoints"):
+        for name in ("batch_size", "accumulate", "seq_len", "keep_checkpoints", "ep", "pp"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it must be at least 1")
         for name in (
             "steps",
             "hours",
+            "dp",
             "eval_every",
             "checkpoint_every",
             "clip",

@@ -37,7 +37,9 @@ class Loader:
     """An infinite iterator of batches of `batch_size` rows of `seq_len` inputs, with `num_extra` targets for each.
 
     `num_extra` is 1 for the next token alone, plus one for each multi-token prediction module. `workers` threads keep
-    as many batches ready. Raises `UserError` if the split has less than one batch.
+    as many batches ready. `part`: (rank, number) of the processes that share each batch: this one gets its part of the
+    rows, and all of them stand at the same place of the same stream; the number must divide `batch_size`. Raises
+    `UserError` if the split has less than one batch.
     """
 
     def __init__(
@@ -50,8 +52,12 @@ class Loader:
         num_extra: int = 1,
         split: str = "train",
         workers: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         _check_sizes(batch_size=batch_size, seq_len=seq_len, num_extra=num_extra)
+        num_rows = batch_size // part[1]
+        assert num_rows * part[1] == batch_size
+        self._rows = range(part[0] * num_rows, (part[0] + 1) * num_rows)
         self._tokens = shards.tokens(split)
         self._eos_id = shards.manifest.eos_id
         self.batch_size, self.seq_len, self.num_extra, self.seed = batch_size, seq_len, num_extra, seed
@@ -94,7 +100,7 @@ class Loader:
         return batch
 
     def _starts(self, window: int, length: int) -> list[int]:
-        firsts = [self._start_of(window + row) for row in range(self.batch_size)]
+        firsts = [self._start_of(window + row) for row in self._rows]
         return [first + inside for first in firsts for inside in range(0, self.seq_len, length)]
 
     def _read(self, starts: list[int], length: int) -> Batch:

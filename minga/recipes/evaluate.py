@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minga.data.packing import MASKED, Batch
 from minga.data.tokenizer import Tokenizer
@@ -35,9 +36,14 @@ class Evaluation:
         return math.exp(self.val_loss)
 
 
-@torch.inference_mode()
-def evaluate(model: Transformer, batches: Iterable[Batch]) -> Evaluation:
-    """Scores each unmasked target of depth 0 once. The model is left in the mode it was in."""
+@torch.no_grad()  # not inference mode: what FSDP allocates here is used again in training
+def evaluate(
+    model: Transformer, batches: Iterable[Batch], *, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Evaluation:
+    """Scores each unmasked target of depth 0 once. The model is left in the mode it was in.
+
+    total: adds up the sums of several processes that each score a part.
+    """
     was_training = model.training
     model.eval()
     nats, tokens, num_bytes, hits, guesses = 0.0, 0, 0, 0, 0
@@ -55,6 +61,8 @@ def evaluate(model: Transformer, batches: Iterable[Batch]) -> Evaluation:
             hits += int(((guess_BT == logits_BTV[:, 1:].argmax(-1)) & counted_BT).sum())
             guesses += int(counted_BT.sum())
     model.train(was_training)
+    sums = total(torch.tensor([nats, tokens, num_bytes, hits, guesses], dtype=torch.float64)).tolist()
+    nats, (tokens, num_bytes, hits, guesses) = sums[0], map(int, sums[1:])
     if not (tokens and num_bytes):
         raise UserError("there is no text to evaluate on (evaluate). give more text")
     return Evaluation(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,12 +43,15 @@ from minga.runtime.progress import ProgressBar
 from minga.runtime.sinks import check_sinks, open_sinks
 from minga.store import checkpoint_steps, latest_checkpoint
 from minga.train.balance import LoadCounter, balance_rates
-from minga.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from minga.train.checkpoint import TrainingState, save_checkpoint
 from minga.train.ema import Ema
 from minga.train.guard import Diverged, Guard
 from minga.train.optim import Optimizer
+from minga.train.parallel import ALONE, Parallel, processes
+from minga.train.pipeline import Pipeline, keep_stages
 from minga.train.schedule import lr_scale, momentum, num_micro_batches, sequence_length
-from minga.train.step import train_step
+from minga.train.sharding import gather, gather_model, optimizer_of, restore, shard
+from minga.train.step import forward_backward, train_step
 
 RESERVE = 0.02  # of `hours`, kept for samples, checkpoints and the report
 CALIBRATION_SECONDS, CALIBRATION_SHARE = 20.0, 0.04  # for timing steps when `hours` is given: at most, and of the hours
@@ -77,60 +81,91 @@ def pretrain(
 ) -> Result:
     """Trains, evaluates, saves and reports. Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 
+    Under torchrun every process calls it, and they train one model together (minga/train/parallel.py).
+
     note: receives a line for each value that was derived and each thing that was decided. plan: where the settings come
     from, kept with the run; the seconds it took are part of `hours`. sinks: `minga.runtime.sinks.SINKS` that receive the
     numbers too. Raises `UserError`.
     """
-    began_all = time.monotonic() - (plan.seconds if plan else 0.0)
+    began = time.monotonic() - (plan.seconds if plan else 0.0)
     check_sinks(sinks)
+    with processes(config) as parallel:
+        if parallel.is_main:
+            return _pretrain(config, parallel, began, note, plan, sinks)
+        return _pretrain(config, parallel, began, lambda line: None, plan, ())  # only the first process speaks
+
+
+def _pretrain(
+    config: TrainConfig,
+    parallel: Parallel,
+    began_all: float,
+    note: Callable[[str], None],
+    plan: Plan | None,
+    sinks: Sequence[str],
+) -> Result:
     shards = open_shards(config.data)
     tokenizer = shards.tokenizer
     tokenizer.chat_template = (
         None  # a base model has seen no conversations; a later tuning adds the template it teaches
     )
     config = fit_to_tokenizer(config, shards)
-    loader = _loader(shards, config)  # before the run folder: too little text must leave nothing behind
+    loader = _loader(shards, config, parallel)  # before the run folder: too little text must leave nothing behind
     run = Path(config.out)
-    _make_run_folder(run)
-    checkpoint = _checkpoint_to_resume(run, shards)
-    config = _resolve(config, run, shards, note, began_all, resuming=checkpoint is not None)
+    checkpoint = parallel.on_main(lambda: _open_run(run, shards))
+    config = _resolve(config, run, shards, note, began_all, parallel, resuming=checkpoint is not None)
     if checkpoint is None:
-        write_whole(run / "data-manifest.json", data_manifest(shards))
-        (run / "plan.json").unlink(missing_ok=True)  # of a run that had not come to its first checkpoint
-        if plan is not None:
-            write_whole(run / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        parallel.on_main(lambda: _tell_origin(run, shards, plan))
 
     cpu.load(note)
-    model, optimizer = _build(config)
+    model, optimizer = _build(config, parallel)
+    run_batches = forward_backward if parallel.pp == 1 else Pipeline(model, config, parallel)
     ema = Ema(model, config.ema_decay) if config.ema_decay else None
     counter, guard = LoadCounter(model.moe_layers()), Guard(config)
     state = TrainingState(step=0, tokens=0, seconds=0.0, loader=loader.state_dict())
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer, ema=ema)
+        state = restore(checkpoint, model, optimizer, parallel, ema=ema)
         loader.load_state_dict(state.loader)
         if state.guard:
             guard.load_state_dict(state.guard)
         note(f"resuming at step {state.step} of {config.steps} from {checkpoint}")
 
-    log = MetricsLog(run / "run.jsonl")
+    log = MetricsLog(run / "run.jsonl" if parallel.is_main else Path(os.devnull))
     parameters = count_parameters(config.model)
     counts = {"total": parameters.total, "active": parameters.active, "mtp": parameters.mtp}
-    watch = Watch(config, shards.manifest, log, open_sinks(sinks, run, as_dict(config), step=state.step))
-    facts = {"config": as_dict(config), "parameters": counts, "machine": {**describe(), "gemm_flops": watch.peak}}
-    log.write("start", time=time.time(), **facts, step=state.step, plan=_read_plan(run))
+    outlets = open_sinks(sinks, run, as_dict(config), step=state.step)
+    watch = Watch(config, shards.manifest, log, outlets, parallel.world)
+    facts: dict[str, Any] = {
+        "config": as_dict(config),
+        "parameters": counts,
+        "machine": {**describe(), "gemm_flops": watch.peak},
+    }
+    facts |= {"processes": parallel.world, "plan": parallel.on_main(lambda: _read_plan(run))}
+    log.write("start", time=time.time(), **facts, step=state.step)
     began = time.monotonic() - state.seconds
     saved = state.step if checkpoint is not None else -1
     folder = checkpoint
 
     def save(state: TrainingState) -> Path:
-        path = save_checkpoint(run, state, model, optimizer, tokenizer, keep=config.keep_checkpoints, ema=ema)
+        whole = gather(model, optimizer, parallel)  # on rank 0, which writes
+
+        def write() -> Path:
+            assert whole is not None
+            return save_checkpoint(run, state, *whole, tokenizer, keep=config.keep_checkpoints, ema=ema)
+
+        path = parallel.on_main(write)
         log.write("checkpoint", step=state.step, path=path.name)
         return path
 
+    def sample(num_tokens: int) -> None:
+        whole = gather_model(model, parallel)  # on rank 0, which writes
+        if whole is not None:
+            watch.sample(state, whole, tokenizer, num_tokens)
+
     model.train()
+    bar = ProgressBar("training", config.steps, state.step, shown=parallel.is_main)
     name_place = _name_place(log, lambda: (state.step, folder))
-    with _stop_requested() as stop, name_place, ProgressBar("training", config.steps, state.step) as bar:
-        while state.step < config.steps and not stop():
+    with _stop_requested() as stop, name_place, bar:
+        while state.step < config.steps and not parallel.any(stop()):
             progress = state.step / config.steps
             optimizer.set_scale(lr_scale(progress, config))
             optimizer.set_momentum(momentum(state.step, config))
@@ -145,13 +180,15 @@ def pretrain(
                 with_mtp=with_mtp,
                 balance_rates=balance_rates(config, state.step, counter.layers),
                 guard=guard,
+                parallel=parallel,
+                run=run_batches,
             )
             if ema is not None and metrics.skipped is None:
                 ema.update(model, state.step + 1)
             now = time.monotonic()
             tokens = state.tokens + metrics.tokens
             state = TrainingState(state.step + 1, tokens, now - began, loader.state_dict(), guard.state_dict())
-            metrics.cpu_seconds = time.process_time() - began_cpu
+            metrics.cpu_seconds = parallel.total(time.process_time() - began_cpu)
             watch.step(state, metrics, lr_scale(progress, config), now - began_step, bar)
             if metrics.skipped is not None:
                 log.write("skip", step=state.step, reason=metrics.skipped)
@@ -159,25 +196,25 @@ def pretrain(
             if state.step == config.steps:
                 break
             if config.eval_every and state.step % config.eval_every == 0:
-                evaluation = _evaluate(model, shards, config, max_tokens=config.eval_tokens)
+                evaluation = _evaluate(model, shards, config, parallel, max_tokens=config.eval_tokens)
                 bar.note(watch.evaluation(state, evaluation))
-                watch.sample(state, model, tokenizer, SAMPLE_TOKENS)
+                sample(SAMPLE_TOKENS)
             if config.checkpoint_every and state.step % config.checkpoint_every == 0 and guard.healthy:
                 folder, saved = save(state), state.step
         if saved != state.step or folder is None:
             folder = save(state)  # before the evaluation, and while signals wait: nothing may come between
     evaluation_or_none: Evaluation | None = None
     if state.step >= config.steps:
-        evaluation_or_none = _evaluate(model, shards, config, max_tokens=None)
+        evaluation_or_none = _evaluate(model, shards, config, parallel, max_tokens=None)
         watch.evaluation(state, evaluation_or_none)
         if ema is not None:
-            mean = _evaluate(ema.model, shards, config, max_tokens=None)
+            mean = _evaluate(ema.model, shards, config, parallel, max_tokens=None)
             watch.evaluation(state, mean, kind="eval_ema")
             note(f"mean of the weights: {mean.bits_per_byte:.3f} bits a byte on held-out text ({folder / 'ema'})")
-    watch.sample(state, model, tokenizer, 3 * SAMPLE_TOKENS)
+    sample(3 * SAMPLE_TOKENS)
     log.write("end", reason="done" if evaluation_or_none else "stopped", seconds=state.seconds)
     watch.close()
-    write_report(run)
+    parallel.on_main(lambda: write_report(run))
     return Result(run, folder, state.step, state.seconds, evaluation_or_none)
 
 
@@ -193,6 +230,20 @@ def _make_run_folder(run: Path) -> None:
     except OSError as error:
         what = "a file stands there" if run.is_file() else error.strerror
         raise UserError(f"cannot write the run folder: {what} ({run}). give another --out, or mend this one") from None
+
+
+def _open_run(run: Path, shards: Shards) -> Path | None:
+    """Makes the folder, or finds in it the checkpoint to go on from."""
+    _make_run_folder(run)
+    return _checkpoint_to_resume(run, shards)
+
+
+def _tell_origin(run: Path, shards: Shards, plan: Plan | None) -> None:
+    """Keeps what a new run reads and where its settings come from."""
+    write_whole(run / "data-manifest.json", data_manifest(shards))
+    (run / "plan.json").unlink(missing_ok=True)  # of a run that had not come to its first checkpoint
+    if plan is not None:
+        write_whole(run / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
 
 
 def _checkpoint_to_resume(run: Path, shards: Shards) -> Path | None:
@@ -215,7 +266,14 @@ def fit_to_tokenizer(config: TrainConfig, shards: Shards) -> TrainConfig:
 
 
 def _resolve(
-    config: TrainConfig, run: Path, shards: Shards, note: Callable[[str], None], began: float, *, resuming: bool
+    config: TrainConfig,
+    run: Path,
+    shards: Shards,
+    note: Callable[[str], None],
+    began: float,
+    parallel: Parallel,
+    *,
+    resuming: bool,
 ) -> TrainConfig:
     """Fills in `steps`, and keeps the settings in `run.json`. A resumed run must be the one that was begun.
 
@@ -224,9 +282,9 @@ def _resolve(
     """
     file = run / "run.json"
     if resuming:
-        begun = _read_settings(file)
+        begun = parallel.on_main(lambda: _read_settings(file))
         ours = as_dict(config)
-        free = {"hours", "out", "data", "workers"} | ({"steps"} if config.hours else set())
+        free = {"hours", "out", "data", "workers", "dp", "ep", "pp"} | ({"steps"} if config.hours else set())
         changed = [key for key in ours if key not in free and begun.get(key) != json.loads(json.dumps(ours[key]))]
         if changed:
             raise UserError(
@@ -236,7 +294,8 @@ def _resolve(
     if config.hours and not config.steps:
         whole = config.hours * 3600
         cpu.load(note)
-        pace = measure(config, shards, seconds=min(CALIBRATION_SECONDS, CALIBRATION_SHARE * whole))
+        budget = min(CALIBRATION_SECONDS, CALIBRATION_SHARE * whole)
+        pace = measure(config, shards, seconds=budget, parallel=parallel)
         evaluation = pace.evaluated_token * config.eval_tokens / config.eval_every if config.eval_every else 0.0
         left = whole - (time.monotonic() - began) - pace.evaluated_token * shards.manifest.splits["val"].num_tokens
         steps = max(1, int(left * (1 - RESERVE) / (pace.step + evaluation)))
@@ -244,8 +303,8 @@ def _resolve(
             f"steps = {steps}: {whole / 60:.1f} minutes, {left / 60:.1f} of them for steps of {pace.step:.3g} s, "
             f"measured on this machine, and {evaluation / (pace.step + evaluation):.0%} of that for evaluation"
         )
-        config = dataclasses.replace(config, steps=steps)
-    write_whole(file, json.dumps(as_dict(config), indent=2) + "\n")
+        config = dataclasses.replace(config, steps=parallel.on_main(lambda: steps))
+    parallel.on_main(lambda: write_whole(file, json.dumps(as_dict(config), indent=2) + "\n"))
     return config
 
 
@@ -279,15 +338,21 @@ class Pace:
 
 
 def measure(
-    config: TrainConfig, shards: Shards, *, seconds: float, clock: Callable[[], float] = time.monotonic
+    config: TrainConfig,
+    shards: Shards,
+    *,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    parallel: Parallel = ALONE,
 ) -> Pace:
     """Times whole steps, optimizer included, of a throw-away copy of the run, for about `seconds`, and three at least.
 
     Medians after a first step that allocates; MTP counts for the share of the run that it is trained in. `clock`: what
     is counted, such as time.process_time.
     """
-    model, optimizer = _build(config)
-    counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config)
+    model, optimizer = _build(config, parallel)
+    counter, loader = LoadCounter(model.moe_layers()), _loader(shards, config, parallel)
+    run_batches = forward_backward if parallel.pp == 1 else Pipeline(model, config, parallel)
     model.train()
     share = config.mtp_from if len(model.mtp) else 1.0  # of the run, without MTP
 
@@ -295,11 +360,19 @@ def measure(
         """Seconds a step times `weight`; nothing is run for a share of zero."""
         times: list[float] = []
         end = time.monotonic() + seconds * weight
-        while weight and (len(times) < 3 or (time.monotonic() < end and len(times) < 50)):
+        while weight and (len(times) < 3 or (parallel.any(time.monotonic() < end) and len(times) < 50)):
             began = clock()
             batches = [next(loader) for _ in range(num_batches)]
             train_step(
-                model, batches, optimizer, config, counter, with_mtp=with_mtp, balance_rates=[0.0] * len(counter.layers)
+                model,
+                batches,
+                optimizer,
+                config,
+                counter,
+                with_mtp=with_mtp,
+                balance_rates=[0.0] * len(counter.layers),
+                parallel=parallel,
+                run=run_batches,
             )
             times.append(clock() - began)
         return weight * median(times[1:]) if times else 0.0
@@ -309,23 +382,28 @@ def measure(
         # While the batch grows, half of the micro-batches are missing on average: each saves what it costs.
         step -= config.batch_warmup * max(0.0, (timed(False, 1.0) - timed(False, 1.0, 1)) / 2)
     began = clock()
-    evaluation = _evaluate(model, shards, config, max_tokens=config.batch_size * config.seq_len)
+    evaluation = _evaluate(model, shards, config, parallel, max_tokens=config.batch_size * config.seq_len)
     return Pace(step, (clock() - began) / evaluation.tokens)
 
 
-def _build(config: TrainConfig) -> tuple[Transformer, Optimizer]:
+def _build(config: TrainConfig, parallel: Parallel = ALONE) -> tuple[Transformer, Optimizer]:
     torch.manual_seed(config.seed)
     model = Transformer(config.model).init_weights(residual_scale=config.residual_init).set_precision(config.precision)
     if config.weight_dtype == "bf16":
         for p in model.parameters():  # not the buffers: the router's bias stays float32
             p.data = p.data.bfloat16()
-    return model, Optimizer(model, config)
+    if parallel.pp > 1:
+        keep_stages(model, parallel)
+    elif parallel.world > 1:
+        shard(model, parallel)
+    return model, optimizer_of(model, config, parallel)
 
 
-def _loader(shards: Shards, config: TrainConfig) -> Loader:
+def _loader(shards: Shards, config: TrainConfig, parallel: Parallel = ALONE) -> Loader:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    return Loader(shards, seed=config.seed, workers=config.workers, **sizes)
+    part = (parallel.data_rank, parallel.data_world)
+    return Loader(shards, seed=config.seed, workers=config.workers, part=part, **sizes)
 
 
 def _batches(loader: Loader, config: TrainConfig, progress: float) -> list[Batch]:
@@ -372,10 +450,16 @@ def _name_place(log: MetricsLog, place: Callable[[], tuple[int, Path | None]]) -
         raise UserError(f"{line} ({good}). lower the learning rates in a new run (--out)") from None
 
 
-def _evaluate(model: Transformer, shards: Shards, config: TrainConfig, max_tokens: int | None) -> Evaluation:
+def _evaluate(
+    model: Transformer, shards: Shards, config: TrainConfig, parallel: Parallel, max_tokens: int | None
+) -> Evaluation:
     extra = 1 + config.model.num_nextn_predict_layers
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "seq_len": config.seq_len, "num_extra": extra}
-    return evaluate(model, evaluation_batches(shards, max_tokens=max_tokens, **sizes))
+    batches = evaluation_batches(shards, max_tokens=max_tokens, **sizes)
+    if parallel.pp > 1:  # rank 0 alone, with the whole model
+        whole = gather_model(model, parallel)
+        return parallel.on_main(lambda: evaluate(cast(Transformer, whole).set_precision(config.precision), batches))
+    return evaluate(model, map(parallel.rows, batches), total=parallel.sum)
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

@@ -36,13 +36,15 @@ LOAD_EVERY = 10  # steps between two records of each expert's load
 class Watch:
     """Measures the machine's peak when it is made; then `step`, `evaluation` and `sample` say one thing everywhere."""
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, log: MetricsLog, sinks: Sequence[Sink]):
+    def __init__(
+        self, config: TrainConfig, manifest: Manifest, log: MetricsLog, sinks: Sequence[Sink], processes: int = 1
+    ):
         self._config, self._log, self._sinks = config, log, sinks
         train = manifest.splits["train"]
         self._bits_per_nat = train.num_tokens / train.num_bytes / math.log(2)  # of a token's loss, in bits a byte
         half = (config.seq_len + 1) // 2  # keys that a token of a causal sequence attends to, on average
         self._flops = {mtp: 3 * forward_flops(config.model, half, mtp=mtp) for mtp in (False, True)}
-        self.peak = gemm_peak()
+        self.peak = processes * gemm_peak()  # each measures at the same time
 
     def step(self, state: TrainingState, metrics: StepMetrics, scale: float, seconds: float, bar: ProgressBar) -> None:
         """`scale`: the schedule's factor on every learning rate; `seconds`: what this step took."""

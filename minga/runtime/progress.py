@@ -16,13 +16,13 @@ LINE_EVERY = 20.0  # seconds between two plain lines
 class ProgressBar:
     """`with ProgressBar("training", total=300) as bar: bar.update(1, "loss 3.1"); bar.note("saved")`."""
 
-    def __init__(self, label: str, total: int, done: int = 0):
-        self._label, self._total, self._done = label, total, done
+    def __init__(self, label: str, total: int, done: int = 0, *, shown: bool = True):
+        self._label, self._total, self._done, self._shown = label, total, done, shown
         self._console = Console(stderr=True, highlight=False)
         self._last_line = self._began = time.monotonic()
         self._first = done
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and shown:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(
                 *columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console
@@ -44,7 +44,7 @@ class ProgressBar:
         self._done += advance
         if self._bar is not None:
             self._bar.update(self._task, advance=advance, text=text)
-        elif self._done >= self._total or time.monotonic() - self._last_line >= LINE_EVERY:
+        elif self._shown and (self._done >= self._total or time.monotonic() - self._last_line >= LINE_EVERY):
             self._last_line = time.monotonic()
             each = (self._last_line - self._began) / max(1, self._done - self._first)
             left = timedelta(seconds=round(each * (self._total - self._done)))
@@ -55,5 +55,5 @@ class ProgressBar:
         """A line of its own, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False)
-        else:
+        elif self._shown:
             print(text, file=sys.stderr, flush=True)

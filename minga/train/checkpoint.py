@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from minga.checkpoint import hf
 from minga.checkpoint.durable import durable_folder
+from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
@@ -49,7 +51,7 @@ def save_checkpoint(
     run: Path,
     state: TrainingState,
     model: Transformer,
-    optimizer: Optimizer,
+    moments: dict[str, Tensor],
     tokenizer: Tokenizer,
     *,
     keep: int,
@@ -57,7 +59,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-STEP` whole or not at all, then drops all but the newest `keep` up to this one.
 
-    Raises `Diverged`, before anything is written, for a model whose weights are not finite.
+    moments: the optimizer's state. Raises `Diverged`, before anything is written, for a model whose weights are not finite.
     """
     require_finite_weights(model)
     folder = run / f"checkpoint-{state.step:06d}"
@@ -68,7 +70,7 @@ def save_checkpoint(
             write_into(partial / "ema", ema.model, tokenizer)
         training = partial / "training_state"
         training.mkdir()
-        tensors = {**optimizer.state_tensors(), RANDOM_STATE: torch.get_rng_state()}
+        tensors = {**moments, RANDOM_STATE: torch.get_rng_state()}
         tensors = dict(
             sorted(tensors.items())
         )  # a resumed run, whose moments came in file order, writes the same bytes
@@ -82,19 +84,28 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, *, ema: Ema | None = None) -> TrainingState:
     """Puts weights, their mean, moments and random state back. Raises `UserError` if the folder is of another model or no run."""
+    weights, moments, state = read_checkpoint(folder, model.config)
+    model.load_state_dict(weights)
+    optimizer.load_state_tensors(moments)
+    if ema is not None:
+        ema.model.load_state_dict(load(folder / "ema").state_dict())
+    return state
+
+
+def read_checkpoint(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainingState]:
+    """(weights, optimizer state, where the run stood) of a checkpoint of `config`; sets torch's random state.
+
+    Raises `UserError` as `load_checkpoint` does.
+    """
     file = folder / "training_state" / "state.json"
     if not file.is_file():
         raise UserError(f"this is a model without training state ({folder}). choose a run's checkpoint to resume")
     saved = load(folder)
-    if saved.config != model.config:
+    if saved.config != config:
         raise UserError(
             f"the checkpoint has another model config than this run ({folder}). resume with the same settings"
         )
-    model.load_state_dict(saved.state_dict())
-    if ema is not None:
-        ema.model.load_state_dict(load(folder / "ema").state_dict())
     with safe_open(folder / "training_state" / "optimizer.safetensors", framework="pt") as tensors:
         moments = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118  not a dict
     torch.set_rng_state(moments.pop(RANDOM_STATE))
-    optimizer.load_state_tensors(moments)
-    return TrainingState(**json.loads(file.read_text()))
+    return saved.state_dict(), moments, TrainingState(**json.loads(file.read_text()))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from minga.config import TrainConfig
 from minga.data.packing import Batch
 from minga.errors import UserError
+from minga.train.parallel import ALONE, Parallel, local_tensor
 
 WINDOW = 64  # accepted steps that the median is of
 MIN_HISTORY = 32
@@ -111,20 +112,29 @@ class Guard:
 def require_finite_weights(model: nn.Module) -> None:
     """Raises `Diverged` naming the first weight that is no number: such a model must not become a checkpoint."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(local_tensor(tensor)).all():
             raise Diverged(f"the weight {name} is not finite")
 
 
-def first_not_finite(model: nn.Module, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> str:
+def first_not_finite(
+    model: nn.Module, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch], parallel: Parallel = ALONE
+) -> str:
     """Where numbers first stop being finite when a step's micro-batches are computed and differentiated once more.
 
     In the order of the computation: a weight, the output of a module, the gradient at its output or of a parameter.
-    All are computed, found or not: where each is a collective of several machines, all must take part in all.
+    All are computed, found or not: where each is a collective of several processes, all must take part in all. Of
+    what they find the first process's is told. A pipeline is not run again: only its weights are looked at.
     """
     try:
         require_finite_weights(model)
+        lost = None
     except Diverged as error:
-        return str(error)
+        lost = str(error)
+    lost = parallel.first(lost)
+    if lost is not None:
+        return lost
+    if parallel.pp > 1:
+        return "though every weight is finite"
     found: list[str] = []
 
     def check(tensor: Tensor, what: str) -> None:
@@ -153,7 +163,7 @@ def first_not_finite(model: nn.Module, loss_of: Callable[[Batch], Tensor], batch
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "though every gradient is finite: their sum of squares is not"
+    return parallel.first(found[0] if found else None) or "though every gradient is finite: their sum of squares is not"
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

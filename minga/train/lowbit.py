@@ -25,6 +25,7 @@ Codes = Literal["linear", "signed", "unsigned"]
 BLOCK = 256  # numbers that share an absmax; the paper's 2,048 gives an outlier more company to spoil
 SMALLEST = 4096  # numbers; smaller tensors and vectors stay float32: they are few, and they are norms and routers
 ABSMAX = "_absmax"  # what the name of an 8-bit state adds for its blocks' largest magnitudes
+NUM_WHOLE = "num_whole"  # attribute of a parameter that is a piece of a larger one: how many numbers that has
 _DROPPED_BITS = 12  # of a float32 before it is looked up: 2**-12 relative, where codes are 2**-7 apart at best
 
 
@@ -43,12 +44,13 @@ class StateStore:
         stored: Tensor = state[name]
         return stored
 
-    def is_8_bit(self, value: Tensor) -> bool:
-        """Whether a state of this shape is kept in 8 bits."""
-        return self.bits == 8 and value.ndim > 1 and value.numel() >= SMALLEST
+    def is_8_bit(self, p: Tensor) -> bool:
+        """Whether the states of this parameter are kept in 8 bits. A piece of one is kept as the whole would be."""
+        return self.bits == 8 and p.ndim > 1 and getattr(p, NUM_WHOLE, p.numel()) >= SMALLEST
 
-    def write(self, state: dict[str, Any], name: str, value: Tensor, codes: Codes = "signed") -> None:
-        if self.is_8_bit(value):
+    def write(self, state: dict[str, Any], name: str, value: Tensor, p: Tensor, codes: Codes = "signed") -> None:
+        """`value` becomes the state of parameter `p`."""
+        if self.is_8_bit(p):
             state[name], state[name + ABSMAX] = encode(value, codes)
         else:
             state[name] = value

@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.95,
@@ -87,14 +87,14 @@ class Muon(torch.optim.Optimizer):
                     momentum = self._store.read(self.state[p], "momentum", p, "linear").lerp_(grad, 1 - rates["beta"])
                     update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
                     value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
-                    self._store.write(self.state[p], "momentum", momentum, "linear")
+                    self._store.write(self.state[p], "momentum", momentum, p, "linear")
                 write_weight(p, value)
 
     def _compiled_step(self, p: nn.Parameter, value_SMN: Tensor, grad_SMN: Tensor, rates: dict[str, float]) -> None:
         """The same in one call; an 8-bit momentum is read and written a row at a time."""
         state = self.state[p]
         if not state:
-            self._store.write(state, "momentum", self._store.read(state, "momentum", p, "linear"), "linear")
+            self._store.write(state, "momentum", self._store.read(state, "momentum", p, "linear"), p, "linear")
         momentum = state["momentum"].view(value_SMN.shape)
         rest: dict[str, Any] = {"precision": "bf16", **rates}
         if self._store.is_8_bit(p):
@@ -135,28 +135,35 @@ class AdamW(torch.optim.AdamW):
                     fused=True,
                     **settings,
                 )
-                self._store.write(state, "exp_avg", mean)
-                self._store.write(state, "exp_avg_sq", square, "unsigned")
+                self._store.write(state, "exp_avg", mean, p)
+                self._store.write(state, "exp_avg_sq", square, p, "unsigned")
                 write_weight(p, value)
+
+
+def is_elementwise(name: str, p: Tensor) -> bool:
+    """Whether AdamW updates a parameter, number by number; Muon does those of which a row alone is not enough."""
+    return p.ndim < 2 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight")
 
 
 class Optimizer:
     """Both optimizers of a model. `set_scale` multiplies every group's own learning rate."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        matrices, joined, embeddings, others = [], [], [], []
+        matrices, joined = [], []
+        embeddings: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in model.named_parameters():
-            if "embed_tokens" in name or "lm_head" in name:
-                embeddings.append(p)
-            elif p.ndim < 2 or name.endswith("mlp.gate.weight"):
-                others.append(p)
+            if is_elementwise(name, p):
+                (embeddings if "embed_tokens" in name or "lm_head" in name else others).append(p)
             elif name.endswith("gate_up_proj"):
                 joined.append(p)
             else:
                 matrices.append(p)
-        muon = Muon(matrices, lr=config.lr_matrix, weight_decay=config.weight_decay, bits=config.optimizer_bits)
-        if joined:
-            muon.add_param_group({"params": joined, "parts": 2})
+        hidden: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": joined, "parts": 2},
+        ]  # one of them may be empty
+        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay, bits=config.optimizer_bits)
         groups = [{"params": embeddings, "lr": config.lr_embedding}, {"params": others, "lr": config.lr_other}]
         adam = AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, bits=config.optimizer_bits)
         self._parts: list[torch.optim.Optimizer] = [muon, adam]

@@ -6,7 +6,7 @@ B batch, T tokens, D model dim
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from minga.train.balance import LoadCounter
 from minga.train.guard import Diverged, Guard, first_not_finite
 from minga.train.losses import head_loss, router_z, sequence_balance
 from minga.train.optim import Optimizer
+from minga.train.parallel import ALONE, Parallel
 
 
 @dataclass
@@ -37,35 +38,103 @@ class StepMetrics:
         """The most loaded expert of any layer, over its layer's mean."""
         return max((float(load_E.max()) for load_E in self.load), default=1.0)
 
+    def add(self, main: float, mtp: float | None, batch: Batch, num_batches: int) -> None:
+        """One of `num_batches` micro-batches."""
+        self.loss += main / num_batches
+        self.tokens += batch.ids_BT.numel()
+        if mtp is not None:
+            self.mtp_loss = (self.mtp_loss or 0.0) + mtp / num_batches
 
-def batch_loss(
-    model: Transformer, batch: Batch, config: TrainConfig, counter: LoadCounter, *, with_mtp: bool
+    def sum_over(self, parallel: Parallel, counter: LoadCounter) -> None:
+        """Own losses, tokens and expert counts become those of all processes, in one message."""
+        if parallel.world == 1:
+            return
+        own = torch.tensor([self.loss, self.mtp_loss or 0.0, self.tokens], dtype=torch.float64)
+        total = parallel.sum(torch.cat([own, *(counts_E.double() for counts_E in counter.counts_LE)]))
+        self.loss, self.tokens = float(total[0]), int(total[2])
+        self.mtp_loss = None if self.mtp_loss is None else float(total[1])
+        for counts_E, sum_E in zip(counter.counts_LE, total[3:].split(list(map(len, counter.counts_LE))), strict=True):
+            counts_E.copy_(sum_E)
+
+
+def locations(batch: Batch) -> dict[str, Any]:
+    """Which document each token is of, and where in it."""
+    return {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+
+
+def head_losses(
+    model: Transformer,
+    hidden_BTD: Tensor,
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    with_mtp: bool,
+    shares: Sequence[float],
+    nats: Callable[..., Tensor] = head_loss,
 ) -> tuple[Tensor, float, float | None]:
-    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch; expert choices go to `counter`."""
-    where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
-    hidden_BTD = model.hidden(batch.ids_BT, **where)
-    main = head_loss(model, hidden_BTD, batch.targets_KBT[0], precision=config.precision)
+    """Loss to differentiate, main loss and MTP loss (nats a token) of one micro-batch, from its hidden states.
+
+    shares: what part of the micro-batch's targets (by depth) and rows (last) is here; 1.0 where all of it is. Each loss
+    is weighted with its share, so that what several processes return adds up to the mean over all.
+    """
+    main = nats(model, hidden_BTD, batch.targets_KBT[0], precision=config.precision) * shares[0]
     loss, mtp_loss = main, None
     if with_mtp:
         # V3 equation 25: lambda times the mean over the modules
         losses = []
         for depth in range(len(model.mtp)):
             next_ids_BT = batch.targets_KBT[depth].masked_fill(batch.targets_KBT[depth] == MASKED, 0)
-            hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **where)
-            losses.append(head_loss(model, hidden_BTD, batch.targets_KBT[depth + 1], precision=config.precision))
+            hidden_BTD = model.mtp_hidden(depth, next_ids_BT, hidden_BTD, **locations(batch))
+            loss_K = nats(model, hidden_BTD, batch.targets_KBT[depth + 1], precision=config.precision)
+            losses.append(loss_K * shares[depth + 1])
         mtp = torch.stack(losses).mean()
         loss, mtp_loss = loss + config.mtp_loss * mtp, float(mtp.detach())
+    return loss, float(main.detach()), mtp_loss
+
+
+def batch_loss(
+    model: Transformer,
+    batch: Batch,
+    config: TrainConfig,
+    counter: LoadCounter,
+    *,
+    with_mtp: bool,
+    shares: Sequence[float] | None = None,
+) -> tuple[Tensor, float, float | None]:
+    """`head_losses` of one micro-batch, with the routers' losses; expert choices go to `counter`. `shares` None: all here."""
+    shares = shares or [1.0] * (len(batch.targets_KBT) + 1)
+    hidden_BTD = model.hidden(batch.ids_BT, **locations(batch))
+    loss, main, mtp = head_losses(model, hidden_BTD, batch, config, with_mtp=with_mtp, shares=shares)
     for number, layer in enumerate(counter.layers):
         if layer.routing is not None:
             index_NA, score_NE = layer.routing
             layer.routing = None
             counter.add(number, index_NA)
             if config.sequence_loss:
-                loss = loss + config.sequence_loss * sequence_balance(index_NA, score_NE, len(batch.ids_BT))
+                loss = loss + config.sequence_loss * shares[-1] * sequence_balance(
+                    index_NA, score_NE, len(batch.ids_BT)
+                )
             if config.router_z_loss and layer.gate.logits_NE is not None:
-                loss = loss + config.router_z_loss * router_z(layer.gate.logits_NE)
+                loss = loss + config.router_z_loss * shares[-1] * router_z(layer.gate.logits_NE)
             layer.gate.logits_NE = None
-    return loss, float(main.detach()), mtp_loss
+    return loss, main, mtp
+
+
+def forward_backward(
+    model: Transformer,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    counter: LoadCounter,
+    metrics: StepMetrics,
+    *,
+    with_mtp: bool,
+    shares: Sequence[Sequence[float]],
+) -> None:
+    """Gradients of the mean loss of all micro-batches, one after the other."""
+    for batch, batch_shares in zip(batches, shares, strict=True):
+        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp, shares=batch_shares)
+        (loss / len(batches)).backward()
+        metrics.add(main, mtp, batch, len(batches))
 
 
 def train_step(
@@ -78,26 +147,24 @@ def train_step(
     with_mtp: bool,
     balance_rates: Sequence[float],
     guard: Guard | None = None,
+    parallel: Parallel = ALONE,
+    run: Callable[..., None] = forward_backward,
 ) -> StepMetrics:
-    """Raises `Diverged` when loss or gradient is no longer a number; the weights are then as before the step.
+    """`batches` are this process's rows; the step and its metrics are those of all processes together.
 
-    guard: may skip the update, weights and biases alike, and says why in `StepMetrics.skipped`.
+    guard: may skip the update, weights and biases alike, and says why in `StepMetrics.skipped`; all processes give it
+    the same numbers. run: `forward_backward` or a pipeline in its place. Raises `Diverged` when loss or gradient is no
+    longer a number; the weights are then as before the step.
     """
     metrics = StepMetrics()
     optimizer.zero_grad()
-    for batch in batches:
-        loss, main, mtp = batch_loss(model, batch, config, counter, with_mtp=with_mtp)
-        (loss / len(batches)).backward()
-        metrics.loss += main / len(batches)
-        metrics.tokens += batch.ids_BT.numel()
-        if mtp is not None:
-            metrics.mtp_loss = (metrics.mtp_loss or 0.0) + mtp / len(batches)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+    run(model, batches, config, counter, metrics, with_mtp=with_mtp, shares=parallel.shares(batches))
+    metrics.sum_over(parallel, counter)
+    norm = parallel.clip_grad_norm(model, config.clip or float("inf"))
     metrics.grad_norm = float(norm)
     if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
         where = first_not_finite(
-            model, lambda batch: batch_loss(model, batch, config, counter, with_mtp=with_mtp)[0], batches
+            model, lambda batch: batch_loss(model, batch, config, counter, with_mtp=with_mtp)[0], batches, parallel
         )
         raise Diverged(f"loss {metrics.loss}, gradient norm {metrics.grad_norm}, {where}")
     metrics.load = counter.relative()

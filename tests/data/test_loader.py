@@ -119,6 +119,20 @@ def test_any_number_of_workers_gives_the_same_stream(shards: Shards, workers: in
             assert same([resumed.next_batch(length) for length in lengths[stop:]], stream[stop:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_parts_of_several_processes_are_the_batch(shards: Shards, workers: int) -> None:
+    """Also with rows cut, and across the end of an epoch; all parts stand where the whole stands."""
+    settings: dict[str, Any] = {"batch_size": 6, "seq_len": 64, "seed": 1, "num_extra": 2}
+    whole = Loader(shards, **settings)
+    parts = [Loader(shards, **settings, workers=workers, part=(rank, 3)) for rank in range(3)]
+    for number in range(whole.windows_per_epoch // 6 + 2):
+        length = (16, 64)[number % 2]
+        batch, pieces = whole.next_batch(length), [part.next_batch(length) for part in parts]
+        assert torch.equal(torch.cat([piece.ids_BT for piece in pieces]), batch.ids_BT)
+        assert torch.equal(torch.cat([piece.targets_KBT for piece in pieces], 1), batch.targets_KBT)
+        assert all(part.state_dict() == whole.state_dict() for part in parts)
+
+
 def test_loading_an_earlier_state_goes_back(shards: Shards) -> None:
     loader = Loader(shards, batch_size=4, seq_len=64)
     state = loader.state_dict()
