@@ -25,6 +25,7 @@ from minga.model.transformer import Transformer
 from minga.quant import int8
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_ASIDE = re.compile(r"\.(checkpoint-\d+)\.old-\d+")  # being replaced (minga/checkpoint/durable.py)
 QUANTS = ("int8",)
 _LOG = logging.getLogger("minga")
 
@@ -133,6 +134,8 @@ def latest_checkpoint(run: Path) -> Path | None:
     of the logger "minga" (a line on stderr, unless configured otherwise) says so.
     """
     damaged: list[str] = []
+    for aside in [match[1] for child in run.iterdir() if (match := CHECKPOINT_ASIDE.fullmatch(child.name))]:
+        recover(run / aside)  # a kill between the two renames of a replacement has left nothing under its own name
     for number in sorted(checkpoint_steps(run), reverse=True):
         folder = run / f"checkpoint-{number:06d}"
         recover(folder)

@@ -117,3 +117,12 @@ def test_kill_9_during_a_save_at_50_random_moments_leaves_a_whole_model(model: T
         verify_folder(folder)
         first = values[0].flatten()[0]
         assert all((v == first).all() for v in values) or torch.equal(values[0], next(model.parameters()))
+
+
+def test_a_checkpoint_between_two_renames_is_found(model: Transformer, tmp_path: Path) -> None:
+    """Killed after the old folder was moved aside and before the new one had its name: the newer of the two is used."""
+    minga.save(model, tmp_path / "checkpoint-000001")
+    minga.save(model, tmp_path / "checkpoint-000002")
+    (tmp_path / "checkpoint-000002").rename(tmp_path / ".checkpoint-000002.old-99999999")
+    assert store.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-000002"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
