@@ -234,14 +234,14 @@ def test_warmups_eight_bits_router_loss_and_guard_as_in_one_process(make_config:
     config = make_config(out=str(tmp_path / "one"), checkpoint_every=4, **settings)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3)  # eight bits round what differs in the last
+    _assert_same_run(tmp_path / "four", tmp_path / "one")
     shutil.copytree(tmp_path / "four", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoint-000008")
     run_processes(2, pretrain, dataclasses.replace(config, out=str(tmp_path / "two")))
     resumed, whole = _steps(tmp_path / "two")[8:], _steps(tmp_path / "one")[4:]
     assert [step["step"] for step in resumed] == [5, 6, 7, 8]
     for mine, other in zip(resumed, whole, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- pipeline
@@ -336,7 +336,7 @@ def _workers(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # twelve processes start, one after the other on a busy machine
+@pytest.mark.timeout(900)  # a busy machine
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make_config: Make, tmp_path: Path) -> None:
     """kill -9 one of four: torchrun starts them again and the run goes on; then two finish what four began."""
