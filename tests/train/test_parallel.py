@@ -42,6 +42,9 @@ from minga.train.sharding import ShardedOptimizer, gather, piece, restore
 from minga.train.step import train_step
 
 Make = Callable[..., TrainConfig]
+# At the default rates a made-up language of 200 words is soon known, and its tokens nearly tie between experts: there one
+# process that reads a batch's rows in another order is 4e-3 away by step 21, for a choice that flips is no small change.
+GENTLE: dict[str, Any] = {"lr_matrix": 0.002, "lr_embedding": 0.001, "lr_other": 0.0005}
 ALL = ("loss", "mtp_loss", "grad_norm", "expert_max_over_mean", "tokens", "lr")
 
 
@@ -93,24 +96,26 @@ def test_two_processes_train_as_one_does(make_config: Make, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("exact")
 def test_four_processes_train_as_one_does_for_fifty_steps(make_config: Make, tmp_path: Path) -> None:
     """2 x FSDP, 2 x EP."""
-    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"))
+    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     _assert_same_run(tmp_path / "four", tmp_path / "one")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_four_processes_train_as_one_does_with_compiled_kernels(make_config: Make, tmp_path: Path) -> None:
     """The losses, for fifty steps, though Newton-Schulz rounds to bfloat16."""
-    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"))
+    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     one, four = (_steps(tmp_path / name) for name in ("one", "four"))
     print("largest relative gap", max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(four, one, strict=True)))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3, keys=("loss", "tokens", "lr"))
+    _assert_same_run(tmp_path / "four", tmp_path / "one", keys=("loss", "tokens", "lr"))
 
 
 # ---------------------------------------------------------------------------------------------- bytes on the wire
