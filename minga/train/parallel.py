@@ -144,9 +144,9 @@ class Parallel:
         """
         if self.data_world == 1:
             return batch
-        index = torch.arange(self.data_rank, len(batch.ids_BT), self.data_world)
-        spare = len(index) == 0
-        index = torch.zeros(1, dtype=torch.long) if spare else index
+        rows = range(self.data_rank, len(batch.ids_BT), self.data_world)
+        spare = not rows
+        index = torch.tensor([0] if spare else list(rows))
         targets_KBT = batch.targets_KBT[:, index]
         return Batch(
             ids_BT=batch.ids_BT[index],

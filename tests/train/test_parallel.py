@@ -42,6 +42,9 @@ from minga.train.sharding import ShardedOptimizer, gather, piece, restore
 from minga.train.step import train_step
 
 Make = Callable[..., TrainConfig]
+# At the default rates a made-up language of 200 words is soon known, and its tokens nearly tie between experts: there one
+# process that reads a batch's rows in another order is 4e-3 away by step 21, for a choice that flips is no small change.
+GENTLE: dict[str, Any] = {"lr_matrix": 0.002, "lr_embedding": 0.001, "lr_other": 0.0005}
 ALL = ("loss", "mtp_loss", "grad_norm", "expert_max_over_mean", "tokens", "lr")
 
 
@@ -93,24 +96,26 @@ def test_two_processes_train_as_one_does(make_config: Make, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("exact")
 def test_four_processes_train_as_one_does_for_fifty_steps(make_config: Make, tmp_path: Path) -> None:
     """2 x FSDP, 2 x EP."""
-    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"))
+    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     _assert_same_run(tmp_path / "four", tmp_path / "one")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_four_processes_train_as_one_does_with_compiled_kernels(make_config: Make, tmp_path: Path) -> None:
     """The losses, for fifty steps, though Newton-Schulz rounds to bfloat16."""
-    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"))
+    config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     one, four = (_steps(tmp_path / name) for name in ("one", "four"))
     print("largest relative gap", max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(four, one, strict=True)))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3, keys=("loss", "tokens", "lr"))
+    _assert_same_run(tmp_path / "four", tmp_path / "one", keys=("loss", "tokens", "lr"))
 
 
 # ---------------------------------------------------------------------------------------------- bytes on the wire
@@ -234,14 +239,14 @@ def test_warmups_eight_bits_router_loss_and_guard_as_in_one_process(make_config:
     config = make_config(out=str(tmp_path / "one"), checkpoint_every=4, **settings)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3)  # eight bits round what differs in the last
+    _assert_same_run(tmp_path / "four", tmp_path / "one")
     shutil.copytree(tmp_path / "four", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoint-000008")
     run_processes(2, pretrain, dataclasses.replace(config, out=str(tmp_path / "two")))
     resumed, whole = _steps(tmp_path / "two")[8:], _steps(tmp_path / "one")[4:]
     assert [step["step"] for step in resumed] == [5, 6, 7, 8]
     for mine, other in zip(resumed, whole, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- pipeline
@@ -336,6 +341,7 @@ def _workers(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a busy machine
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make_config: Make, tmp_path: Path) -> None:
     """kill -9 one of four: torchrun starts them again and the run goes on; then two finish what four began."""
@@ -362,7 +368,7 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
         seconds = time.monotonic() - began
         _wait_for(lambda: last_step() >= resumed + 3)
         launcher.send_signal(signal.SIGTERM)  # all of them stop, with a checkpoint
-        launcher.wait(60)
+        launcher.wait(120)
     finally:
         launcher.kill()
     print(f"first step after {to_start:.1f} s; training went on {seconds:.1f} s after the kill", file=sys.stderr)
