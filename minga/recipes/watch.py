@@ -1,7 +1,7 @@
 """What a run tells while it runs: the line on the terminal, `run.jsonl`, and the sinks of `--log`.
 
 MFU, model FLOP utilisation, is what the model's matrix products need (`minga.planner.counts`: forward, times three for
-forward and backward) over what this machine's float32 product reaches (`minga.runtime.machine.gemm_peak`) in the same
+forward and backward) over what this machine's products reach in the run's precision (`peak`) in the same
 seconds. The optimizer's own products are overhead to it, and so is everything that is computed twice.
 """
 
@@ -18,6 +18,7 @@ from minga.data.shards import Manifest, Shards
 from minga.data.tokenizer import Tokenizer
 from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
+from minga.kernels import cpu
 from minga.model.transformer import Transformer
 from minga.planner.counts import forward_flops
 from minga.recipes.evaluate import Evaluation
@@ -33,6 +34,17 @@ SAMPLE_TOKENS = 40  # of the samples along the way; the last is three times as l
 LOAD_EVERY = 10  # steps between two records of each expert's load
 
 
+def peak(precision: str) -> float:
+    """FLOP/s (in int8: operations) of one product by the fastest means there are here: the compiled kernels', or torch's.
+
+    Of float32 the better of the two, so that utilisation is not flattered by the slower one.
+    """
+    if not cpu.available() or precision not in cpu.PRECISIONS:
+        return gemm_peak()
+    ours = gemm_peak(product=lambda a, b: cpu.Linear.apply(a, b, cpu.PRECISIONS[precision]))
+    return max(ours, gemm_peak()) if precision == "float32" else ours
+
+
 class Watch:
     """Measures the machine's peak when it is made; then `step`, `evaluation` and `sample` say one thing everywhere."""
 
@@ -44,7 +56,7 @@ class Watch:
         self._bits_per_nat = train.num_tokens / train.num_bytes / math.log(2)  # of a token's loss, in bits a byte
         half = (config.seq_len + 1) // 2  # keys that a token of a causal sequence attends to, on average
         self._flops = {mtp: 3 * forward_flops(config.model, half, mtp=mtp) for mtp in (False, True)}
-        self.peak = processes * gemm_peak()  # each measures at the same time
+        self.peak = processes * peak(config.precision)  # each measures at the same time
 
     def step(self, state: TrainingState, metrics: StepMetrics, scale: float, seconds: float, bar: ProgressBar) -> None:
         """`scale`: the schedule's factor on every learning rate; `seconds`: what this step took."""

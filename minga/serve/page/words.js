@@ -51,7 +51,7 @@ const WORDS = {
 	speed: ["Tokens a second", "Tokens por segundo"],
 	speedCurve: ["Speed (tokens a second)", "Velocidad (tokens por segundo)"],
 	mfu: ["MFU", "MFU"],
-	mfuCurve: ["MFU (share of the float32 peak)", "MFU (parte del máximo en float32)"],
+	mfuCurve: ["MFU (share of the peak in its precision)", "MFU (parte del máximo en su precisión)"],
 	memory: ["Memory", "Memoria"],
 	lr: ["Learning rate", "Tasa de aprendizaje"],
 	norm: ["Gradient norm", "Norma del gradiente"],
