@@ -109,13 +109,14 @@ def test_four_processes_train_as_one_does_for_fifty_steps(make_config: Make, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_processes_train_as_one_does_with_compiled_kernels(make_config: Make, tmp_path: Path) -> None:
-    """The losses, for fifty steps, though Newton-Schulz rounds to bfloat16."""
+    """The losses, for fifty steps. Newton-Schulz rounds to bfloat16, so the last bit of a gradient, which the order of a
+    sum decides, now and then moves a number of an update by a 256th: the gap grows to some 1e-4."""
     config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     one, four = (_steps(tmp_path / name) for name in ("one", "four"))
     print("largest relative gap", max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(four, one, strict=True)))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", keys=("loss", "tokens", "lr"))
+    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3, keys=("loss", "tokens", "lr"))
 
 
 # ---------------------------------------------------------------------------------------------- bytes on the wire
