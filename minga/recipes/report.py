@@ -468,7 +468,10 @@ def _page(name: str, run: _Run) -> str:
         _section(
             "Speed",
             _chart("Training (tokens a second)", [("", "raw", speed), ("smoothed", "train", _smooth(_thin(speed)))]),
-            _chart("MFU (share of the products' peak in the run's precision)", [("", "train", _smooth(_thin(run.curve("mfu"))))]),
+            _chart(
+                "MFU (share of the products' peak in the run's precision)",
+                [("", "train", _smooth(_thin(run.curve("mfu"))))],
+            ),
             _chart("MTP acceptance (share of drafts)", [("held-out", "held", run.curve("mtp_acceptance"))]),
             kind="pair",
         ),

@@ -100,7 +100,8 @@ class Watch:
         }
         self._tell(state.step, values if kind == "eval" else {f"{kind}/{name}": v for name, v in values.items()})
         self._log.write(kind, step=state.step, **values, seconds=state.seconds)
-        drafts = "" if acceptance is None else f", MTP guesses right {acceptance:.0%}"
+        untrained = acceptance is None or state.step < self._config.mtp_from * self._config.steps
+        drafts = "" if untrained else f", MTP guesses right {acceptance:.0%}"
         return f"step {state.step}: {evaluation.bits_per_byte:.3f} bits a byte on held-out text{drafts}"
 
     def sample(self, state: TrainingState, model: Transformer, tokenizer: Tokenizer, max_tokens: int) -> None:
