@@ -6,8 +6,9 @@
     train/compute-to-equal-loss/10m, /30m   CPU-seconds of a 2023-style baseline (baseline.py: GPT-2, AdamW, cosine, the
                         best of three learning rates) over those Minga needs for the baseline's last bits a byte
     train/tokens-per-second/a, /b, /b-int8  forward, backward and update of one DeepSeek-V3 config at 4 x 512 tokens,
-                        against transformers with `grouped_mm` experts and fused AdamW
-    train/peak-memory/b, train/mfu/b        of the same runs: resident bytes at the most; model FLOPs over GEMM peak
+                        against transformers with `grouped_mm` experts; fused AdamW on both sides
+    train/mfu/b         of the same runs: model FLOPs over the float32 GEMM peak
+    train/peak-memory/b resident bytes at the most, theirs of those runs, ours as one trains with it (int8, Muon in 8 bits)
     train/fp8-loss-gap, train/int8-loss-gap relative difference of the held-out loss from float32, same seed and data
     train/balance/max-over-mean             the fullest expert of any layer over its layer's mean, in the last third of
                         the 30m run; median over the steps
@@ -120,14 +121,19 @@ def measure_peak() -> float:
     return peak("float32")
 
 
-def measure_speed(side: str, model: str, steps: int, precision: str = "float32") -> dict[str, float]:
-    """Tokens per second of a step (the median) and the most memory the process ever held, in bytes."""
+def measure_speed(
+    side: str, model: str, steps: int, precision: str = "float32", muon: bool = False
+) -> dict[str, float]:
+    """Tokens per second of a step (the median) and the most memory the process ever held, in bytes.
+
+    Both sides update with AdamW, unless ours is asked for as one trains with it: Muon, its momentum in 8 bits.
+    """
     import torch
 
     config = SPEED_MODELS[model]()
     torch.manual_seed(0)
     window_BL = torch.randint(config.vocab_size, (BATCH, LENGTH + 1))
-    step = (_their_step if side == "theirs" else _our_step)(config, window_BL, precision)
+    step = _their_step(config, window_BL) if side == "theirs" else _our_step(config, window_BL, precision, muon)
     times = []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -136,7 +142,7 @@ def measure_speed(side: str, model: str, steps: int, precision: str = "float32")
     return {"tokens_per_second": BATCH * LENGTH / statistics.median(times[1:]), "peak_bytes": _peak_bytes()}
 
 
-def _our_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[], object]:
+def _our_step(config: ModelConfig, window_BL: Any, precision: str, muon: bool) -> Callable[[], object]:
     from minga.data.packing import Batch
     from minga.kernels import cpu
     from minga.recipes.pretrain import _build
@@ -144,7 +150,9 @@ def _our_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[
     from minga.train.step import train_step
 
     cpu.load(say)
-    bits = 8 if config.hidden_size >= 768 else 32  # as one trains what is large for its machine
+    if not muon:
+        _adamw_alone()
+    bits = 8 if muon else 32
     run = TrainConfig(model=config, steps=1, batch_size=BATCH, seq_len=LENGTH, precision=precision, optimizer_bits=bits)
     model, optimizer = _build(run)
     model.train()
@@ -154,11 +162,10 @@ def _our_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[
     return lambda: train_step(model, [batch], optimizer, run, counter, with_mtp=False, balance_rates=rates)
 
 
-def _their_step(config: ModelConfig, window_BL: Any, precision: str) -> Callable[[], object]:
+def _their_step(config: ModelConfig, window_BL: Any) -> Callable[[], object]:
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    assert precision == "float32", "the peer trains in float32"
     settings = {key: value for key, value in config.to_hf().items() if key not in ("architectures", "model_type")}
     model = DeepseekV3ForCausalLM._from_config(
         DeepseekV3Config(**settings), attn_implementation="sdpa", experts_implementation="grouped_mm"
@@ -297,7 +304,7 @@ class Bench:
 
     def speed(self, model: str, precisions: Sequence[str], rounds: int, steps: int) -> None:
         """Both sides in turn, a process for each; every round gives one ratio."""
-        theirs, peaks = [], []
+        theirs, peaks, muon = [], [], []
         ours: dict[str, list[dict[str, float]]] = {precision: [] for precision in precisions}
         for turn in range(rounds):
             theirs.append(self.measure("speed", side="theirs", model=model, steps=steps))
@@ -306,6 +313,8 @@ class Bench:
                     self.measure("speed", side="ours", model=model, steps=steps, precision=precision)
                 )
             peaks.append(self.measure("peak"))
+            if f"train/peak-memory/{model}" in IDS:
+                muon.append(self.measure("speed", side="ours", model=model, steps=1, precision="int8", muon=True))
             speeds = "  ".join(f"{p} {runs[-1]['tokens_per_second']:,.0f}" for p, runs in ours.items())
             say(f"  speed {model}, {turn + 1} of {rounds}: theirs {theirs[-1]['tokens_per_second']:,.0f}  {speeds}")
         for precision, runs in ours.items():
@@ -313,7 +322,7 @@ class Bench:
             self._compare(f"train/tokens-per-second/{model}{suffix}", runs, theirs, "tokens_per_second", "tokens/s")
         if "float32" in ours and f"train/mfu/{model}" in IDS:
             runs = ours["float32"]
-            self._compare(f"train/peak-memory/{model}", runs, theirs, "peak_bytes", "bytes")
+            self._compare(f"train/peak-memory/{model}", muon, theirs, "peak_bytes", "bytes")
             flops = 3 * forward_flops(SPEED_MODELS[model](), (LENGTH + 1) // 2)
             utilization = [
                 [flops * run["tokens_per_second"] / peak for run, peak in zip(side, peaks, strict=True)]
