@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import minga
 from minga.cli.main import COMMANDS, main
 from minga.errors import UserError
 
@@ -73,7 +74,7 @@ def test_help_and_version(option: str, capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert err == ""
     if option == "--version":
-        assert out == "minga 0.1.0\n"
+        assert out == f"minga {minga.__version__}\n"
     else:
         assert [line.split()[0] for line in out.splitlines() if line.split()[:1] and line.split()[0] in COMMANDS] == [
             *COMMANDS
