@@ -378,7 +378,8 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
     assert last_step() == 24
     losses = {step["step"]: step["loss"] for step in _steps(run)}  # a step taken again counts the second time
     for step in _steps(Path(whole.out)):
-        assert losses[step["step"]] == pytest.approx(step["loss"], rel=1e-4), step["step"]
+        # four, then two processes, with the compiled bf16 Newton-Schulz (see the test of fifty steps)
+        assert losses[step["step"]] == pytest.approx(step["loss"], rel=1e-3), step["step"]
 
 
 # ---------------------------------------------------------------------------------------------- refusals
