@@ -94,7 +94,7 @@ def recipe(size: str, **changes: Any) -> TrainConfig:
 
 
 # Of the baseline's CPU time, the part that our schedule is laid over: where it ends should be where the losses meet.
-SHARE = {"10m": 1 / 50, "30m": 1 / 50}
+SHARE = {"10m": 1 / 24, "30m": 1 / 24}
 
 
 def gap_recipe(**changes: Any) -> TrainConfig:
