@@ -267,12 +267,12 @@ def test_a_second_ctrl_c_ends_at_once(live: Callable[..., tuple[int, list[str]]]
 
         code, lines = live(run, stop_twice)
         codes.append(code)
-        assert code in (0, 130), lines
-        # Once all is saved and said, Python itself may still be interrupted while it tidies up.
+        # Once all is saved and said, Python itself may still be interrupted, or killed, while it tidies up.
         said = next((n for n, line in enumerate(lines) if line.startswith("stopped at step")), len(lines))
+        assert code in (0, 130) or (code == -signal.SIGINT and said < len(lines)), lines
         assert not any("Traceback" in line for line in lines[:said]), lines
         assert check(run, whole) >= 2
-    assert 130 in codes
+    assert {130, -signal.SIGINT} & set(codes)
     assert live(run)[0] == 0
     check_end(run, whole)
 
