@@ -203,10 +203,12 @@ def measure_baseline(data: str, size: str, budget: float, lr: float | None, eval
 def measure_ours(data: str, config: dict[str, Any], budget: float, eval_tokens: int) -> dict[str, Any]:
     """A run of about `budget` CPU-seconds, its schedule laid over it. `config` as `_config` reads it."""
     from minga.data.shards import open_shards
+    from minga.kernels import cpu
     from minga.recipes.pretrain import fit_to_tokenizer
     from minga.recipes.pretrain import measure as measure_pace
 
     shards = open_shards(data)
+    cpu.load(say)  # the pace is that of the kernels
     run = fit_to_tokenizer(_config(config, data=data), shards)
     seconds = measure_pace(run, shards, seconds=10, clock=time.process_time).step
     steps = max(16, round(budget / seconds))
