@@ -83,7 +83,7 @@ def forward_flops(config: ModelConfig, context: int, *, absorbed: bool = False, 
     return 2 * products
 
 
-def muon_flops(config: ModelConfig, *, mtp: bool = False, steps: int = 4) -> int:
+def muon_flops(config: ModelConfig, *, mtp: bool = False, steps: int = 3) -> int:
     """Matrix products of one optimizer step: `steps` Newton-Schulz iterations of every hidden matrix, whatever the batch.
 
     Each takes x xT, its square, and a product with x: 4 m² n + 2 m³ for m rows and n columns, m <= n.

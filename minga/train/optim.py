@@ -22,10 +22,10 @@ from minga.kernels import cpu, ops
 from minga.train.lowbit import ABSMAX, StateStore, code_tables, wide, write_weight
 
 # Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
-# all singular values nearest to 1 from where the step before may have left them, [0.003, 1] at the start (the greedy
-# minimax of Polar Express, arXiv 2505.16932). Four of them end in [0.8, 1.2]; five of the one fixed polynomial of Jordan
-# et al. in [0.68, 1.13].
-_STEPS = ((8.3830, -24.7631, 18.3546), (4.0433, -3.0113, 0.5695), (3.5057, -2.6268, 0.5257), (2.4903, -1.8345, 0.4369))
+# all singular values nearest to 1 from where the step before may have left them, [0.02, 1] at the start (the greedy
+# minimax of Polar Express, arXiv 2505.16932). Three of them end in [0.91, 1.09]. Five of the one fixed polynomial of
+# Jordan et al., which must begin at 0.003 since they divide by the Frobenius norm, end in [0.68, 1.13].
+_STEPS = ((7.7109, -22.1132, 16.2481), (3.2154, -2.4113, 0.5013), (2.2184, -1.5941, 0.4108))
 # Rounding may lift a value above the interval that a step was made for, where its polynomial grows fast: all but the last
 # see values 1 % smaller.
 _SAFETY = 1.01
@@ -33,17 +33,20 @@ COEFFICIENTS = torch.tensor([[a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5] for a
 
 
 def orthogonalize(update_SMN: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to each of a stack, up to singular values in about [0.8, 1.2].
+    """The nearest semi-orthogonal matrix to each of a stack, up to singular values in about [0.9, 1.1].
 
-    Singular values below 0.003 of the matrix's norm stay below 1: they are noise more than signal.
+    Before the first step a matrix is divided by the fourth root of the sum of its singular values' fourth powers: a bound
+    of the largest that the Gram matrix has ready, and in trained models half the Frobenius norm. Values below a fiftieth
+    of it stay below 0.9: they are noise more than signal.
     """
-    x = update_SMN / (update_SMN.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if ops.compiled(x):
-        return cpu.orthogonalize(x.contiguous(), COEFFICIENTS, "bf16")
+    x = update_SMN / (update_SMN.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # far from what float32 cannot square
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the short side is the cheap one
-    for a, b, c in COEFFICIENTS.tolist():
-        gram = x @ x.mT
+    gram = x @ x.mT
+    size = gram.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12).sqrt()  # an expert without tokens is all zeros
+    x, gram = x / size, gram / size.square()
+    for step, (a, b, c) in enumerate(COEFFICIENTS.tolist()):
+        gram = x @ x.mT if step else gram
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
@@ -52,7 +55,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters are matrices (M, N) or stacks of them (E, M, N).
 
     A group's `parts` says how many matrices lie above each other in one parameter (2 for gate and up): each is its own.
-    bits: what a number of the momentum is kept in, 32 or 8 (`lowbit`).
+    bits: what a number of the momentum is kept in, 32 or 8 (`lowbit`). precision: of the compiled products, "float32" or
+    "bf16".
     """
 
     def __init__(
@@ -63,9 +67,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         bits: int = 32,
+        precision: str = "bf16",
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
-        self._store = StateStore(bits)
+        self._store, self._precision = StateStore(bits), precision
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -96,7 +101,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             self._store.write(state, "momentum", self._store.read(state, "momentum", p, "linear"), p, "linear")
         momentum = state["momentum"].view(value_SMN.shape)
-        rest: dict[str, Any] = {"precision": "bf16", **rates}
+        rest: dict[str, Any] = {"precision": self._precision, **rates}
         if self._store.is_8_bit(p):
             kept = (momentum, state["momentum" + ABSMAX])
             cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables("linear"))
@@ -163,7 +168,10 @@ class Optimizer:
             {"params": matrices},
             {"params": joined, "parts": 2},
         ]  # one of them may be empty
-        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay, bits=config.optimizer_bits)
+        # a run in float32 is one to compare with: it rounds nowhere
+        precision = "float32" if config.precision == "float32" else "bf16"
+        settings: dict[str, Any] = {"bits": config.optimizer_bits, "precision": precision}
+        muon = Muon(hidden, lr=config.lr_matrix, weight_decay=config.weight_decay, **settings)
         groups = [{"params": embeddings, "lr": config.lr_embedding}, {"params": others, "lr": config.lr_other}]
         adam = AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, bits=config.optimizer_bits)
         self._parts: list[torch.optim.Optimizer] = [muon, adam]

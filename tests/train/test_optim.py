@@ -15,9 +15,11 @@ def test_orthogonalize_makes_singular_values_about_one(shape: tuple[int, int, in
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(stack, full_matrices=False)
     result = orthogonalize(stack)
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.3
-    assert values.max() < 1.3
+    before, after = torch.linalg.svdvals(stack), torch.linalg.svdvals(result)
+    large = before > 0.02 * before.pow(4).sum(-1, keepdim=True) ** 0.25
+    assert large.float().mean() > 0.9
+    assert after[large.sort(descending=True).values].min() > 0.9
+    assert after.max() < 1.1
     cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (u @ vh).flatten(1))
     assert cosine.min() > 0.95  # the direction is that of the nearest orthogonal matrix
 

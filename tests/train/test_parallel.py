@@ -50,8 +50,7 @@ ALL = ("loss", "mtp_loss", "grad_norm", "expert_max_over_mean", "tokens", "lr")
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own float32 operations. The compiled Newton-Schulz multiplies in bfloat16, where the last bit of a gradient,
-    which depends on the order of a sum, can move an update by a 256th; comparing runs wants no such amplifier."""
+    """torch's own float32 operations."""
     monkeypatch.setattr(cpu, "load", lambda note: False)
     monkeypatch.setattr(cpu, "available", lambda: False)
 
@@ -109,14 +108,13 @@ def test_four_processes_train_as_one_does_for_fifty_steps(make_config: Make, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_processes_train_as_one_does_with_compiled_kernels(make_config: Make, tmp_path: Path) -> None:
-    """The losses, for fifty steps. Newton-Schulz rounds to bfloat16, so the last bit of a gradient, which the order of a
-    sum decides, now and then moves a number of an update by a 256th: the gap grows to some 1e-4."""
+    """The losses, for fifty steps, float32 throughout."""
     config = make_config(steps=50, batch_size=4, out=str(tmp_path / "one"), **GENTLE)
     pretrain(config)
     run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
     one, four = (_steps(tmp_path / name) for name in ("one", "four"))
     print("largest relative gap", max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(four, one, strict=True)))
-    _assert_same_run(tmp_path / "four", tmp_path / "one", tolerance=1e-3, keys=("loss", "tokens", "lr"))
+    _assert_same_run(tmp_path / "four", tmp_path / "one", keys=("loss", "tokens", "lr"))
 
 
 # ---------------------------------------------------------------------------------------------- bytes on the wire
@@ -378,8 +376,7 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(make
     assert last_step() == 24
     losses = {step["step"]: step["loss"] for step in _steps(run)}  # a step taken again counts the second time
     for step in _steps(Path(whole.out)):
-        # four, then two processes, with the compiled bf16 Newton-Schulz (see the test of fifty steps)
-        assert losses[step["step"]] == pytest.approx(step["loss"], rel=1e-3), step["step"]
+        assert losses[step["step"]] == pytest.approx(step["loss"], rel=1e-4), step["step"]  # four, then two processes
 
 
 # ---------------------------------------------------------------------------------------------- refusals

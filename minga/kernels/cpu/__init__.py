@@ -10,7 +10,6 @@ from minga.kernels.cpu.functions import (
     cross_entropy_in_place,
     linear_backward,
     muon_step,
-    orthogonalize,
 )
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "linear_backward",
     "load",
     "muon_step",
-    "orthogonalize",
 ]

@@ -187,15 +187,6 @@ def cross_entropy_in_place(logits_NV: Tensor, targets_N: Tensor, scale: float) -
     return loss_N
 
 
-def orthogonalize(x_SMN: Tensor, coefficients: Tensor, precision: str) -> Tensor:
-    """Newton-Schulz steps on a stack of matrices, in place; `coefficients` (steps, 3). Returns its argument."""
-    S, M, N = x_SMN.shape
-    assert x_SMN.is_contiguous() and x_SMN.dtype == torch.float32
-    sizes = (S, M, N, len(coefficients), PRECISIONS[precision], _threads())
-    call("minga_orthogonalize", x_SMN, coefficients.float().contiguous(), *sizes)
-    return x_SMN
-
-
 def muon_step(
     weight_SMN: Tensor,
     grad_SMN: Tensor,

@@ -433,14 +433,15 @@ static inline void micro(int words, const uint32_t* a, const uint32_t* b, const 
     }
 }
 
-// Of a symmetric C only these blocks are computed; the others are their mirror images.
-static inline bool reaches_diagonal(int64_t m0, int64_t n0) { return n0 < m0 + MC; }
+// Of a symmetric C a strip of rows from m0 on is computed up to here; what lies to the right is the mirror image of another.
+static inline int64_t diagonal_end(int64_t m0) { return m0 + MC; }
+static_assert(MC % NR == 0, "a strip of a symmetric product ends with a panel");
 
 // One block of C, MC x NC: all of K, then written out once. `a` are the panels from m0 on, `b` all of B.
 template <Precision P>
 static void block(const Product& p, const Packed& a, const Packed& b, int64_t m0, int64_t n0) {
   alignas(64) float acc[MC * NC];
-  int rows = (int)std::min<int64_t>(MC, p.M - m0), columns = (int)std::min<int64_t>(NC, p.N - n0);
+  int rows = (int)std::min<int64_t>(MC, p.M - m0), columns = (int)std::min<int64_t>(NC, (p.symmetric ? std::min(p.N, diagonal_end(m0)) : p.N) - n0);
   int m_panels = (int)ceil_div(rows, MR), n_panels = (int)ceil_div(columns, NR);
   std::memset(acc, 0, (size_t)m_panels * MR * NC * 4);
   int64_t words = ceil_div(p.K, Format<P>::per_word);
@@ -465,7 +466,7 @@ static void block(const Product& p, const Packed& a, const Packed& b, int64_t m0
   if (p.symmetric)
     for (int j = 0; j < columns; j++)
       for (int i = 0; i < rows; i++)
-        if (!reaches_diagonal((n0 + j) / MC * MC, (m0 + i) / NC * NC)) p.c[(n0 + j) * p.ldc + m0 + i] = acc[i * NC + j];
+        if (m0 + i >= diagonal_end((n0 + j) / MC * MC)) p.c[(n0 + j) * p.ldc + m0 + i] = acc[i * NC + j];
 }
 
 // ------------------------------------------------------------------------------------------------------ many at once
@@ -477,7 +478,7 @@ static void strip(const Product& p, const Packed& b, int64_t m0, int64_t n0, int
   Packed a = room<P, MR>(0, to - from, p.K);
   pack<P, MR>(p.a, p.M, p.K, from, to, a, true, seed);
   for (int64_t n = n0; n < n1; n += NC)
-    if (!p.symmetric || reaches_diagonal(m0, n)) block<P>(p, a, b, m0, n);
+    if (!p.symmetric || n < diagonal_end(m0)) block<P>(p, a, b, m0, n);
 }
 
 template <Precision P>

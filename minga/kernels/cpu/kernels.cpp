@@ -132,7 +132,8 @@ Head open_head(const Latent& a, int64_t b, int64_t h) {
   return head;
 }
 
-// x (M, N) <- x p(G) or p(G) x, p(G) = a + b G + c G G, G the Gram matrix of the short side.
+// x (M, N) <- x p(G) or p(G) x, p(G) = a + b G + c G G, G the Gram matrix of the short side. x is divided first by the
+// fourth root of the sum of its singular values' fourth powers, |G|_F^(1/2), which none of them exceeds.
 void newton_schulz(float* x, const float* coefficients, int64_t M, int64_t N, int64_t steps, int precision, int threads) {
   int64_t S = std::min(M, N);
   std::vector<float> gram(S * S), poly(S * S), next(M * N);
@@ -140,6 +141,12 @@ void newton_schulz(float* x, const float* coefficients, int64_t M, int64_t N, in
   for (int64_t step = 0; step < steps; step++) {
     float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
     multiply({{S, S, std::max(M, N), short_side, short_side, gram.data(), S, false, true}}, precision, threads, 0);
+    if (step == 0) {
+      double squares = 0;
+      for (float g : gram) squares += (double)g * g;
+      double size = std::max(std::sqrt(squares), 1e-12), root = std::sqrt(size);  // an expert without tokens is all zeros
+      a /= root, b /= root * size, c /= root * size * size;
+    }
     multiply({{S, S, S, rows(gram.data(), S), rows(gram.data(), S), poly.data(), S, false, true}}, precision, threads, 0);
     for (int64_t i = 0; i < S * S; i++) poly[i] = b * gram[i] + c * poly[i];
     for (int64_t i = 0; i < S; i++) poly[i * S + i] += a;
@@ -445,13 +452,6 @@ void minga_cross_entropy(float* logits, const int64_t* target, float* loss, int6
       row[target[n]] -= (float)scale;
     }
   }
-}
-
-// Newton-Schulz steps, in place, on a stack of S matrices (M, N): each becomes nearly orthogonal. coefficients (steps, 3).
-void minga_orthogonalize(float* x, const float* coefficients, int64_t S, int64_t M, int64_t N, int64_t steps,
-                         int64_t precision, int64_t threads) {
-#pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
-  for (int64_t s = 0; s < S; s++) newton_schulz(x + s * M * N, coefficients, M, N, steps, precision, S < threads ? threads : 1);
 }
 
 // One step of Muon on a stack of S matrices (M, N). Momentum and weights are updated in place. With `codes` the momentum is
