@@ -1,7 +1,8 @@
 """Expert balance without an auxiliary loss (V3 section 2.1.2; arXiv 2408.15664): a bias per expert, moved after each step.
 
 An expert that got more than its share of the whole batch is made a little less eligible, one that got less a little
-more. The bias changes who is chosen, never how much an expert's output weighs, so no gradient is spent on balance.
+more. V3 moves every bias by the same amount; here an expert that is near its share moves by less, so that a step large
+enough to follow a young router does not make loads swing (docs/log.md). The bias changes who is chosen, never how much an expert's output weighs, so no gradient is spent on balance.
 
   E experts, L expert layers
 """
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from minga.config import TrainConfig
 from minga.model.experts import MoE
+
+
+FULL_STEP_FROM = 1 / 3  # of an even share: an expert that is further off moves by the whole rate
 
 
 class LoadCounter:
@@ -40,11 +44,12 @@ class LoadCounter:
 
     @torch.no_grad()
     def update_bias(self, rates: Sequence[float]) -> None:
-        """One step of each router's bias, by its layer's rate and the sign of each expert's load error. Counts restart."""
+        """One step of each router's bias, by its layer's rate at most, against each expert's load error. Counts restart."""
         for layer, counts_E, rate in zip(self.layers, self.counts_LE, rates, strict=True):
             bias_E = layer.gate.e_score_correction_bias
             if bias_E is not None and counts_E.sum() > 0:
-                bias_E += rate * torch.sign(counts_E.mean() - counts_E).to(bias_E)
+                missing_E = 1 - counts_E / counts_E.mean()
+                bias_E += rate * (missing_E / FULL_STEP_FROM).clamp(-1, 1).to(bias_E)
         self.reset()
 
 

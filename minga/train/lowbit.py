@@ -13,6 +13,7 @@ they vanish. Rounded up or down by chance, with the odds that make the mean exac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 Codes = Literal["linear", "signed", "unsigned"]
 
 BLOCK = 256  # numbers that share an absmax; the paper's 2,048 gives an outlier more company to spoil
+PART = 2**18  # numbers of a state that are in float32 at a time
 SMALLEST = 4096  # numbers; smaller tensors and vectors stay float32: they are few, and they are norms and routers
 ABSMAX = "_absmax"  # what the name of an 8-bit state adds for its blocks' largest magnitudes
 NUM_WHOLE = "num_whole"  # attribute of a parameter that is a piece of a larger one: how many numbers that has
@@ -35,25 +37,42 @@ class StateStore:
     def __init__(self, bits: int):
         self.bits = bits
 
-    def read(self, state: dict[str, Any], name: str, like: Tensor, codes: Codes = "signed") -> Tensor:
-        """The state, zeros at first."""
-        if name not in state:
-            return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-        if name + ABSMAX in state:
-            return decode(state[name], state[name + ABSMAX], codes)
-        stored: Tensor = state[name]
-        return stored
-
     def is_8_bit(self, p: Tensor) -> bool:
         """Whether the states of this parameter are kept in 8 bits. A piece of one is kept as the whole would be."""
         return self.bits == 8 and p.ndim > 1 and getattr(p, NUM_WHOLE, p.numel()) >= SMALLEST
 
-    def write(self, state: dict[str, Any], name: str, value: Tensor, p: Tensor, codes: Codes = "signed") -> None:
-        """`value` becomes the state of parameter `p`."""
-        if self.is_8_bit(p):
-            state[name], state[name + ABSMAX] = encode(value, codes)
-        else:
-            state[name] = value
+    def begin(self, state: dict[str, Any], p: Tensor, names: dict[str, Codes]) -> None:
+        """The states that parameter `p` lacks, as they are kept, of zeros."""
+        for name, codes in names.items():
+            if name in state:
+                continue
+            if self.is_8_bit(p):
+                blocks = -(-p.shape[-1] // min(BLOCK, p.shape[-1]))
+                state[name] = torch.full_like(p, int(code_values(codes).abs().argmin()), dtype=torch.uint8)
+                state[name + ABSMAX] = p.new_zeros((*p.shape[:-1], blocks), dtype=torch.float32)
+            else:
+                state[name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+
+    def open(
+        self, state: dict[str, Any], p: Tensor, names: dict[str, Codes], *, whole: bool = False
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """The states in float32, all at once or, kept in 8 bits, some rows of `p` at a time unless `whole`.
+
+        What the caller has made of them in place is stored when it asks for the next rows.
+        """
+        self.begin(state, p, names)
+        if not self.is_8_bit(p):
+            yield slice(None), tuple(state[name] for name in names)
+            return
+        length = len(p) if whole else max(1, PART * len(p) // max(1, p.numel()))
+        for start in range(0, len(p), length):
+            rows = slice(start, start + length)
+            kept = [(state[name][rows], state[name + ABSMAX][rows], codes) for name, codes in names.items()]
+            values = tuple(decode(*what) for what in kept)
+            yield rows, values
+            for value, (*stored, codes) in zip(values, kept, strict=True):
+                for to, new in zip(stored, encode(value, codes), strict=True):
+                    to.copy_(new)
 
 
 def encode(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
@@ -61,8 +80,11 @@ def encode(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x.float())
     absmax = blocks.abs().amax(-1)
     share = blocks / absmax.masked_fill(absmax == 0, 1.0)[..., None]
-    index = (share.view(torch.int32) >> _DROPPED_BITS) & (2 ** (32 - _DROPPED_BITS) - 1)
-    nearest = _nearest(codes).to(x.device).index_select(0, index.flatten()).view(blocks.shape)
+    if codes == "linear":
+        nearest = ((share * 127).round() + 128).to(torch.uint8)
+    else:
+        index = (share.view(torch.int32) >> _DROPPED_BITS) & (2 ** (32 - _DROPPED_BITS) - 1)
+        nearest = _nearest(codes).to(x.device).index_select(0, index.flatten()).view(blocks.shape)
     return nearest.flatten(-2)[..., : x.shape[-1]].contiguous(), absmax
 
 
@@ -84,11 +106,6 @@ def code_values(codes: Codes) -> Tensor:
         count = 2 ** ((6 if signed else 7) - decade)
         magnitudes += [10.0**-decade * (0.1 + 0.9 * (step + 0.5) / count) for step in range(count)]
     return torch.tensor(sorted([0.0, 1.0, *magnitudes, *([-m for m in magnitudes] if signed else [])]))
-
-
-def code_tables(codes: Codes) -> tuple[Tensor, Tensor, int]:
-    """What a compiled step needs to read and write states: values of the codes, nearest codes, block size."""
-    return code_values(codes), _nearest(codes), BLOCK
 
 
 @cache

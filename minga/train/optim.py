@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from minga.config import TrainConfig
 from minga.kernels import cpu, ops
-from minga.train.lowbit import ABSMAX, StateStore, code_tables, wide, write_weight
+from minga.train.lowbit import ABSMAX, BLOCK, Codes, StateStore, wide, write_weight
 
 # Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
 # all singular values nearest to 1 from where the step before may have left them, [0.02, 1] at the start (the greedy
@@ -49,6 +49,11 @@ def orthogonalize(update_SMN: Tensor) -> Tensor:
         gram = x @ x.mT if step else gram
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+# States and the codes that fit them in 8 bits.
+MOMENTUM: dict[str, Codes] = {"momentum": "linear"}
+MOMENTS: dict[str, Codes] = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
 
 
 class Muon(torch.optim.Optimizer):
@@ -89,28 +94,27 @@ class Muon(torch.optim.Optimizer):
                 if ops.compiled(value, grad):
                     self._compiled_step(p, value.view(stack), grad.view(stack), rates)
                 else:
-                    momentum = self._store.read(self.state[p], "momentum", p, "linear").lerp_(grad, 1 - rates["beta"])
-                    update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
-                    value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
-                    self._store.write(self.state[p], "momentum", momentum, p, "linear")
+                    for _, (momentum,) in self._store.open(self.state[p], p, MOMENTUM, whole=True):
+                        momentum.lerp_(grad, 1 - rates["beta"])
+                        update = orthogonalize(grad.lerp(momentum, rates["beta"]).view(stack)).reshape(p.shape)
+                        value.mul_(1 - rates["weight_decay"]).add_(update, alpha=-rates["step_size"])
                 write_weight(p, value)
 
     def _compiled_step(self, p: nn.Parameter, value_SMN: Tensor, grad_SMN: Tensor, rates: dict[str, float]) -> None:
         """The same in one call; an 8-bit momentum is read and written a row at a time."""
         state = self.state[p]
-        if not state:
-            self._store.write(state, "momentum", self._store.read(state, "momentum", p, "linear"), p, "linear")
+        self._store.begin(state, p, MOMENTUM)
         momentum = state["momentum"].view(value_SMN.shape)
         rest: dict[str, Any] = {"precision": self._precision, **rates}
         if self._store.is_8_bit(p):
             kept = (momentum, state["momentum" + ABSMAX])
-            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, code_tables=code_tables("linear"))
+            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, block=min(BLOCK, value_SMN.shape[-1]))
         else:
             cpu.muon_step(value_SMN, grad_SMN, momentum, COEFFICIENTS, **rest)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, a parameter at a time, so that only one has its moments in float32. `bits` as in `Muon`."""
+    """torch's fused AdamW. `bits` as in `Muon`; of moments in 8 bits only some rows at a time are in float32."""
 
     def __init__(self, params: Iterable[dict[str, Any]], *, bits: int = 32, **settings: Any):
         super().__init__(params, fused=True, **settings)
@@ -121,28 +125,18 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+            settings |= {"beta1": beta1, "beta2": beta2, "fused": True}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, value = self.state[p], wide(p)
+                state = self.state[p]
                 count = state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
-                mean = self._store.read(state, "exp_avg", p)
-                square = self._store.read(state, "exp_avg_sq", p, "unsigned")
-                adamw(
-                    [value],
-                    [wide(p.grad)],
-                    [mean],
-                    [square],
-                    [],
-                    [count],
-                    beta1=beta1,
-                    beta2=beta2,
-                    fused=True,
-                    **settings,
-                )
-                self._store.write(state, "exp_avg", mean, p)
-                self._store.write(state, "exp_avg_sq", square, p, "unsigned")
-                write_weight(p, value)
+                for rows, (mean, square) in self._store.open(state, p, MOMENTS):
+                    part, so_far = p[rows], count.clone()  # adamw counts a step by itself
+                    value = wide(part)
+                    adamw([value], [wide(p.grad[rows])], [mean], [square], [], [so_far], **settings)
+                    write_weight(part, value)
+                count += 1
 
 
 def is_elementwise(name: str, p: Tensor) -> bool:

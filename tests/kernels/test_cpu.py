@@ -206,7 +206,7 @@ def test_muon_step_with_its_momentum_in_8_bits():
     other, momentum = weight.clone(), lowbit.decode(codes, absmax, "linear")
     step = {"beta": 0.9, "weight_decay": 0.0, "step_size": 0.02, "precision": "float32"}
     cpu.muon_step(other, grad, momentum, COEFFICIENTS, **step)
-    cpu.muon_step(weight, grad, (codes, absmax), COEFFICIENTS, **step, code_tables=lowbit.code_tables("linear"))
+    cpu.muon_step(weight, grad, (codes, absmax), COEFFICIENTS, **step, block=lowbit.BLOCK)
     expected, expected_absmax = lowbit.encode(momentum, "linear")
     assert torch.equal(weight, other) and torch.equal(absmax, expected_absmax)
     assert torch.equal(codes, expected)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from minga.kernels.cpu.build import call
 
 PRECISIONS = {"float32": 0, "bf16": 1, "int8": 2}
+_KEPT_BLOCK, _KEPT_BYTES = 2**25, 2**28  # blocks up to the first are reused, of which the second may lie free
 _NORM_CHUNKS = 16  # rows of a norm whose weight gradients are summed on their own
 
 
@@ -106,6 +107,8 @@ class Experts(torch.autograd.Function):
         x_ND, token_L, place_L, weight_NA, offset_E, gate_up_EGD, down_EDF, hidden = ctx.saved_tensors
         N, A, _, D, F, precision, _ = ctx.sizes
         work = [x_ND.new_empty(N * A, width) for width in (F, F, 2 * F, D)]
+        if gate_up_EGD.nbytes > _KEPT_BLOCK:
+            call("minga_give_back", _KEPT_BYTES)
         dx, d_gate_up, d_down = (torch.empty_like(t) for t in (x_ND, gate_up_EGD, down_EDF))
         d_weight = None if weight_NA is None else torch.empty_like(weight_NA)
         routes = (token_L, place_L, weight_NA, offset_E)
@@ -197,20 +200,19 @@ def muon_step(
     weight_decay: float,
     step_size: float,
     precision: str,
-    code_tables: tuple[Tensor, Tensor, int] | None = None,
+    block: int = 1,
 ) -> None:
     """One step of Muon for a stack of matrices: one matrix at a time in a core's cache, nothing else allocated.
 
     weight <- weight (1 - weight_decay) - step_size · orthogonalized(Nesterov momentum); the momentum is updated too.
-    In 8 bits the momentum is its codes (S, M, N) and block maxima, and `code_tables` the 256 values, the nearest code by
-    a float32's upper 20 bits, and the block size (minga/train/lowbit.py).
+    In 8 bits the momentum is its linear codes (S, M, N) and the largest magnitude of each `block` numbers of a row
+    (minga/train/lowbit.py).
     """
     codes, absmax = momentum if isinstance(momentum, tuple) else (None, None)
     wide = None if isinstance(momentum, tuple) else momentum
-    values, nearest, block = code_tables or (None, None, 1)
-    floats = [t for t in (weight_SMN, grad_SMN, wide, absmax, values) if t is not None]
+    floats = [t for t in (weight_SMN, grad_SMN, wide, absmax) if t is not None]
     assert all(t.is_contiguous() and t.dtype == torch.float32 for t in floats)
-    kept = (wide, codes, absmax, values, nearest, block)
+    kept = (wide, codes, absmax, block)
     sizes = (*weight_SMN.shape, float(beta), float(weight_decay), float(step_size), len(coefficients))
     steps = coefficients.float().contiguous()
     call("minga_muon", weight_SMN, grad_SMN, *kept, steps, *sizes, PRECISIONS[precision], _threads())

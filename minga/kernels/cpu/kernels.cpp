@@ -159,6 +159,50 @@ void newton_schulz(float* x, const float* coefficients, int64_t M, int64_t N, in
   }
 }
 
+// Linear codes of minga/train/lowbit.py: n / 127 of the block's largest magnitude is kept as 128 + n.
+void decode_row(const uint8_t* code, const float* absmax, int64_t N, int64_t size, float* to) {
+  for (int64_t j0 = 0; j0 < N; j0 += size, absmax++)
+    for (int64_t j = j0; j < std::min(N, j0 + size); j++) to[j] = (float)((int)code[j] - 128) / 127.0f * *absmax;
+}
+
+void encode_row(const float* x, int64_t N, int64_t size, uint8_t* code, float* absmax) {
+  for (int64_t j0 = 0; j0 < N; j0 += size, absmax++) {
+    int64_t j1 = std::min(N, j0 + size), j = j0;
+    vf tops = {};
+    for (; j + VL <= j1; j += VL) {
+      vf magnitude = (vf)(load<vu>(x + j) & 0x7fffffffu);
+      tops = magnitude > tops ? magnitude : tops;
+    }
+    float top = 0;
+    for (; j < j1; j++) top = std::max(top, std::fabs(x[j]));
+    for (int l = 0; l < VL; l++) top = std::max(top, tops[l]);
+    *absmax = top;
+    float scale = top == 0 ? 1.0f : top;
+    for (j = j0; j < j1; j++) code[j] = (uint8_t)(128 + (int)std::nearbyintf(x[j] / scale * 127.0f));
+  }
+}
+
+// m <- beta m + (1 - beta) g, u = beta m + (1 - beta) g once more (Nesterov). Returns the sum of squares of u.
+double nesterov_row(const float* g, int64_t N, float beta, float* m, float* u) {
+  vf sums = {};
+  float sum = 0;
+  int64_t j = 0;
+  for (; j + VL <= N; j += VL) {
+    vf gj = load<vf>(g + j), mj = load<vf>(m + j);
+    mj += (1 - beta) * (gj - mj);
+    vf uj = gj + beta * (mj - gj);
+    store(m + j, mj);
+    store(u + j, uj);
+    sums += uj * uj;
+  }
+  for (; j < N; j++) {
+    m[j] += (1 - beta) * (g[j] - m[j]);
+    u[j] = g[j] + beta * (m[j] - g[j]);
+    sum += u[j] * u[j];
+  }
+  return sum + sum_v(sums);
+}
+
 constexpr int64_t QUERIES = 96;  // rows of scores computed at a time
 
 }  // namespace
@@ -172,6 +216,14 @@ void minga_keep_memory() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 2147483647);
   mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
+
+// Gives freed memory back to the kernel once more than `limit` bytes lie about. Called before a large gradient is
+// allocated: those come from elsewhere (above), and would lie beside what activations have left.
+void minga_give_back(int64_t limit) {
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 33)
+  if ((int64_t)mallinfo2().fordblks > limit) malloc_trim(0);
 #endif
 }
 
@@ -455,41 +507,22 @@ void minga_cross_entropy(float* logits, const int64_t* target, float* loss, int6
 }
 
 // One step of Muon on a stack of S matrices (M, N). Momentum and weights are updated in place. With `codes` the momentum is
-// kept in 8 bits instead (minga/train/lowbit.py): codes (S, M, N), the largest magnitude of each BLOCK of a row in
-// absmax (S, M, blocks), `values` the 256 numbers that codes stand for, `nearest` the code of each float32's upper 20 bits.
-void minga_muon(float* p, const float* grad, float* momentum, uint8_t* codes, float* absmax, const float* values,
-                const uint8_t* nearest, int64_t size, const float* coefficients, int64_t S, int64_t M, int64_t N,
-                double beta, double decay, double rate, int64_t steps, int64_t precision, int64_t threads) {
+// kept in 8 bits instead: codes (S, M, N), the largest magnitude of each `size` numbers of a row in absmax (S, M, blocks).
+void minga_muon(float* p, const float* grad, float* momentum, uint8_t* codes, float* absmax, int64_t size,
+                const float* coefficients, int64_t S, int64_t M, int64_t N, double beta, double decay, double rate,
+                int64_t steps, int64_t precision, int64_t threads) {
   int64_t blocks = codes ? ceil_div(N, size) : 0;
 #pragma omp parallel for num_threads(S < threads ? 1 : threads) schedule(dynamic)
   for (int64_t s = 0; s < S; s++) {
-    float *ps = p + s * M * N, mu = (float)beta, keep = (float)(1 - decay), lr = (float)rate;
-    const float* g = grad + s * M * N;
+    float *ps = p + s * M * N, keep = (float)(1 - decay), lr = (float)rate;
     std::vector<float> work(M * N), row(N);
     double squares = 0;
     for (int64_t i = 0; i < M; i++) {
-      float *m = codes ? row.data() : momentum + (s * M + i) * N, *update = &work[i * N], sum = 0;
-      uint8_t* code = codes + (s * M + i) * N;
-      for (int64_t j = 0; codes && j < N; j++) m[j] = values[code[j]] * absmax[(s * M + i) * blocks + j / size];
-      for (int64_t j = 0; j < N; j++) {
-        m[j] += (1 - mu) * (g[i * N + j] - m[j]);
-        update[j] = g[i * N + j] + mu * (m[j] - g[i * N + j]);  // Nesterov
-      }
-      for (int64_t j = 0; j < N; j++) sum += update[j] * update[j];
-      squares += sum;
-      for (int64_t b = 0; b < blocks; b++) {
-        int64_t end = std::min(N, (b + 1) * size);
-        float top = 0;
-        for (int64_t j = b * size; j < end; j++) top = std::max(top, std::fabs(m[j]));
-        absmax[(s * M + i) * blocks + b] = top;
-        float scale = top == 0 ? 1.0f : top;
-        for (int64_t j = b * size; j < end; j++) {
-          float share = m[j] / scale;
-          uint32_t bits;
-          std::memcpy(&bits, &share, 4);
-          code[j] = nearest[bits >> 12];
-        }
-      }
+      int64_t at = s * M + i;
+      float* m = codes ? row.data() : momentum + at * N;
+      if (codes) decode_row(codes + at * N, absmax + at * blocks, N, size, m);
+      squares += nesterov_row(grad + at * N, N, (float)beta, m, &work[i * N]);
+      if (codes) encode_row(m, N, size, codes + at * N, absmax + at * blocks);
     }
     float norm = 1.0f / ((float)std::sqrt(squares) + 1e-7f);
     for (float& x : work) x *= norm;
