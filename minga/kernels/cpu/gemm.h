@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -182,37 +183,6 @@ static inline void transpose_tile(const float* const* rows, float* out) {
 #endif
 }
 
-// buf[k][lane] = value (outer0 + lane, k0 + k) for VL lanes; zero beyond the matrix. Lanes past `lanes` may hold anything.
-static inline void gather_run(const Operand& x, int64_t outer, int64_t outer0, int64_t k0, int nk, float* buf) {
-  static const float zeros[VL] = {};
-  int lanes = (int)std::min<int64_t>(VL, outer - outer0);
-  if (x.along_k) {
-    const float* rows[VL];
-    for (int i = 0; i < VL; i++) {
-      int64_t row = outer0 + std::min(i, lanes - 1);
-      rows[i] = x.data + (x.index ? x.index[row] : row) * x.stride + k0;
-    }
-    int k = 0;
-    for (; k + VL <= nk; k += VL) {
-      const float* at[VL];
-      for (int i = 0; i < VL; i++) at[i] = i < lanes ? rows[i] + k : zeros;
-      transpose_tile(at, buf + k * VL);
-    }
-    for (; k < nk; k++)
-      for (int i = 0; i < VL; i++) buf[k * VL + i] = i < lanes ? rows[i][k] : 0.0f;
-  } else {
-    for (int k = 0; k < nk; k++) {
-      int64_t row = k0 + k;
-      const float* from = x.data + (x.index ? x.index[row] : row) * x.stride + outer0;
-      if (lanes == VL) {
-        store(buf + k * VL, load<vf>(from));
-      } else {
-        for (int i = 0; i < VL; i++) buf[k * VL + i] = i < lanes ? from[i] : 0.0f;
-      }
-    }
-  }
-}
-
 static inline vu round_bf16(vf x) {  // to nearest even, the bits in the low half of each lane
 #if defined(__AVX512BF16__)
   __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)x);
@@ -237,79 +207,185 @@ static inline uint32_t mix(uint64_t x) {  // splitmix64's finaliser
   return (uint32_t)(x ^ (x >> 31)) | 1u;
 }
 
-// Words of one run of VL lanes: out[word][panel]. Panels narrower than a vector are written in rising order, each store
-// spilling into the next word's place, the last one exactly.
-template <int PANEL>
-static inline void put(uint32_t* out, int word, int words, vu value) {
-  if (PANEL % VL == 0 || word + 1 < words) {
-    store(out + word * PANEL, value);
-  } else {
-    std::memcpy(out + word * PANEL, &value, PANEL * 4);
-  }
+// One run of K, and VL rows or columns beside each other: `words` of one 32-bit word a lane, with the scale that int8
+// words are to be multiplied with and, for B, -128 times their sum.
+struct Lanes {
+  alignas(64) uint32_t word[RUN][VL];
+  vf scale;
+  vi shift;
+};
+
+// Scale, and what to multiply with, for lanes whose largest magnitude has these bits; integers, so that a NaN is the
+// largest of all and is not lost.
+static inline vf scale_of(vu top, vf& inverse) {
+  vf amax = (vf)top;
+  vi broken = (vi)top >= 0x7f800000, zero = amax < 1e-30f;
+  inverse = (zero | broken) ? vf{} : 127.0f / amax;
+  return broken ? splat(__builtin_nanf("")) : (zero ? vf{} : amax * (1.0f / 127.0f));
 }
 
-template <Precision P, int PANEL>
-static inline void pack_run(const Operand& x, int64_t outer, int64_t outer0, int64_t k0, int nk, uint32_t* out, int words,
-                            float* scale, int32_t* shift, bool is_a, uint64_t seed) {
+// Rounds to int8, with `state` given by chance: a number between 0 and 1 away goes up as often as it is near.
+template <bool CHANCE>
+static inline vi round_int8(vf v, vu& state) {
+  if constexpr (CHANCE) {
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    v += (vf)((state >> 9) | 0x3f800000u) - 1.5f;  // uniform in [-1/2, 1/2)
+    v = v > 127.0f ? splat(127.0f) : v;
+    v = v < -127.0f ? splat(-127.0f) : v;
+  }
+  return round_even(v);
+}
+
+// K runs across memory: a line of memory holds one k of all lanes.
+template <Precision P, bool CHANCE>
+static inline void read_across(const Operand& x, int lanes, int64_t, int64_t outer0, int64_t k0, int nk, int words, vu state, Lanes& out) {
   constexpr int per = Format<P>::per_word;
   alignas(64) float buf[RUN * VL];
-  gather_run(x, outer, outer0, k0, nk, buf);
-  for (int i = nk * VL; i < words * per * VL; i++) buf[i] = 0.0f;
+  for (int k = 0; k < nk; k++) {
+    int64_t row = k0 + k;
+    const float* from = x.data + (x.index ? x.index[row] : row) * x.stride + outer0;
+    __builtin_prefetch(from + VL);  // the lanes to come; no hardware sees through the stride
+    if (lanes == VL) {
+      store(buf + k * VL, load<vf>(from));
+    } else {
+      for (int i = 0; i < VL; i++) buf[k * VL + i] = i < lanes ? from[i] : 0.0f;
+    }
+  }
+  std::memset(buf + nk * VL, 0, (words * per - nk) * VL * 4);
+  auto value = [&](int k) { return load<vf>(buf + k * VL); };
   if constexpr (P == F32) {
-    for (int w = 0; w < words; w++) put<PANEL>(out, w, words, load<vu>(buf + w * VL));
+    std::memcpy(out.word, buf, words * VL * 4);
   } else if constexpr (P == BF16) {
     for (int w = 0; w < words; w++) {
-      vu low = round_bf16(load<vf>(buf + w * per * VL));
-      if constexpr (per == 2) {
-        put<PANEL>(out, w, words, low | (round_bf16(load<vf>(buf + (2 * w + 1) * VL)) << 16));
-      } else {
-        put<PANEL>(out, w, words, low << 16);
-      }
+      vu low = round_bf16(value(w * per));
+      store(out.word[w], per == 2 ? low | (round_bf16(value(w * per + per - 1)) << 16) : low << 16);
     }
   } else {
     vu top = {};
-    for (int k = 0; k < nk; k++) {  // as integers, so that a NaN is the largest of all and is not lost
-      vu bits = load<vu>(buf + k * VL) & 0x7fffffffu;
+    for (int k = 0; k < nk; k++) {
+      vu bits = (vu)value(k) & 0x7fffffffu;
       top = bits > top ? bits : top;
     }
-    vf amax = (vf)top, inverse;
-    vf scales = amax * (1.0f / 127.0f);
-    vi broken = (vi)top >= 0x7f800000, zero = amax < 1e-30f;
-    inverse = (zero | broken) ? vf{} : 127.0f / amax;
-    scales = broken ? splat(__builtin_nanf("")) : (zero ? vf{} : scales);
-    std::memcpy(scale, &scales, std::min(PANEL, VL) * 4);
+    vf inverse;
+    out.scale = scale_of(top, inverse);
     vi sum = {};
-    vu state;
-    if (x.stochastic)
-      for (int i = 0; i < VL; i++) state[i] = mix(seed + (uint64_t)(outer0 + i) * 0x9e3779b97f4a7c15ull + k0);
     auto quantized = [&](int k) {
-      vf v = load<vf>(buf + k * VL) * inverse;
-      if (x.stochastic) {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        v += (vf)((state >> 9) | 0x3f800000u) - 1.5f;  // uniform in [-1/2, 1/2)
-        v = v > 127.0f ? splat(127.0f) : v;
-        v = v < -127.0f ? splat(-127.0f) : v;
-      }
-      return round_even(v);
+      vi q = round_int8<CHANCE>(value(k) * inverse, state);
+      sum += q;
+      return q;
     };
     for (int w = 0; w < words; w++) {
       if constexpr (per == 4) {
-        vi q0 = quantized(4 * w), q1 = quantized(4 * w + 1), q2 = quantized(4 * w + 2), q3 = quantized(4 * w + 3);
-        sum += q0 + q1 + q2 + q3;
-        vu word = ((vu)q0 & 255u) | (((vu)q1 & 255u) << 8) | (((vu)q2 & 255u) << 16) | ((vu)q3 << 24);
-        put<PANEL>(out, w, words, UNSIGNED_A && is_a ? word ^ 0x80808080u : word);
+        vu q0 = (vu)quantized(4 * w), q1 = (vu)quantized(4 * w + 1), q2 = (vu)quantized(4 * w + 2), q3 = (vu)quantized(4 * w + 3);
+        store(out.word[w], (q0 & 255u) | ((q1 & 255u) << 8) | ((q2 & 255u) << 16) | (q3 << 24));
       } else if constexpr (per == 2) {
-        put<PANEL>(out, w, words, ((vu)quantized(2 * w) & 0xffffu) | ((vu)quantized(2 * w + 1) << 16));
+        vu q0 = (vu)quantized(2 * w), q1 = (vu)quantized(2 * w + 1);
+        store(out.word[w], (q0 & 0xffffu) | (q1 << 16));
       } else {
-        put<PANEL>(out, w, words, (vu) __builtin_convertvector(quantized(w), vf));
+        store(out.word[w], __builtin_convertvector(quantized(w), vf));
       }
     }
-    if (UNSIGNED_A && !is_a) {
-      sum *= -128;
-      std::memcpy(shift, &sum, sizeof sum);
+    out.shift = sum * -128;
+  }
+}
+
+// K runs along memory: each lane is a row, rounded as it lies; then words change places, not numbers.
+template <Precision P, bool CHANCE>
+static inline void read_along(const Operand& x, int lanes, int64_t outer, int64_t outer0, int64_t k0, int nk, int words, vu state, Lanes& out) {
+  constexpr int per = Format<P>::per_word;
+  typedef int8_t v8 __attribute__((vector_size(VL)));
+  typedef int16_t v16 __attribute__((vector_size(VL * 2)));
+  alignas(64) uint32_t rows[VL][RUN];
+  alignas(64) float padded[RUN];
+  alignas(64) vu tops[VL], sideways[VL];
+  const float *from[VL], *next[VL];
+  int vectors = (int)ceil_div(nk, VL);
+  for (int i = 0; i < VL; i++) {
+    auto row = [&](int64_t n) { return x.data + (x.index ? x.index[n] : n) * x.stride + k0; };
+    from[i] = row(outer0 + std::min(i, lanes - 1));
+    next[i] = outer0 + VL + i < outer ? row(outer0 + VL + i) : from[i];
+  }
+  auto transpose = [](const void* const* at, void* to) { transpose_tile((const float* const*)at, (float*)to); };
+  vf inverse = {};
+  if constexpr (P == I8) {
+    const void* at[VL];
+    for (int i = 0; i < VL; i++) {
+      tops[i] = vu{};
+      at[i] = &tops[i];
+      int k = 0;
+      for (; k + VL <= nk; k += VL) {
+        vu bits = load<vu>(from[i] + k) & 0x7fffffffu;
+        tops[i] = bits > tops[i] ? bits : tops[i];
+      }
+      for (; k < nk; k++) {
+        uint32_t bits;
+        std::memcpy(&bits, from[i] + k, 4);
+        tops[i][0] = std::max(tops[i][0], bits & 0x7fffffffu);
+      }
     }
+    transpose(at, sideways);
+    for (int i = 1; i < VL; i++) sideways[0] = sideways[i] > sideways[0] ? sideways[i] : sideways[0];
+    out.scale = scale_of(sideways[0], inverse);
+  }
+  for (int i = 0; i < lanes; i++) {
+    const float* row = from[i];
+    for (int k = 0; k < nk; k += VL) __builtin_prefetch(next[i] + k);
+    if (nk % VL) {
+      std::memcpy(padded, row, nk * 4);
+      std::memset(padded + nk, 0, (vectors * VL - nk) * 4);
+      row = padded;
+    }
+    vf factor = splat(inverse[i]);
+    char* to = (char*)rows[i];
+    for (int v = 0; v < vectors; v++) {
+      vf value = load<vf>(row + v * VL);
+      if constexpr (P == F32) {
+        store(to + v * VL * 4, value);
+      } else if constexpr (P == BF16) {
+        if constexpr (per == 2) {
+          store(to + v * VL * 2, __builtin_convertvector(round_bf16(value), v16));
+        } else {
+          store(to + v * VL * 4, round_bf16(value) << 16);
+        }
+      } else {
+        vi q = round_int8<CHANCE>(value * factor, state);
+        if constexpr (per == 4) {
+          store(to + v * VL, __builtin_convertvector(q, v8));
+        } else if constexpr (per == 2) {
+          store(to + v * VL * 2, __builtin_convertvector(q, v16));
+        } else {
+          store(to + v * VL * 4, __builtin_convertvector(q, vf));
+        }
+      }
+    }
+    std::memset(to + vectors * VL * 4 / per, 0, ceil_div(words, VL) * VL * 4 - vectors * VL * 4 / per);
+  }
+  for (int i = lanes; i < VL; i++) std::memset(rows[i], 0, ceil_div(words, VL) * VL * 4);
+  for (int w = 0; w < words; w += VL) {
+    const void* at[VL];
+    for (int i = 0; i < VL; i++) at[i] = &rows[i][w];
+    transpose(at, out.word[w]);
+  }
+#if defined(__AVX512VNNI__)
+  if constexpr (P == I8) {
+    __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+    for (int w = 0; w < words; w++) sum = _mm512_dpbusd_epi32(sum, ones, (__m512i)load<vu>(out.word[w]));
+    out.shift = (vi)sum * -128;
+  }
+#endif
+}
+
+template <Precision P>
+static inline void read_run(const Operand& x, int64_t outer, int64_t outer0, int64_t k0, int nk, int words, uint64_t seed, Lanes& out) {
+  int lanes = (int)std::min<int64_t>(VL, outer - outer0);
+  vu state = {};
+  if (P == I8 && x.stochastic) {
+    for (int i = 0; i < VL; i++) state[i] = mix(seed + (uint64_t)(outer0 + i) * 0x9e3779b97f4a7c15ull + k0);
+    (x.along_k ? read_along<P, true> : read_across<P, true>)(x, lanes, outer, outer0, k0, nk, words, state, out);
+  } else {
+    (x.along_k ? read_along<P, false> : read_across<P, false>)(x, lanes, outer, outer0, k0, nk, words, state, out);
   }
 }
 
@@ -343,20 +419,52 @@ static Packed room(int side, int64_t panels, int64_t K) {
   return to;
 }
 
+// VL lanes, the first of them lane AT of its panel, go to that panel and, as far as they reach over its end, to the next.
+template <Precision P, int PANEL, int AT>
+static void write_lanes(const Lanes& from, int words, int64_t run, const Packed& here, bool next, bool is_a) {
+  constexpr int first = std::min(VL, PANEL - AT), rest = VL - first;
+  constexpr int64_t block = RUN / Format<P>::per_word;
+  uint32_t* to = here.words + run * block * PANEL + AT;
+  const uint32_t flip = P == I8 && UNSIGNED_A && is_a ? 0x80808080u : 0u;
+  for (int w = 0; w < words; w++) {
+    vu word = load<vu>(from.word[w]) ^ flip;
+    std::memcpy(to + w * PANEL, &word, first * 4);
+    if (rest && next) std::memcpy(to - AT + here.panel_words + w * PANEL, (const uint32_t*)&word + first, rest * 4);
+  }
+  if constexpr (P == I8) {
+    int64_t at = run * PANEL + AT, over = run * PANEL + here.panel_scales;
+    std::memcpy(here.scale + at, &from.scale, first * 4);
+    if (rest && next) std::memcpy(here.scale + over, (const float*)&from.scale + first, rest * 4);
+    if (!is_a) {
+      std::memcpy(here.shift + at, &from.shift, first * 4);
+      if (rest && next) std::memcpy(here.shift + over, (const int32_t*)&from.shift + first, rest * 4);
+    }
+  }
+}
+
 // Panels `from` to `to` beside each other, run by run: where memory runs across them, its lines are read once.
 template <Precision P, int PANEL>
 static void pack(const Operand& x, int64_t outer, int64_t K, int64_t from, int64_t to, const Packed& out, bool is_a,
                  uint64_t seed) {
-  int64_t runs = ceil_div(K, RUN);
+  static_assert(VL <= PANEL || VL <= 2 * PANEL, "a vector reaches over two panels at the most");
+  constexpr int step = PANEL % VL == 0 ? VL : PANEL % (VL / 2) == 0 ? VL / 2 : VL / 4;  // where vectors can begin in a panel
+  Lanes lanes;
+  int64_t runs = ceil_div(K, RUN), end = std::min(to * PANEL, outer);
   for (int64_t run = 0; run < runs; run++) {
     int nk = (int)std::min<int64_t>(RUN, K - run * RUN), words = (int)ceil_div(nk, Format<P>::per_word);
-    for (int64_t panel = from; panel < to; panel++) {
+    for (int64_t lane = from * PANEL; lane < end; lane += VL) {
+      read_run<P>(x, outer, lane, run * RUN, nk, words, seed, lanes);
+      int64_t panel = lane / PANEL;
       Packed here = out.from(panel - from);
-      for (int64_t lane = 0; lane < PANEL; lane += VL) {
-        int64_t first = panel * PANEL + lane, at = run * PANEL + lane;
-        if (first >= outer) continue;  // columns that do not exist are computed from what lies there and never written
-        pack_run<P, PANEL>(x, outer, first, run * RUN, nk, here.words + run * (RUN / Format<P>::per_word) * PANEL + lane,
-                           words, here.scale ? here.scale + at : nullptr, here.shift ? here.shift + at : nullptr, is_a, seed);
+      bool next = panel + 1 < to;
+      auto write = [&](auto at) {
+        if constexpr (at.value < PANEL) write_lanes<P, PANEL, at.value>(lanes, words, run, here, next, is_a);
+      };
+      switch (lane % PANEL / step) {
+        case 0: write(std::integral_constant<int, 0>()); break;
+        case 1: write(std::integral_constant<int, step>()); break;
+        case 2: write(std::integral_constant<int, 2 * step>()); break;
+        default: write(std::integral_constant<int, 3 * step>());
       }
     }
   }
