@@ -121,7 +121,7 @@ class _Stage(nn.Module):
         if not isinstance(layer, MoE) or layer.routing is None:
             return x
         (index_NA, score_NE), layer.routing = layer.routing, None
-        counter.add(counter.layers.index(layer), index_NA)
+        counter.add(counter.layers.index(layer), index_NA, score_NE)
         logits_NE, layer.gate.logits_NE = layer.gate.logits_NE, None
         batches = self.step[0]
         losses = []

@@ -50,11 +50,11 @@ class StepMetrics:
         if parallel.world == 1:
             return
         own = torch.tensor([self.loss, self.mtp_loss or 0.0, self.tokens], dtype=torch.float64)
-        total = parallel.sum(torch.cat([own, *(counts_E.double() for counts_E in counter.counts_LE)]))
+        total = parallel.sum(torch.cat([own, *(counted.double() for counted in counter.totals)]))
         self.loss, self.tokens = float(total[0]), int(total[2])
         self.mtp_loss = None if self.mtp_loss is None else float(total[1])
-        for counts_E, sum_E in zip(counter.counts_LE, total[3:].split(list(map(len, counter.counts_LE))), strict=True):
-            counts_E.copy_(sum_E)
+        for counted, summed in zip(counter.totals, total[3:].split(list(map(len, counter.totals))), strict=True):
+            counted.copy_(summed)
 
 
 def locations(batch: Batch) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def batch_loss(
         if layer.routing is not None:
             index_NA, score_NE = layer.routing
             layer.routing = None
-            counter.add(number, index_NA)
+            counter.add(number, index_NA, score_NE)
             if config.sequence_loss:
                 loss = loss + config.sequence_loss * shares[-1] * sequence_balance(
                     index_NA, score_NE, len(batch.ids_BT)
