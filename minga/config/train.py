@@ -59,7 +59,9 @@ class TrainConfig:
         0.0  # robust deviations above the running median that skip a step (minga/train/guard.py); 0: off
     )
     # losses and balance (V3 sections 2.1.2, 2.2, 4.2)
-    balance_rate: float = 0.1  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
+    balance_rate: float = (
+        0.1  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
+    )
     balance_rate_warm: float = 0.3  # the same for the first `balance_warm_steps` steps of a router
     balance_warm_steps: int = 400
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss

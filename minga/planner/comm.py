@@ -64,7 +64,8 @@ def step_bytes(config: TrainConfig, *, dp: int, ep: int = 1, with_mtp: bool = Fa
     depths = 1 + c.num_nextn_predict_layers
     routers = sum(c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
     routers += c.num_nextn_predict_layers * bool(c.n_routed_experts)
-    numbers = config.accumulate * depths + 3 + routers * c.n_routed_experts + 2
+    counted = 2 * c.n_routed_experts + 1  # of a router: choices and scores of each expert, and the scores' squares
+    numbers = config.accumulate * depths + 3 + routers * counted + 2
     small = 2 * _share(processes) * (8 * numbers + 4)
     return CommBytes(
         config.accumulate * gathered, config.accumulate * reduced, config.accumulate * routed, owned, small

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from minga.config import TrainConfig
@@ -14,16 +15,41 @@ from minga.train.optim import Optimizer
 from minga.train.step import train_step
 
 
-def test_bias_moves_against_the_load_by_exactly_the_rate() -> None:
+def _count(counter: LoadCounter, index: list[list[int]], seed: int) -> torch.Tensor:
+    score_NE = torch.rand(len(index), 8, generator=torch.Generator().manual_seed(seed))
+    counter.add(0, torch.tensor(index), score_NE)
+    return score_NE
+
+
+def test_bias_moves_against_the_load_by_the_rate_in_spreads() -> None:
     model = Transformer(tiny()).init_weights()
     counter = LoadCounter(model.moe_layers())
-    counter.add(0, torch.tensor([[0, 1], [0, 2], [0, 3]]))
-    counter.add(0, torch.tensor([[0, 4]]))
-    counter.update_bias([0.01] * 3)
+    scores = [_count(counter, [[0, 1], [0, 2], [0, 3]], 1), _count(counter, [[0, 4]], 2)]
+    counter.update_bias([0.1] * 3)
     bias = model.moe_layers()[0].gate.e_score_correction_bias
-    # mean load is 8 / 8 = 1: expert 0 has 4, experts 1-4 have 1, experts 5-7 none
-    torch.testing.assert_close(bias, torch.tensor([-0.01, 0, 0, 0, 0, 0.01, 0.01, 0.01]))
-    assert all(not counts.any() for counts in counter.counts_LE)
+    score_NE = torch.cat(scores)
+    spread = (score_NE - score_NE.mean(-1, keepdim=True)).var(0, correction=0).mean().sqrt()
+    # mean load is 8 / 8 = 1: expert 0 has 4 (counted as two at the most), experts 1-4 have 1, experts 5-7 none
+    torch.testing.assert_close(bias, 0.1 * spread * torch.tensor([-1.0, 0, 0, 0, 0, 1, 1, 1]))
+    assert all(not total.any() for total in counter.totals)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_any_router_is_levelled_and_stays_level(size: float) -> None:
+    """Scores that lie close or far apart, experts that all tokens like: level in fifty steps, and no swinging after."""
+    model = Transformer(tiny().replace(n_group=1, topk_group=1)).init_weights()
+    layer = model.moe_layers()[0]
+    counter = LoadCounter(model.moe_layers())
+    generator = torch.Generator().manual_seed(0)
+    liked_E = size * torch.linspace(-2, 2, 8)
+    ratios = []
+    for _ in range(100):
+        score_NE = liked_E + size * torch.randn(4096, 8, generator=generator)
+        counter.add(0, layer.gate._select(score_NE), score_NE)
+        ratios.append(float(counter.relative()[0].max()))
+        counter.update_bias([TrainConfig(steps=1).balance_rate_warm] * 3)
+    assert ratios[0] > 2.5
+    assert max(ratios[50:]) < 1.15
 
 
 def test_training_levels_a_skewed_router(make_config: Callable[..., TrainConfig]) -> None:
@@ -41,9 +67,7 @@ def test_training_levels_a_skewed_router(make_config: Callable[..., TrainConfig]
     ratios = []
     for _ in range(60):
         optimizer.set_scale(0.0)  # the weights stand still: what levels the load is the bias
-        metrics = train_step(
-            model, [next(loader)], optimizer, config, counter, with_mtp=True, balance_rates=[0.005] * 3
-        )
+        metrics = train_step(model, [next(loader)], optimizer, config, counter, with_mtp=True, balance_rates=[0.3] * 3)
         ratios.append(metrics.max_over_mean)
     assert ratios[0] > 3.0
     assert sum(ratios[-10:]) / 10 < 1.5
