@@ -11,8 +11,8 @@
     train/peak-memory/b resident bytes at the most, theirs of those runs, ours as one trains with it (int8, Muon in 8 bits)
     train/fp8-loss-gap, train/int8-loss-gap relative difference of the held-out loss from float32, same seed and data
     train/balance/max-over-mean             the fullest expert of any layer over its layer's mean, in the last third of
-                        the 30m run; median over the steps
-    train/mtp-acceptance/30m                first drafts on held-out text that the model agrees with (greedy)
+                        a 30m run with eight experts and MTP, as long as a baseline; median over the steps
+    train/mtp-acceptance/30m                of the same run: first drafts on held-out text that the model agrees with
 
 Every measurement has a process of its own; where two sides are timed they alternate, and ratio and spread are over the
 pairs. The text is that of corpus.py unless --data names shards that `minga data` wrote; both sides read the same tokens
@@ -80,21 +80,30 @@ def recipe(size: str, **changes: Any) -> TrainConfig:
         "10m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6,
                 "moe_intermediate_size": 192},
         "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 9, "num_attention_heads": 8,
-                "moe_intermediate_size": 448, "num_nextn_predict_layers": 1},
+                "moe_intermediate_size": 448},
     }[size]  # fmt: skip
     model = ModelConfig(
         **shape, num_key_value_heads=shape["num_attention_heads"], max_position_embeddings=1024, kv_lora_rank=128,
-        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=8, n_shared_experts=1,
+        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=4, n_shared_experts=1,
         num_experts_per_tok=2, first_k_dense_replace=1,
     )  # fmt: skip
-    # short rows: more documents in a batch, and cheaper attention; both sides are scored on windows of SEQ_LEN
-    values: dict[str, Any] = {"model": model, "precision": "int8", "batch_size": 32, "seq_len": 128, "steps": 1}
+    # short rows: more documents in a batch, and cheaper attention; both sides are scored on windows of SEQ_LEN. Muon's
+    # work does not depend on the batch, so the larger model takes a larger one.
+    values: dict[str, Any] = {"model": model, "precision": "int8", "seq_len": 128, "steps": 1}
+    values["batch_size"] = {"10m": 32, "30m": 48}[size]
     values["checkpoint_every"] = 0
     return TrainConfig(**{**values, **changes})
 
 
+def watched_recipe(**changes: Any) -> TrainConfig:
+    """The 30m model for a run as long as the baseline's: there more experts pay, and MTP has time to learn."""
+    run = recipe("30m", batch_size=64, mtp_from=0.2)
+    model = run.model.replace(n_routed_experts=8, num_nextn_predict_layers=1)
+    return dataclasses.replace(run, model=model, **changes)
+
+
 # Of the baseline's CPU time, the part that our schedule is laid over: where it ends should be where the losses meet.
-SHARE = {"10m": 1 / 24, "30m": 1 / 24}
+SHARE = {"10m": 1 / 30, "30m": 1 / 24}
 
 
 def gap_recipe(**changes: Any) -> TrainConfig:
@@ -222,10 +231,11 @@ def measure_steps(data: str, config: dict[str, Any], steps: int, eval_tokens: in
 
 
 def _config(value: dict[str, Any], **changes: Any) -> TrainConfig:
-    """{"recipe": "10m", "30m" or "gap"; "ablation": a name; field: value} -> the settings of a run."""
+    """{"recipe": "10m", "30m", "watched" or "gap"; "ablation": a name; field: value} -> the settings of a run."""
     value = dict(value)
     name, ablation = value.pop("recipe"), value.pop("ablation", FULL)
-    config = (gap_recipe if name == "gap" else partial(recipe, name))(**value, **changes)
+    make = {"gap": gap_recipe, "watched": watched_recipe}.get(name) or partial(recipe, name)
+    config = make(**value, **changes)
     return ABLATIONS[ablation].apply(config)
 
 
@@ -389,28 +399,23 @@ class Bench:
             row(f"train/compute-to-equal-loss/{size}", seconds, theirs["seconds"], unit="CPU-seconds", peer=BASELINE,
                 ratio=theirs["seconds"] / seconds if seconds else None, note=note)
         )  # fmt: skip
-        self.watched(size, run)
 
-    def ours(self, size: str, budget: float) -> dict[str, Any]:
-        say(f"minga {size}: {budget:.0f} CPU-seconds")
+    def ours(self, name: str, budget: float) -> dict[str, Any]:
+        say(f"minga {name}: {budget:.0f} CPU-seconds")
         return self.measure(
-            "ours", data=self.shards, config={"recipe": size}, budget=budget, eval_tokens=self.eval_tokens
+            "ours", data=self.shards, config={"recipe": name}, budget=budget, eval_tokens=self.eval_tokens
         )
 
-    def watch_30m(self) -> None:
-        minutes = QUICK_MINUTES if self.quick else self.minutes * SHARE["30m"]
-        self.watched("30m", self.ours("30m", minutes * 60 * self.threads))
-
-    def watched(self, size: str, run: dict[str, Any]) -> None:
-        """What the 30m run shows beside its loss."""
-        if size == "30m":
-            balance, last = run["balance"], run["evaluations"][-1]
-            note = f"{last['tokens'] / 1e6:.2f} M tokens"
-            self.add(
-                row("train/balance/max-over-mean", balance["median"], unit="of the mean load",
-                    spread=balance["spread"], note=f"{note}; 5th to 95th of the last {balance['steps']} steps")
-            )  # fmt: skip
-            self.add(row("train/mtp-acceptance/30m", last["mtp_acceptance"], unit="of the first drafts", note=note))
+    def watched(self) -> None:
+        """What a longer run shows beside its loss."""
+        run = self.ours("watched", (QUICK_MINUTES if self.quick else self.minutes) * 60 * self.threads)
+        balance, last = run["balance"], run["evaluations"][-1]
+        note = f"{last['tokens'] / 1e6:.2f} M tokens, {last['bits_per_byte']:.3f} bits a byte"
+        self.add(
+            row("train/balance/max-over-mean", balance["median"], unit="of the mean load", spread=balance["spread"],
+                note=f"{note}; 5th to 95th of the last {balance['steps']} steps")
+        )  # fmt: skip
+        self.add(row("train/mtp-acceptance/30m", last["mtp_acceptance"], unit="of the first drafts", note=note))
 
 
 PEER = "transformers grouped_mm"
@@ -419,11 +424,8 @@ BASELINE = "GPT-2 + AdamW"
 
 def run_all(bench: Bench) -> None:
     """The groups of rows that are wanted; one that fails does not take the others with it."""
-    watched = ("train/balance/max-over-mean", "train/mtp-acceptance/30m")
     b = ("train/tokens-per-second/b", "train/peak-memory/b", "train/mfu/b")
     precisions = [p for p, ids in (("float32", b), ("int8", ("train/tokens-per-second/b-int8",))) if bench.wants(*ids)]
-    both = bench.wants("train/compute-to-equal-loss/30m")
-    alone = bench.quick or not both  # the 30m run without its baseline
     groups: list[tuple[str, bool, Callable[[], None]]] = [
         ("speed a", bench.wants("train/tokens-per-second/a"),
          lambda: bench.speed("a", ["float32"], rounds=2 if bench.quick else 5, steps=3)),
@@ -431,8 +433,9 @@ def run_all(bench: Bench) -> None:
          lambda: bench.speed("b", precisions, rounds=2 if bench.quick else 5, steps=1 if bench.quick else 2)),
         ("loss gaps", bench.wants("train/fp8-loss-gap", "train/int8-loss-gap"), bench.gaps),
         ("equal loss 10m", bench.wants("train/compute-to-equal-loss/10m"), lambda: bench.equal_loss("10m")),
-        ("the 30m run" if alone else "equal loss 30m", bench.wants(*watched) or (both and not bench.quick),
-         bench.watch_30m if alone else lambda: bench.equal_loss("30m")),
+        ("equal loss 30m", bench.wants("train/compute-to-equal-loss/30m") and not bench.quick,
+         lambda: bench.equal_loss("30m")),
+        ("the 30m run", bench.wants("train/balance/max-over-mean", "train/mtp-acceptance/30m"), bench.watched),
     ]  # fmt: skip
     for name, wanted, group in groups:
         if wanted:
@@ -451,7 +454,7 @@ FULL = "full-recipe"
 
 @dataclass(frozen=True)
 class Ablation:
-    """A part of the recipe taken out, or put in. `against`: the run that differs in this part alone."""
+    """One part of the recipe taken out, or put in. `against`: the run that differs in this part alone."""
 
     change: Callable[[TrainConfig], TrainConfig] | None = None
     patch: Callable[[], None] | None = None  # of this process, for what no setting can say
@@ -461,10 +464,6 @@ class Ablation:
         if self.patch is not None:
             self.patch()
         return self.change(run) if self.change is not None else run
-
-    def changes(self, run: TrainConfig) -> bool:
-        """Whether the recipe has the part at all."""
-        return self.patch is not None or (self.change is not None and self.change(run) != run)
 
 
 def _with(**values: Any) -> Callable[[TrainConfig], TrainConfig]:
@@ -496,10 +495,6 @@ def _grouped_query(model: ModelConfig) -> ModelConfig:
     )  # fmt: skip
 
 
-def _without_mtp(model: ModelConfig) -> ModelConfig:
-    return model.replace(num_nextn_predict_layers=0)
-
-
 def _adamw_alone() -> None:
     """AdamW for the hidden matrices too, at the baseline's learning rate and weight decay."""
     import torch
@@ -527,17 +522,31 @@ def _documents_run_on() -> None:
     )
 
 
+def _mtp(model: ModelConfig) -> ModelConfig:
+    return model.replace(num_nextn_predict_layers=1)
+
+
+def _half_batches(run: TrainConfig) -> TrainConfig:
+    """A step begins with half its rows and has all of them from the middle of the run on."""
+    return dataclasses.replace(run, batch_size=run.batch_size // 2, accumulate=2, batch_warmup=1.0)
+
+
+def _long_rows(run: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(run, batch_size=run.batch_size // 2, seq_len=2 * run.seq_len)
+
+
 ABLATIONS: dict[str, Ablation] = {
     FULL: Ablation(),
     "adamw": Ablation(patch=_adamw_alone),
     "dense": Ablation(_model(_dense)),
-    "no-mtp": Ablation(_model(_without_mtp)),
-    "mtp-all-along": Ablation(_with(mtp_from=0.0)),
-    "dense-no-mtp": Ablation(_model(lambda model: _without_mtp(_dense(model)))),
-    "gqa": Ablation(_model(_grouped_query), against="dense-no-mtp"),
-    "constant-batch": Ablation(_with(batch_warmup=0.0)),
-    "constant-length": Ablation(_with(seq_warmup=0.0)),
-    "int8": Ablation(_with(precision="int8")),
+    "gqa": Ablation(_model(_grouped_query), against="dense"),
+    "eight-experts": Ablation(_model(lambda model: model.replace(n_routed_experts=8))),
+    "mtp": Ablation(_model(_mtp)),
+    "mtp-all-along": Ablation(lambda run: dataclasses.replace(run, model=_mtp(run.model), mtp_from=0.0)),
+    "batch-schedule": Ablation(_half_batches),
+    "rows-of-256": Ablation(_long_rows),
+    "length-schedule": Ablation(lambda run: dataclasses.replace(_long_rows(run), seq_len_start=128, seq_warmup=0.5)),
+    "float32": Ablation(_with(precision="float32")),
     "no-document-mask": Ablation(patch=_documents_run_on),
 }
 
@@ -551,11 +560,8 @@ def run_ablation(bench: Bench, size: str) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
     wanted = {name for name in ABLATIONS if bench.wants(f"train/ablation/{name}")}
     wanted |= {ABLATIONS[name].against for name in wanted}
-    for name, ablation in ABLATIONS.items():
+    for name in ABLATIONS:
         if name not in wanted:
-            continue
-        if name != FULL and not ablation.changes(recipe(size)):
-            say(f"{name}: the recipe has no such part")
             continue
         say(f"ablation {size}: {name}")
         try:
