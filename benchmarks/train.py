@@ -517,7 +517,7 @@ def _adamw_alone() -> None:
             self._parts[0] = torch.optim.AdamW(matrices, lr=QUICK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
             self._base[0] = [QUICK_LR]
 
-    pretrain.Optimizer = AdamWAlone
+    pretrain.optimizer_of = lambda model, config, parallel: AdamWAlone(model, config)
 
 
 def _documents_run_on() -> None:

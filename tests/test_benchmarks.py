@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from minga.config import TrainConfig
+from minga.recipes import pretrain as pretraining
 from minga.recipes.pretrain import pretrain
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -44,6 +45,12 @@ def bench(scripts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
     return make
 
 
+@pytest.fixture
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a measurement changes in its own process is put back in this one."""
+    monkeypatch.setattr(pretraining, "optimizer_of", pretraining.optimizer_of)
+
+
 def test_speculation(make_config: Callable[..., TrainConfig]) -> None:
     run = pretrain(make_config(steps=2)).run
     command = [
@@ -69,11 +76,25 @@ def test_speculation(make_config: Callable[..., TrainConfig]) -> None:
 # ---------------------------------------------------------------------------------------------- train: measurements
 
 
+@pytest.mark.usefixtures("unpatched")
 @pytest.mark.parametrize("side", ["ours", "theirs"])
 def test_a_step_of_either_side_is_timed(scripts, side: str) -> None:
     speed = scripts("train").measure_speed(side, "tiny", steps=1)
     assert speed["tokens_per_second"] > 0
     assert 5e7 < speed["peak_bytes"] < 1e11  # bytes, not kilobytes
+
+
+@pytest.mark.usefixtures("unpatched")
+def test_both_sides_are_timed_with_adamw(scripts) -> None:
+    from minga.train.optim import Muon
+
+    train = scripts("train")
+    config = TrainConfig(model=train.SPEED_MODELS["tiny"](), steps=1)
+    assert any(isinstance(part, Muon) for part in pretraining._build(config)[1]._parts)
+    train._adamw_alone()
+    optimizer = pretraining._build(config)[1]
+    optimizer.set_momentum(0.9)
+    assert not any(isinstance(part, Muon) for part in optimizer._parts)
 
 
 def test_a_measurement_has_a_process_of_its_own(scripts) -> None:
