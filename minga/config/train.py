@@ -60,10 +60,10 @@ class TrainConfig:
     )
     # losses and balance (V3 sections 2.1.2, 2.2, 4.2)
     balance_rate: float = (
-        0.1  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
+        0.03  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
     )
-    balance_rate_warm: float = 0.3  # the same for the first `balance_warm_steps` steps of a router
-    balance_warm_steps: int = 400
+    balance_rate_warm: float = 0.3  # the same for a new router; it falls to the other as 1 / (1 + age / warm steps)
+    balance_warm_steps: int = 20
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE, arXiv 2202.08906, equation 5: 1e-3); 0: off
     mtp_loss: float = 0.3  # weight of the multi-token prediction loss
@@ -75,7 +75,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "seq_len", "keep_checkpoints", "ep", "pp"):
+        for name in ("batch_size", "accumulate", "seq_len", "balance_warm_steps", "keep_checkpoints", "ep", "pp"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)} (run config). it must be at least 1")
         for name in (

@@ -73,11 +73,13 @@ class LoadCounter:
 
 
 def balance_rates(config: TrainConfig, step: int, layers: list[MoE]) -> list[float]:
-    """How far each layer's bias moves after `step`: further at first, when loads are furthest apart.
+    """How far each layer's bias moves after `step`: `balance_rate_warm` at first, half of it after `balance_warm_steps`,
+    a third after twice as many, down to `balance_rate`.
 
-    The MTP modules' routers, last in `layers`, start when MTP does.
+    As in stochastic approximation: far while loads are far apart, little once only chance moves them. The MTP modules'
+    routers, last in `layers`, start when MTP does.
     """
     mtp_start = math.ceil(config.mtp_from * config.steps)
     num_main = len(layers) - config.model.num_nextn_predict_layers
-    ages = [step if number < num_main else step - mtp_start for number in range(len(layers))]
-    return [config.balance_rate_warm if age < config.balance_warm_steps else config.balance_rate for age in ages]
+    ages = [step if number < num_main else max(0, step - mtp_start) for number in range(len(layers))]
+    return [max(config.balance_rate, config.balance_rate_warm / (1 + age / config.balance_warm_steps)) for age in ages]

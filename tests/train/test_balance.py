@@ -39,15 +39,15 @@ def test_any_router_is_levelled_and_stays_level(size: float) -> None:
     """Scores that lie close or far apart, experts that all tokens like: level in fifty steps, and no swinging after."""
     model = Transformer(tiny().replace(n_group=1, topk_group=1)).init_weights()
     layer = model.moe_layers()[0]
-    counter = LoadCounter(model.moe_layers())
+    counter, config = LoadCounter(model.moe_layers()), TrainConfig(steps=100, model=tiny())
     generator = torch.Generator().manual_seed(0)
     liked_E = size * torch.linspace(-2, 2, 8)
     ratios = []
-    for _ in range(100):
+    for step in range(100):
         score_NE = liked_E + size * torch.randn(4096, 8, generator=generator)
         counter.add(0, layer.gate._select(score_NE), score_NE)
         ratios.append(float(counter.relative()[0].max()))
-        counter.update_bias([TrainConfig(steps=1).balance_rate_warm] * 3)
+        counter.update_bias(balance_rates(config, step, counter.layers))
     assert ratios[0] > 2.5
     assert max(ratios[50:]) < 1.15
 
@@ -86,6 +86,6 @@ def test_a_router_starts_fast_and_mtps_starts_with_mtp() -> None:
     layers = Transformer(tiny()).moe_layers()
     fast, slow = config.balance_rate_warm, config.balance_rate
     assert balance_rates(config, 0, layers) == [fast, fast, fast]
-    assert balance_rates(config, 100, layers) == [slow, slow, fast]
-    assert balance_rates(config, 699, layers) == [slow, slow, fast]
-    assert balance_rates(config, 700, layers) == [slow, slow, slow]
+    assert balance_rates(config, 100, layers) == [fast / 2, fast / 2, fast]
+    assert balance_rates(config, 700, layers) == [fast / 8, fast / 8, fast / 2]
+    assert balance_rates(config, 999, layers) == [slow, slow, fast / 4.99]
