@@ -63,7 +63,7 @@ class TrainConfig:
         0.03  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
     )
     balance_rate_warm: float = 0.3  # the same for a new router; it falls to the other as 1 / (1 + age / warm steps)
-    balance_warm_steps: int = 20
+    balance_warm_steps: int = 40
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE, arXiv 2202.08906, equation 5: 1e-3); 0: off
     mtp_loss: float = 0.3  # weight of the multi-token prediction loss
