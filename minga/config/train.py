@@ -59,10 +59,8 @@ class TrainConfig:
         0.0  # robust deviations above the running median that skip a step (minga/train/guard.py); 0: off
     )
     # losses and balance (V3 sections 2.1.2, 2.2, 4.2)
-    balance_rate: float = (
-        0.03  # how far an expert's bias moves for a share it lacks, in standard deviations of its score
-    )
-    balance_rate_warm: float = 0.3  # the same for a new router; it falls to the other as 1 / (1 + age / warm steps)
+    balance_rate: float = 0.03  # of a router's bias, for a missing share of load, in deviations of its scores
+    balance_rate_warm: float = 0.3  # of a new router; it falls to the other as 1 / (1 + age / `balance_warm_steps`)
     balance_warm_steps: int = 40
     sequence_loss: float = 1e-4  # weight of the sequence-wise balance loss
     router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE, arXiv 2202.08906, equation 5: 1e-3); 0: off

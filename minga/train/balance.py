@@ -4,8 +4,8 @@ An expert that got more than its share of the whole batch is made a little less 
 more. The bias changes who is chosen, never how much an expert's output weighs, so no gradient is spent on balance.
 
 V3 moves every bias by the same 0.001. How many tokens that sends elsewhere depends on how far a router's scores lie
-apart, which differs a hundredfold between a young router and an old one: one rate is too slow for the one and swings the
-other (docs/log.md). So a bias moves by a share of that spread, in proportion to what its expert has too much or too little.
+apart: what is too slow for one router swings another (docs/log.md). So a bias moves by a share of that spread, in
+proportion to what its expert has too much or too little.
 
   N tokens, E experts, A active experts a token, L expert layers
 """

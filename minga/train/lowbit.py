@@ -47,7 +47,7 @@ class StateStore:
             if name in state:
                 continue
             if self.is_8_bit(p):
-                blocks = -(-p.shape[-1] // min(BLOCK, p.shape[-1]))
+                blocks = -(-p.shape[-1] // block_size(p))
                 state[name] = torch.full_like(p, int(code_values(codes).abs().argmin()), dtype=torch.uint8)
                 state[name + ABSMAX] = p.new_zeros((*p.shape[:-1], blocks), dtype=torch.float32)
             else:
@@ -73,6 +73,11 @@ class StateStore:
             for value, (*stored, codes) in zip(values, kept, strict=True):
                 for to, new in zip(stored, encode(value, codes), strict=True):
                     to.copy_(new)
+
+
+def block_size(x: Tensor) -> int:
+    """Numbers of a row that share an absmax."""
+    return min(BLOCK, x.shape[-1])
 
 
 def encode(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
@@ -123,7 +128,7 @@ def _nearest(codes: Codes) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    size = min(BLOCK, x.shape[-1])
+    size = block_size(x)
     return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
 
 

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from minga.config import TrainConfig
 from minga.kernels import cpu, ops
-from minga.train.lowbit import ABSMAX, BLOCK, Codes, StateStore, wide, write_weight
+from minga.train.lowbit import ABSMAX, Codes, StateStore, block_size, wide, write_weight
 
 # Quintic Newton-Schulz steps x <- (a + b G + c G G) x, G = x x^T, one after the other: each is the polynomial that brings
 # all singular values nearest to 1 from where the step before may have left them, [0.02, 1] at the start (the greedy
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         rest: dict[str, Any] = {"precision": self._precision, **rates}
         if self._store.is_8_bit(p):
             kept = (momentum, state["momentum" + ABSMAX])
-            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, block=min(BLOCK, value_SMN.shape[-1]))
+            cpu.muon_step(value_SMN, grad_SMN, kept, COEFFICIENTS, **rest, block=block_size(value_SMN))
         else:
             cpu.muon_step(value_SMN, grad_SMN, momentum, COEFFICIENTS, **rest)
 

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from minga.kernels.cpu.build import call
 
 PRECISIONS = {"float32": 0, "bf16": 1, "int8": 2}
-_KEPT_BLOCK, _KEPT_BYTES = 2**25, 2**28  # blocks up to the first are reused, of which the second may lie free
 _NORM_CHUNKS = 16  # rows of a norm whose weight gradients are summed on their own
 
 
@@ -29,6 +28,12 @@ def _threads() -> int:
 
 def _seed(precision: int) -> int:
     return int(torch.randint(2**62, ())) if precision == PRECISIONS["int8"] else 0
+
+
+def _gradient_of(t: Tensor) -> Tensor:
+    """Memory for it."""
+    call("minga_make_room", t.nbytes)
+    return torch.empty_like(t)
 
 
 class Linear(torch.autograd.Function):
@@ -49,7 +54,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_OI = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.empty_like(weight_OI) if ctx.needs_input_grad[1] else None
+        dw = _gradient_of(weight_OI) if ctx.needs_input_grad[1] else None
         linear_backward(dy.contiguous(), x, weight_OI, dx, dw, add=False, precision=ctx.precision)
         return dx, dw, None
 
@@ -107,9 +112,7 @@ class Experts(torch.autograd.Function):
         x_ND, token_L, place_L, weight_NA, offset_E, gate_up_EGD, down_EDF, hidden = ctx.saved_tensors
         N, A, _, D, F, precision, _ = ctx.sizes
         work = [x_ND.new_empty(N * A, width) for width in (F, F, 2 * F, D)]
-        if gate_up_EGD.nbytes > _KEPT_BLOCK:
-            call("minga_give_back", _KEPT_BYTES)
-        dx, d_gate_up, d_down = (torch.empty_like(t) for t in (x_ND, gate_up_EGD, down_EDF))
+        dx, d_gate_up, d_down = (_gradient_of(t) for t in (x_ND, gate_up_EGD, down_EDF))
         d_weight = None if weight_NA is None else torch.empty_like(weight_NA)
         routes = (token_L, place_L, weight_NA, offset_E)
         inputs = (d_out.contiguous(), x_ND, *routes, gate_up_EGD, down_EDF, hidden)

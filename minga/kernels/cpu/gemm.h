@@ -457,8 +457,8 @@ static void write_lanes(const Lanes& from, int words, int64_t run, const Packed&
 template <Precision P, int PANEL>
 static void pack(const Operand& x, int64_t outer, int64_t K, int64_t from, int64_t to, const Packed& out, bool is_a,
                  uint64_t seed) {
-  static_assert(VL <= PANEL || VL <= 2 * PANEL, "a vector reaches over two panels at the most");
   constexpr int step = PANEL % VL == 0 ? VL : PANEL % (VL / 2) == 0 ? VL / 2 : VL / 4;  // where vectors can begin in a panel
+  static_assert(PANEL % step == 0 && PANEL <= 4 * step && VL <= PANEL + step, "a vector reaches over two panels at the most");
   Lanes lanes;
   int64_t runs = ceil_div(K, RUN), end = std::min(to * PANEL, outer);
   for (int64_t run = 0; run < runs; run++) {

@@ -210,20 +210,23 @@ constexpr int64_t QUERIES = 96;  // rows of scores computed at a time
 extern "C" {
 
 // A training step allocates and frees the same tensors over and over. Above 128 KiB glibc gives each back to the kernel,
-// and every page is cleared again on its next use; keeping up to 4 GiB of them makes a small model's step a third faster.
+// and every page is cleared again on its next use; keeping up to 2 GiB of them makes a small model's step a third faster.
+constexpr int64_t REUSED = 32 << 20;     // bytes of the largest blocks that are kept, glibc's limit
+constexpr int64_t MAY_LIE = 256 << 20;  // bytes of them that may lie about beside a large gradient
+
 void minga_keep_memory() {
 #if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_MMAP_THRESHOLD, REUSED);
   mallopt(M_TRIM_THRESHOLD, 2147483647);
   mallopt(M_TOP_PAD, 64 << 20);
 #endif
 }
 
-// Gives freed memory back to the kernel once more than `limit` bytes lie about. Called before a large gradient is
-// allocated: those come from elsewhere (above), and would lie beside what activations have left.
-void minga_give_back(int64_t limit) {
+// Called before a gradient of so many bytes is allocated. A large one comes from the kernel and would lie beside what
+// activations have left; so that is given back first.
+void minga_make_room(int64_t bytes) {
 #if defined(__GLIBC__) && __GLIBC_PREREQ(2, 33)
-  if ((int64_t)mallinfo2().fordblks > limit) malloc_trim(0);
+  if (bytes > REUSED && (int64_t)mallinfo2().fordblks > MAY_LIE) malloc_trim(0);
 #endif
 }
 
