@@ -30,6 +30,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 DEFAULT = Path(".cache/bench/corpus")
+SHARDS = Path(".cache/bench/shards")
 PART_BYTES = 32_000  # what a dictionary is cut into: near the median of the other documents
 
 Documents = Iterator[tuple[str, str]]  # name, text
@@ -256,6 +257,26 @@ def fetch(out: Path, say: Callable[[str], object]) -> int:
         num_bytes, num_documents = num_bytes + size, num_documents + len(files)
     say(f"{'in all':20} {num_bytes / 1e6:7.2f} MB {num_documents:6,} documents   {out}")
     return num_bytes
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """`--data`, for a benchmark that trains; `shards` reads it."""
+    parser.add_argument(
+        "--data", type=Path, help=f"folder that `minga data` wrote (default: {SHARDS}, made if need be)"
+    )
+
+
+def shards(data: Path | None, say: Callable[[str], object]) -> str:
+    """The folder of tokens: `data`, or without it one made of this corpus at the first use."""
+    from minga.data.shards import build_shards, open_shards
+
+    if data is None and not SHARDS.is_dir():
+        say(f"text: no --data, so {DEFAULT} is fetched and tokenized")
+        fetch(DEFAULT, say)
+        build_shards([str(DEFAULT)], SHARDS, vocab_size=4096, val_fraction=0.012)
+    folder = data or SHARDS
+    open_shards(folder)
+    return str(folder)
 
 
 def main() -> int:

@@ -91,7 +91,7 @@ def test_both_sides_are_timed_with_adamw(scripts) -> None:
     train = scripts("train")
     config = TrainConfig(model=train.SPEED_MODELS["tiny"](), steps=1)
     assert any(isinstance(part, Muon) for part in pretraining._build(config)[1]._parts)
-    train._adamw_alone()
+    scripts("ours").adamw_alone()
     optimizer = pretraining._build(config)[1]
     optimizer.set_momentum(0.9)
     assert not any(isinstance(part, Muon) for part in optimizer._parts)
@@ -198,9 +198,9 @@ def test_a_loss_that_is_never_reached_has_no_ratio(bench) -> None:
 
 def test_loss_gaps_are_relative_to_float32(bench) -> None:
 
-    def steps(config: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def steps(changes: dict[str, Any], **_: Any) -> dict[str, Any]:
         losses = {"float32": 4.0, "fp8": 4.01, "int8": 3.99}
-        return _run(4.02 if config.get("optimizer_bits") == 8 else losses[config.get("precision", "float32")])
+        return _run(4.02 if changes.get("optimizer_bits") == 8 else losses[changes.get("precision", "float32")])
 
     b = bench({"steps": steps}, quick=True)
     b.gaps()
@@ -239,35 +239,55 @@ def test_all_rows_and_what_only_leaves_out(scripts, bench, quick: bool) -> None:
     assert len(broken.rows) == len(b.rows) - 3
 
 
-def test_the_ablation_measures_time_to_equal_loss(scripts, bench) -> None:
-    train = scripts("train")
-    curves = {"full-recipe": _run(3.0, 2.0), "adamw": _run(3.5, 2.5), "mtp": _run(2.5, 1.5)}
-    b = bench({"ours": lambda config, **_: curves.get(config["ablation"], _run(3.0, 2.0))})
-    train.run_ablation(b, "30m")
-    ratios = {row["id"].rpartition("/")[2]: row["ratio"] for row in b.rows}
+def test_the_ablation_measures_time_to_equal_loss(scripts) -> None:
+    def curve(*bits: float) -> list[tuple[float, float]]:
+        return [(100.0 * n, value) for n, value in enumerate(bits, 1)]
+
+    curves = {"full-recipe": curve(3.0, 2.0), "adamw": curve(3.5, 2.5), "mtp": curve(2.5, 1.5), "gqa": curve(1.0, 0.5)}
+    rows = scripts("ablation").rows(curves, "30m")
+    ratios = {row["id"].rpartition("/")[2]: row["ratio"] for row in rows}
     assert ratios["adamw"] == pytest.approx(200 / 150)  # the reference is at 2.5 halfway between its evaluations
     assert ratios["mtp"] == pytest.approx(150 / 200)
-    assert ratios["gqa"] == 1.0
+    assert "gqa" not in ratios  # what it is compared with has not been run
 
 
-def test_every_ablation_is_a_model_that_trains(scripts, make_config: Callable[..., TrainConfig]) -> None:
+def test_the_ablation_runs_what_is_asked_for_and_its_reference(scripts, monkeypatch, tmp_path: Path, capsys) -> None:
+    ablation, asked = scripts("ablation"), []
+
+    def answer(script: str, name: str, *, threads: int, **arguments: Any) -> dict[str, Any]:
+        asked.append((name, arguments["variant"], arguments["budget"]))
+        if arguments["variant"] == "dense":
+            raise ablation.Failed("no memory")
+        return _run(3.0, 2.0)
+
+    monkeypatch.setattr(ablation, "measure", answer)
+    monkeypatch.setattr(ablation.corpus, "shards", lambda data, say: str(tmp_path))
+    assert ablation.main(["--only", "ablation/gqa", "--minutes", "2", "--threads", "1", "--json"]) == 1
+    assert asked == [("variant", "dense", 120.0), ("variant", "gqa", 120.0)]
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] == [] and "failed: dense: no memory" in err
+    with pytest.raises(SystemExit):
+        ablation.main(["--only", "ablation/none"])
+    assert "the rows are ablation/full-recipe, ablation/adamw" in capsys.readouterr().err
+
+
+def test_every_variant_is_a_model_that_trains(scripts) -> None:
     """Those that settings express, on the real recipe: each differs from it, and its active size stays about equal."""
     from minga.planner.counts import count_parameters
 
-    train = scripts("train")
-    full = train.recipe("10m")
+    full = scripts("ours").recipe("10m")
     size = count_parameters(full.model).active
-    for name, ablation in train.ABLATIONS.items():
-        if ablation.change is not None:
-            assert ablation.change(full) != full
-            assert count_parameters(ablation.change(full).model).active == pytest.approx(size, rel=0.1), name
+    for name, variant in scripts("ablation").VARIANTS.items():
+        if variant.change is not None:
+            assert variant.change(full) != full
+            assert count_parameters(variant.change(full).model).active == pytest.approx(size, rel=0.1), name
 
 
 @pytest.mark.parametrize(("size", "millions"), [("10m", 10), ("30m", 30)])
 def test_the_recipes_have_the_size_they_are_named_for(scripts, size: str, millions: int) -> None:
     from minga.planner.counts import count_parameters
 
-    assert count_parameters(scripts("train").recipe(size).model).active / 1e6 == pytest.approx(millions, rel=0.2)
+    assert count_parameters(scripts("ours").recipe(size).model).active / 1e6 == pytest.approx(millions, rel=0.2)
 
 
 # ---------------------------------------------------------------------------------------------- corpus

@@ -14,6 +14,7 @@ from minga.runtime.machine import CHECKOUT
 # Scripts of the folder `benchmarks`; in an installed package it lies inside `minga`.
 BENCHES = {
     "train": "what training costs, against transformers and a 2023-style baseline",
+    "ablation": "what each part of the training recipe gives, at equal CPU time",
     "speculation": "what MTP drafts gain when a model writes (of --model)",
 }
 
@@ -45,7 +46,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="ten minutes at most on two cores")
     parser.add_argument("--only", metavar="PREFIX", help="only the rows whose id begins so")
     parser.add_argument("--data", metavar="DIR", help="shards that `minga data` wrote (default: a corpus it fetches)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="length of a baseline run")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="length of a baseline run, or of each run of the ablation"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of both sides (default 2)")
     parser.add_argument("--model", metavar="PATH", help="model or run folder (speculation; default runs/demo)")
     parser.set_defaults(run=run)
