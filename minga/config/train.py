@@ -36,6 +36,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "float32"  # of the blocks' matrix products, forward and backward: float32 | bf16 | int8 | fp8
     weight_dtype: str = "float32"  # of weights, gradients, activations: float32 | bf16 (updates rounded stochastically)
+    recompute: bool = False  # norms and the latent's up-projection, instead of keeping them for the backward pass
     residual_init: float = 0.0  # scale, at the start, of what writes to the residual stream; 1 is GPT-2's
     # processes (minga/train/parallel.py); none of these changes what is computed
     dp: int = 0  # data parallel; 0: all there are / (ep · pp)

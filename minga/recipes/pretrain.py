@@ -49,6 +49,7 @@ from minga.train.guard import Diverged, Guard
 from minga.train.optim import Optimizer
 from minga.train.parallel import ALONE, Parallel, processes
 from minga.train.pipeline import Pipeline, keep_stages
+from minga.train.recompute import recompute
 from minga.train.schedule import lr_scale, momentum, num_micro_batches, sequence_length
 from minga.train.sharding import gather, gather_model, optimizer_of, restore, shard
 from minga.train.step import forward_backward, train_step
@@ -284,7 +285,9 @@ def _resolve(
     if resuming:
         begun = parallel.on_main(lambda: _read_settings(file))
         ours = as_dict(config)
-        free = {"hours", "out", "data", "workers", "dp", "ep", "pp"} | ({"steps"} if config.hours else set())
+        free = {"hours", "out", "data", "workers", "recompute", "dp", "ep", "pp"} | (
+            {"steps"} if config.hours else set()
+        )
         changed = [key for key in ours if key not in free and begun.get(key) != json.loads(json.dumps(ours[key]))]
         if changed:
             raise UserError(
@@ -392,6 +395,8 @@ def _build(config: TrainConfig, parallel: Parallel = ALONE) -> tuple[Transformer
     if config.weight_dtype == "bf16":
         for p in model.parameters():  # not the buffers: the router's bias stays float32
             p.data = p.data.bfloat16()
+    if config.recompute:
+        recompute(model)
     if parallel.pp > 1:
         keep_stages(model, parallel)
     elif parallel.world > 1:

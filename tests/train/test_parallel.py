@@ -232,12 +232,12 @@ def test_all_processes_stop_a_run_that_diverges(make_config: Make, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_warmups_eight_bits_router_loss_and_guard_as_in_one_process(make_config: Make, tmp_path: Path) -> None:
-    """Stopped after half of the steps and resumed by another number of processes, besides."""
+    """Four of them recompute, too. Stopped after half of the steps and resumed by another number of processes, besides."""
     settings: dict[str, Any] = {"steps": 8, "batch_size": 4, "seq_len": 128, "batch_warmup": 0.5, "seq_warmup": 0.5}
     settings |= {"router_z_loss": 1e-3, "optimizer_bits": 8, "spike_skip": 30.0, "mtp_from": 0.5, "workers": 1}
     config = make_config(out=str(tmp_path / "one"), checkpoint_every=4, **settings)
     pretrain(config)
-    run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, out=str(tmp_path / "four")))
+    run_processes(4, pretrain, dataclasses.replace(config, dp=2, ep=2, recompute=True, out=str(tmp_path / "four")))
     _assert_same_run(tmp_path / "four", tmp_path / "one")
     shutil.copytree(tmp_path / "four", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoint-000008")
@@ -260,7 +260,7 @@ def test_a_pipeline_trains_as_one_process_does(make_config: Make, tmp_path: Path
     sizes["router_z_loss"] = 0.001
     config = make_config(out=str(tmp_path / "one"), checkpoint_every=3, **sizes)
     pretrain(config)
-    piped = dataclasses.replace(config, pp=2, out=str(tmp_path / "piped"))
+    piped = dataclasses.replace(config, pp=2, recompute=replicas == 2, out=str(tmp_path / "piped"))
     run_processes(2 * replicas, pretrain, piped)
     _assert_same_run(tmp_path / "piped", tmp_path / "one")
 
