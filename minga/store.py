@@ -22,11 +22,10 @@ from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
-from minga.quant import int8
+from minga.quant import blocks
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_ASIDE = re.compile(r"\.(checkpoint-\d+)\.old-\d+")  # being replaced (minga/checkpoint/durable.py)
-QUANTS = ("int8",)
 _LOG = logging.getLogger("minga")
 
 
@@ -40,28 +39,32 @@ class _SkipInit(TorchFunctionMode):
 
 
 def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None) -> Transformer:
-    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" holds the weights in 8 bits.
+    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" or "int4" holds them in few bits.
 
     Raises `UserError` for what is no model, is damaged, or is of a family that Minga does not open.
     """
-    if quant is not None and quant not in QUANTS:
-        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(QUANTS)}")
+    if quant is not None and quant not in blocks.FORMATS:
+        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(blocks.FORMATS)}")
     source = resolve(path)
     if source.is_file():
         opened = gguf.open_gguf(source)
         config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
         tensors = gguf.read_tensors(opened, config, dtype=dtype)
-        stored_int8 = False
+        stored = None
     else:
-        config, stored_int8 = _read_config(source)
+        config, stored = _read_config(source)
         tensors = hf.read_tensors(source, config, dtype=dtype)
     with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
         model = Transformer(config)
-    if stored_int8:
-        int8.quantize(model)
+    if stored is not None:
+        blocks.quantize(model, stored)
     model.load_state_dict(tensors, assign=True)
-    if quant == "int8" and not stored_int8:
-        int8.quantize(model)
+    if quant is not None and stored is not None and quant != stored.name:
+        raise UserError(
+            f"the weights are stored in {stored.name}, not {quant} ({source}). take the float model for that"
+        )
+    if quant is not None and stored is None:
+        blocks.quantize(model, blocks.FORMATS[quant])
     return model.eval()
 
 
@@ -74,8 +77,9 @@ def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer 
 def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """The files of `save`, into a folder that the caller makes durable."""
     config = model.config.to_hf()
-    if any(isinstance(module, int8.QuantLinear) for module in model.modules()):
-        config["quantization_config"] = {"quant_method": int8.QUANT_METHOD, "weight_block_size": [1, int8.BLOCK]}
+    stored = blocks.format_of(model)
+    if stored is not None:
+        config["quantization_config"] = {"quant_method": stored.method, "weight_block_size": [1, stored.block]}
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,
@@ -154,8 +158,8 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
-    """The config with as many MTP modules as there are tensors for, and whether the weights are stored as int8.
+def _read_config(folder: Path) -> tuple[ModelConfig, blocks.Format | None]:
+    """The config with as many MTP modules as there are tensors for, and the format of weights stored in few bits.
 
     transformers drops MTP tensors on save and leaves the promise in config.json; we believe the tensors.
     """
@@ -164,6 +168,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
     if isinstance(layers, int) and not isinstance(layers, bool) and raw.get("num_nextn_predict_layers"):
         raw["num_nextn_predict_layers"] = names.count_mtp(hf.tensor_names(folder), layers)
     method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "fp8", int8.QUANT_METHOD):
+    stored = next((known for known in blocks.FORMATS.values() if known.method == method), None)
+    if method not in (None, "fp8") and stored is None:
         raise UserError(f"quantisation {method!r} is not supported ({folder}). use the unquantised or the FP8 weights")
-    return ModelConfig.from_hf(raw), method == int8.QUANT_METHOD
+    return ModelConfig.from_hf(raw), stored

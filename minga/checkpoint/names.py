@@ -12,7 +12,8 @@ are dropped on load and written again on save. Where a model has no shared exper
 width 0 and wants its (empty) tensors; and DeepSeek-V3's router bias exists there even if the routing ignores it. Such
 fillers are dropped when they are zero, and written as zeros.
 
-An 8-bit weight is an int8 `X.weight` with a floating `X.weight_scale` beside it, whose first dimension is the weight's.
+A weight in few bits is an int8 `X.weight`, or a uint8 one of four bytes for eight 4-bit numbers of a row, with a floating
+`X.weight_scale` beside it, whose first dimension is the weight's.
 The table lists weights only: a scale follows its weight through every renaming and stacking.
 
   B batch, D model, H heads, G key heads, K head dim, C latent, R rope dim, E experts, F expert hidden, V vocabulary
@@ -31,7 +32,8 @@ from torch import Tensor
 from minga.config.model import ModelConfig
 from minga.errors import UserError
 
-SCALE = "_scale"  # what the name of an 8-bit weight's scale adds to the weight's
+SCALE = "_scale"  # what the name of a weight's scale adds to the weight's
+_FEW_BITS = (torch.int8, torch.uint8)
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # computed from the config; old files stored it
 _ROUTER_BIAS = "e_score_correction_bias"
@@ -254,8 +256,9 @@ def to_public(internal: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
             public[name] = torch.zeros(entry.shape, dtype=_filler_dtype(name, internal))
             continue
         tensor = internal[entry.internal]
-        if tuple(tensor.shape) != (entry.whole or entry.shape):
-            raise UserError(_shape_message(entry.internal, tensor, entry.whole or entry.shape, "state dict"))
+        shape = _stored_shape(entry.whole or entry.shape, tensor)
+        if tuple(tensor.shape) != shape:
+            raise UserError(_shape_message(entry.internal, tensor, shape, "state dict"))
         public[name] = tensor[entry.place] if entry.place else tensor
         scale = internal.get(entry.internal + SCALE)
         if scale is not None:
@@ -288,7 +291,7 @@ class Collector:
 
     A stack of experts is allocated when its first expert comes, and each is copied to its place, so that reading from
     a memory-mapped file never holds two copies of a layer. `dtype`, if given, is what floating tensors become; the
-    router's bias stays float32 (steps of 0.001 vanish in bfloat16), 8-bit weights and their scales stay as they are.
+    router's bias stays float32 (steps of 0.001 vanish in bfloat16), weights in few bits and their scales stay as they are.
     """
 
     def __init__(
@@ -300,7 +303,7 @@ class Collector:
         self._dtype = dtype
         self._tensors: dict[str, Tensor] = {}
         self._scales: set[str] = set()  # table names, one for each scale
-        self._quantised: set[str] = set()  # and for each 8-bit weight
+        self._quantised: set[str] = set()  # and for each weight in few bits
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises `UserError` for missing or unknown names. Call it before reading anything large."""
@@ -325,11 +328,10 @@ class Collector:
         if base is None:
             return  # check_names has let it pass
         entry, is_scale = self._table[base], name != base
-        shape = tuple(tensor.shape)
-        fits = shape[:1] == entry.shape[:1] if is_scale else shape == entry.shape
-        if not fits:
-            raise UserError(_shape_message(name, tensor, entry.shape[:1] if is_scale else entry.shape, self._where))
-        if tensor.dtype not in _FLOATS and (is_scale or tensor.dtype != torch.int8 or len(shape) < 2):
+        shape, expected = tuple(tensor.shape), _stored_shape(entry.shape, tensor)
+        if shape[:1] != expected[:1] if is_scale else shape != expected:
+            raise UserError(_shape_message(name, tensor, expected[:1] if is_scale else expected, self._where))
+        if tensor.dtype not in _FLOATS and (is_scale or tensor.dtype not in _FEW_BITS or len(shape) < 2):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{name} holds {kind} numbers ({self._where}). convert the model to bfloat16 or float32")
         if entry.role is Role.FILLER and tensor.any():
@@ -339,17 +341,17 @@ class Collector:
             )
         if is_scale:
             self._scales.add(base)
-        elif tensor.dtype == torch.int8:
+        elif tensor.dtype in _FEW_BITS:
             self._quantised.add(base)
         if entry.role is Role.PART:
             self._place(entry, tensor if is_scale else self._cast(name, tensor), SCALE if is_scale else "")
 
     def finish(self) -> dict[str, Tensor]:
-        """The state dict. Raises `UserError` if an 8-bit weight and its scale do not come together."""
+        """The state dict. Raises `UserError` if a weight in few bits and its scale do not come together."""
         alone = sorted(self._quantised ^ self._scales)
         if alone:
             is_weight = alone[0] in self._quantised
-            what = "an 8-bit weight without its scale" if is_weight else "a scale without an 8-bit weight"
+            what = "a weight in few bits without its scale" if is_weight else "a scale without such a weight"
             raise UserError(f"{alone[0]}: {what} ({self._where}). quantise the model again")
         return self._tensors
 
@@ -365,7 +367,7 @@ class Collector:
         return bool(_IGNORED.search(name)) or tied_head
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.int8:
+        if tensor.dtype in _FEW_BITS:
             return tensor
         if name.endswith(KEEP_TYPE):
             return tensor.float()
@@ -378,7 +380,7 @@ class Collector:
             return
         stack = self._tensors.get(internal)
         if stack is None:
-            tail = tensor.shape[len(entry.shape) - 1 :] if suffix else entry.whole[2:]
+            tail = tensor.shape[len(entry.shape) - 1 :]
             stack = self._tensors[internal] = torch.empty(*entry.whole[:2], *tail, dtype=tensor.dtype)
         target = stack[entry.place]
         if target.shape != tensor.shape or target.dtype != tensor.dtype:
@@ -416,6 +418,11 @@ _KEY_OF_PART = (
     (".bias", "attention_bias"),
     ("lm_head", "tie_word_embeddings"),
 )
+
+
+def _stored_shape(shape: tuple[int, ...], tensor: Tensor) -> tuple[int, ...]:
+    """What a float matrix of `shape` is in the type of `tensor`."""
+    return (*shape[:-1], -(-shape[-1] // 8) * 4) if tensor.dtype == torch.uint8 else shape
 
 
 def _shape_message(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> str:

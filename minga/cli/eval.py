@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text.add_argument("--text", metavar="FILE", help="a text file")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens of context (default 512)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="score only about this many tokens")
-    parser.add_argument("--quant", choices=["int8"], help="measure the model in 8 bits")
+    parser.add_argument("--quant", choices=["int8", "int4"], help="measure the model in 8 or 4 bits")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document on stdout")
     parser.set_defaults(run=run)
     return parser

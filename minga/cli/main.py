@@ -25,7 +25,7 @@ from minga.errors import UserError
 COMMANDS = {
     "data": "tokenize documents for training",
     "train": "train a model from scratch",
-    "quantize": "store a model in 8 bits",
+    "quantize": "store a model in 8 or 4 bits",
     "eval": "measure a model on held-out text",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",

@@ -1,4 +1,4 @@
-"""minga quantize: a model folder -> the same model in 8 bits, with what it saves and what it costs."""
+"""minga quantize: a model folder -> the same model in 8 or 4 bits, with what it saves and what it costs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 EXAMPLE = """\
 examples:
   minga quantize runs/mine --to int8 --out models/mine-int8
-  minga quantize model.gguf --to int8 --out models/small --data shards    and measure the loss of quality
+  minga quantize model.gguf --to int4 --out models/small --data shards    and measure the loss of quality
 """
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "quantize",
-        help="store a model in 8 bits",
-        description="Writes a model with int8 weights (blocks of 64, one float16 scale each). It runs from 8-bit memory.",
+        help="store a model in 8 or 4 bits",
+        description="Writes a model in int8 (blocks of 64 with a float16 scale each) or int4 (blocks of 32). It runs from them.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, run folder or .gguf file")
-    parser.add_argument("--to", choices=["int8"], default="int8", help="number format (default int8)")
+    parser.add_argument("--to", choices=["int8", "int4"], default="int8", help="number format (default int8)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--data", metavar="DIR", help="shards: compare bits a byte on their held-out text")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document on stdout")
@@ -33,29 +33,30 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from minga import store
-    from minga.quant import int8
+    from minga.quant import blocks
 
     model, tokenizer = store.load(args.model), store.load_tokenizer(args.model)
     float_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    report: dict[str, Any] = {"out": args.out, "format": "int8", "block": int8.BLOCK}
+    format = blocks.FORMATS[args.to]
+    report: dict[str, Any] = {"out": args.out, "format": format.name, "block": format.block}
     if args.data:
         report["bits_per_byte_float32"] = _bits_per_byte(model, args.data)
-    int8.quantize(model)
-    report |= {"bytes_float32": float_bytes, "bytes_int8": sum(tensor.nbytes for tensor in model.state_dict().values())}
-    report["share"] = report["bytes_int8"] / float_bytes
+    blocks.quantize(model, format)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    report |= {"bytes_float32": float_bytes, f"bytes_{format.name}": size, "share": size / float_bytes}
     if args.data:
-        report["bits_per_byte_int8"] = _bits_per_byte(model, args.data)
+        report[f"bits_per_byte_{format.name}"] = _bits_per_byte(model, args.data)
     store.save(model, args.out, tokenizer=tokenizer)
     report["file_bytes"] = sum(file.stat().st_size for file in Path(args.out).glob("*.safetensors"))
     if args.json:
         print(json.dumps(report))
         return 0
     print(
-        f"weights  {float_bytes / 1e6:.1f} MB in float32, {report['bytes_int8'] / 1e6:.1f} MB in int8 ({report['share']:.1%})"
+        f"weights  {float_bytes / 1e6:.1f} MB in float32, {size / 1e6:.1f} MB in {format.name} ({report['share']:.1%})"
     )
     if args.data:
-        before, after = report["bits_per_byte_float32"], report["bits_per_byte_int8"]
-        print(f"quality  {before:.4f} bits a byte in float32, {after:.4f} in int8 ({after / before - 1:+.2%})")
+        before, after = report["bits_per_byte_float32"], report[f"bits_per_byte_{format.name}"]
+        print(f"quality  {before:.4f} bits a byte in float32, {after:.4f} in {format.name} ({after / before - 1:+.2%})")
     print(f"model    {args.out}")
     return 0
 

@@ -10,6 +10,7 @@ alike much room run together. An `LLM` is not thread-safe: callers hold a lock.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import abc
 from collections.abc import Generator, Iterator
@@ -20,12 +21,14 @@ from typing import Any
 
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
+from minga.engine.compiled import CompiledModel, compile_model
 from minga.engine.runner import Runner, Stats
 from minga.engine.sampler import SamplingParams
 from minga.engine.sequence import Completion, Delta, Sequence
 from minga.errors import UserError
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
+from minga.quant.blocks import format_of
 from minga.store import load, load_tokenizer
 
 MAX_BATCH = 64  # beyond it a CPU gains nothing, and a cache of many unfinished answers only takes room
@@ -33,13 +36,15 @@ MAX_DRAFTS = 4
 DEFAULT_PARAMS = SamplingParams()
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
+_LOG = logging.getLogger("minga")
+
 Messages = abc.Sequence[abc.Mapping[str, Any]]
 
 
 class LLM:
     """Opens a model folder, a run folder or a `.gguf` file.
 
-    quant: "int8" holds the weights in 8 bits. speculate: guess ahead where the model has multi-token prediction, with
+    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead where the model has multi-token prediction, with
     `num_drafts` guesses a step. max_memory: bytes, or a text such as "4GB", for weights and cache together; activations
     come on top. Raises `UserError` for what cannot be opened or does not fit.
     """
@@ -83,6 +88,7 @@ class LLM:
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
         self._cache_bytes_per_token = Cache(model.config, 1, 1, dtype=model.dtype, device="meta").bytes_per_token
         self._num_fitting(length=1)  # refuses a model whose weights alone are too large
+        self._compiled: Transformer | CompiledModel | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -182,14 +188,21 @@ class LLM:
     def _run(self, sequences: list[Sequence], began: float) -> Iterator[None]:
         """Runs all sequences to their end, wave after wave; yields after each call of the model."""
         self.stats = Stats()
+        model = self._fast_model()
         for wave in self._waves(sequences):
-            runner = Runner(self.model, wave, num_drafts=self.num_drafts, stats=self.stats)
+            runner = Runner(model, wave, num_drafts=self.num_drafts, stats=self.stats)
             runner.prefill()
             self.stats.ttft = self.stats.ttft or perf_counter() - began
             yield
             while runner.running:
                 runner.step()
                 yield
+
+    def _fast_model(self) -> Transformer | CompiledModel:
+        """Float weights may be in training, so they are looked at anew each time; those in few bits do not change."""
+        if self._compiled is None or format_of(self.model) is None:
+            self._compiled = compile_model(self.model, _LOG.warning)
+        return self._compiled
 
     def _waves(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
         """The longest first, and as many at a time as fit beside each other at its length."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minga.engine.compiled import CompiledModel
 from minga.engine.sampler import distribution, token_logprobs
 from minga.engine.sequence import Sequence
 from minga.engine.speculative import Draft, no_draft, propose, verify, verify_greedy
@@ -53,7 +54,7 @@ class Stats:
 class Runner:
     """`prefill` once, then `step` while anything is `running`. Leaves the model in evaluation mode."""
 
-    def __init__(self, model: Transformer, sequences: list[Sequence], *, num_drafts: int, stats: Stats):
+    def __init__(self, model: Transformer | CompiledModel, sequences: list[Sequence], *, num_drafts: int, stats: Stats):
         self.model = model.eval()
         self.running = list(sequences)
         self.num_drafts = num_drafts

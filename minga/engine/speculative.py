@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minga.engine.compiled import CompiledModel
 from minga.engine.sampler import distribution, sample, uniform
 from minga.engine.sequence import Sequence
 from minga.model.cache import Cache
@@ -39,12 +40,12 @@ class Draft:
     probs: list[Tensor | None]
 
 
-def no_draft(model: Transformer, batch: int) -> Draft:
+def no_draft(model: Transformer | CompiledModel, batch: int) -> Draft:
     return Draft(torch.empty(batch, 0, dtype=torch.long, device=model.device), [None] * batch)
 
 
 def propose(
-    model: Transformer,
+    model: Transformer | CompiledModel,
     cache: Cache,
     sequences: list[Sequence],
     new_ids: list[list[int]],

@@ -17,8 +17,9 @@ from minga.kernels import cpu, fp8, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
+    dequantize_int4,
     dequantize_int8,
-    linear_int8,
+    quantize_int4,
     quantize_int8,
     swiglu,
 )
@@ -27,12 +28,13 @@ __all__ = [
     "attend",
     "attend_latent_absorbed",
     "compiled",
+    "dequantize_int4",
     "dequantize_int8",
     "experts",
     "linear",
     "linear_cross_entropy",
-    "linear_int8",
     "mlp",
+    "quantize_int4",
     "quantize_int8",
     "rms_norm",
     "swiglu",

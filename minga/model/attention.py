@@ -16,7 +16,7 @@ from minga.kernels import cpu, ops
 from minga.model.cache import Cache
 from minga.model.linear import Linear
 from minga.model.rope import rotate
-from minga.quant.int8 import dense_weight
+from minga.quant.blocks import dense_weight
 
 
 class RMSNorm(nn.Module):

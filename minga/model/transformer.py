@@ -22,7 +22,7 @@ from minga.model.experts import Experts, MoE, Router
 from minga.model.linear import Linear
 from minga.model.mtp import MTPModule
 from minga.model.rope import Rope
-from minga.quant.int8 import dense_weight
+from minga.quant.blocks import dense_weight
 
 
 @dataclass

@@ -143,9 +143,9 @@ def test_guesses_are_those_of_the_module_without_a_cache(tokenizer, monkeypatch,
     model = sharp_model(**model_changes)
     seen = 0
 
-    def checked(model, cache, sequences: list[Sequence], *rest) -> Draft:
+    def checked(fast, cache, sequences: list[Sequence], *rest) -> Draft:
         nonlocal seen
-        draft = propose(model, cache, sequences, *rest)
+        draft = propose(fast, cache, sequences, *rest)
         for sequence, guesses in zip(sequences, draft.ids_BK.tolist(), strict=True):
             ids_1T = torch.tensor([sequence.ids])
             next_1T, hidden_1TD = ids_1T[:, 1:], model.hidden(ids_1T[:, :-1])

@@ -163,9 +163,27 @@ def test_int8_of_a_weight_beyond_float16_scales_stays_finite():
     assert ops.dequantize_int8(quantized, scale, 2, torch.float32).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_int8(dtype):
-    weight, x, bias = torch.randn(7, 21), torch.randn(2, 3, 21, dtype=dtype), torch.randn(7, dtype=dtype)
-    quantized, scale = ops.quantize_int8(weight, 8)
-    expected = x @ ops.dequantize_int8(quantized, scale, 8, dtype).T + bias
-    close(ops.linear_int8(x, quantized, scale, 8, bias), expected)
+@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 40), (1, 7)])
+def test_int4_is_the_nearest_of_its_numbers(shape, block):
+    weight = torch.randn(shape)
+    stored, scale = ops.quantize_int4(weight, block)
+    assert stored.shape == (*shape[:-1], -(-shape[-1] // 8) * 4) and stored.dtype == torch.uint8
+    wide = scale.float().repeat_interleave(block, -1)[..., : shape[-1]]
+    nearest = (weight / wide).round().clamp(-8, 7) * wide
+    torch.testing.assert_close(ops.dequantize_int4(stored, scale, block, shape[-1], torch.float32), nearest)
+
+
+def test_int4_scales_are_better_than_the_largest_number_alone():
+    weight = torch.randn(64, 256)
+    stored, scale = ops.quantize_int4(weight, 32)
+    error = (ops.dequantize_int4(stored, scale, 32, 256, torch.float32) - weight).square().mean()
+    blocks = weight.view(64, -1, 32)
+    end = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8  # GGUF's Q4_0
+    plain = ((blocks / end).round().clamp(-8, 7) * end - blocks).square().mean()
+    assert error < 0.95 * plain
+
+
+def test_int4_of_zeros_is_zero():
+    stored, scale = ops.quantize_int4(torch.zeros(2, 20), 8)
+    assert not ops.dequantize_int4(stored, scale, 8, 20, torch.float32).any()

@@ -1,9 +1,9 @@
 """Compiles the kernels at first use, for the very machine they run on, and opens the result.
 
-`load()` compiles `kernels.cpp` with the machine's C++ compiler (some seconds, once; the result is kept in the user's
-cache folder) and returns whether the kernels are there. Without a compiler everything runs on torch's own operations,
-slower, and that is said once. Training calls `load`; nothing else makes anyone wait for a compiler. CXX names another
-compiler, CXXFLAGS adds to its flags.
+`load()` compiles `kernels.cpp` (training) and `net.cpp` (the engine) with the machine's C++ compiler (some seconds, once;
+the result is kept in the user's cache folder) and returns whether the kernels are there. Without a compiler everything
+runs on torch's own operations, slower, and that is said once. Training and the engine call `load`; nothing else makes
+anyone wait for a compiler. CXX names another compiler, CXXFLAGS adds to its flags.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-SOURCES = ("kernels.cpp", "gemm.h")
+UNITS = ("kernels.cpp", "net.cpp")
+HEADERS = ("vectors.h", "gemm.h", "panels.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi")
 
 _library: ctypes.CDLL | None = None
@@ -38,7 +40,7 @@ def load(note: Callable[[str], None] = lambda line: None) -> bool:
             _library = _open(note)
             _library.minga_keep_memory()
         except (OSError, subprocess.SubprocessError) as error:
-            note(f"no compiled kernels ({_reason(error)}): training runs on torch's own operations, which are slower")
+            note(f"no compiled kernels ({_reason(error)}): torch's own operations are used, which are slower")
     return _library is not None
 
 
@@ -47,12 +49,15 @@ def available() -> bool:
     return _library is not None
 
 
-def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Tensors become pointers, whole numbers int64, others double; None is a null pointer."""
+def call(name: str, *arguments: Tensor | ctypes.Structure | float | None) -> int:
+    """Tensors and structures become pointers, whole numbers int64, others double; None is a null pointer.
+
+    Returns what the function returns, which for most is nothing of meaning.
+    """
     assert _library is not None
     function = getattr(_library, name)
-    function.restype = None
-    function(*map(_as_c, arguments))
+    function.restype = ctypes.c_int64
+    return int(function(*map(_as_c, arguments)))
 
 
 def _open(note: Callable[[str], None]) -> ctypes.CDLL:
@@ -64,9 +69,11 @@ def _open(note: Callable[[str], None]) -> ctypes.CDLL:
         return ctypes.CDLL(str(_built(note)))
 
 
-def _as_c(argument: Tensor | float | None) -> ctypes._SimpleCData:  # type: ignore[type-arg]
+def _as_c(argument: Tensor | ctypes.Structure | float | None) -> Any:
     if argument is None:
         return ctypes.c_void_p(None)
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
@@ -81,7 +88,7 @@ def _built(note: Callable[[str], None]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     identity = hashlib.sha256(version + _processor().encode() + " ".join(flags).encode())
-    for name in SOURCES:
+    for name in (*UNITS, *HEADERS):
         identity.update((folder / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
     library = cache / f"kernels-{identity.hexdigest()[:16]}.so"
@@ -93,12 +100,20 @@ def _built(note: Callable[[str], None]) -> Path:
         # Compiled with OpenMP but not linked with it: the calls find torch's own runtime, which is in the process
         # already. Two runtimes would be two pools of threads that wait for each other's cores.
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-        compiled, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
-        for arguments in (
-            [*flags, *openmp, "-c", str(folder / "kernels.cpp"), "-o", str(compiled)],
-            ["-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run([compiler, *arguments], capture_output=True, check=True, timeout=600)
+        objects, linked = [str(Path(work) / f"{unit}.o") for unit in UNITS], Path(work) / "kernels.so"
+        jobs = [
+            subprocess.Popen(
+                [compiler, *flags, *openmp, "-c", str(folder / unit), "-o", made],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for unit, made in zip(UNITS, objects, strict=True)
+        ]
+        for job in jobs:
+            _, stderr = job.communicate(timeout=600)
+            if job.returncode:
+                raise subprocess.CalledProcessError(job.returncode, job.args, stderr=stderr)
+        subprocess.run([compiler, "-shared", *objects, "-o", str(linked)], capture_output=True, check=True, timeout=600)
         os.replace(linked, library)  # whole or not there, also when two processes compile at once
     return library
 

@@ -15,45 +15,20 @@
 
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace minga {
 
 #if defined(__AVX512F__)
-constexpr int VL = 16, MR = 12, NV = 2;  // 24 accumulators of 32 registers
+constexpr int MR = 12, NV = 2;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__)
-constexpr int VL = 8, MR = 6, NV = 2;  // 12 of 16
+constexpr int MR = 6, NV = 2;  // 12 of 16
 #else
-constexpr int VL = 4, MR = 8, NV = 2;  // 16 of NEON's 32
+constexpr int MR = 8, NV = 2;  // 16 of NEON's 32
 #endif
 constexpr int NR = NV * VL;
 constexpr int MC = 96, NC = 128;  // a task's block of C: its accumulator stays in the second-level cache
 constexpr int RUN = 128;          // values along K that share a scale, and that are packed at a time
-
-typedef float vf __attribute__((vector_size(VL * 4)));
-typedef int32_t vi __attribute__((vector_size(VL * 4)));
-typedef uint32_t vu __attribute__((vector_size(VL * 4)));
-
-template <class V>
-static inline V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V>
-static inline void store(void* p, V v) {
-  std::memcpy(p, &v, sizeof v);
-}
-static inline vf splat(float x) { return vf{} + x; }
 
 enum Precision : int { F32 = 0, BF16 = 1, I8 = 2 };
 
@@ -111,7 +86,6 @@ struct Product {
 
 // ------------------------------------------------------------------------------------------------------ packing
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory of the calling thread that grows and stays, as the products of a step repeat. The two sides have one each.
 static inline char* scratch(int side, size_t bytes) {

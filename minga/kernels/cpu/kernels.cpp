@@ -18,25 +18,6 @@ Operand stochastic(Operand x) {
   return x;
 }
 
-// exp for vectors: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error below 3e-7, 0 below -87.
-inline vf exp_v(vf x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
-  vf n = x * 1.44269504f + 12582912.0f;
-  vi exponent = ((vi)n - 0x4b400000 + 127) << 23;
-  n -= 12582912.0f;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * (vf)exponent;
-}
-inline float exp_s(float x) { return exp_v(splat(x))[0]; }
-
 // a[i] = silu(gate) * up; gate and up lie behind each other in a row of 2F.
 void swiglu_row(const float* gate_up, int64_t F, float factor, float* a) {
   int64_t i = 0;
@@ -72,12 +53,6 @@ float swiglu_row_backward(const float* gate_up, const float* da, int64_t F, floa
   }
   for (int l = 0; l < VL; l++) tail += sum[l];
   return tail;
-}
-
-float sum_v(vf x) {
-  float total = 0;
-  for (int l = 0; l < VL; l++) total += x[l];
-  return total;
 }
 
 // Row r of a head after rotation: pairs (2p, 2p + 1), or (p, p + P), become [first of each pair | second of each pair].

@@ -7,7 +7,9 @@ from torch import nn
 from minga.config.presets import tiny
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
-from minga.quant import int8
+from minga.quant import blocks
+
+INT8 = blocks.FORMATS["int8"]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def models() -> tuple[Transformer, Transformer]:
     plain = Transformer(config).init_weights().eval()
     quantized = Transformer(config).eval()
     quantized.load_state_dict(plain.state_dict())
-    int8.quantize(quantized)
+    blocks.quantize(quantized, INT8)
     return plain, quantized
 
 
@@ -26,7 +28,7 @@ def test_nothing_large_stays_in_float(models: tuple[Transformer, Transformer]) -
     floats = [name for name, t in quantized.state_dict().items() if t.is_floating_point() and t.ndim >= 2]
     assert all(name.endswith(("_scale", "gate.weight")) for name in floats)
     kinds = {type(m) for m in quantized.modules()}
-    assert {int8.QuantLinear, int8.QuantEmbedding, int8.QuantExperts} <= kinds
+    assert {blocks.QuantLinear, blocks.QuantEmbedding, blocks.QuantExperts} <= kinds
     assert not {nn.Linear, nn.Embedding} & kinds
 
 
@@ -40,7 +42,7 @@ def test_logits_equal_those_of_the_rounded_weights(models: tuple[Transformer, Tr
         if stored.dtype == torch.int8:
             scale = quantized.state_dict()[name + "_scale"]
             columns = value.shape[-1]
-            wide = scale.float().repeat_interleave(int8.BLOCK, -1)[..., :columns]
+            wide = scale.float().repeat_interleave(INT8.block, -1)[..., :columns]
             value = stored.float() * wide
         state[name] = value
     rounded.load_state_dict(state)
@@ -61,6 +63,6 @@ def test_cached_decode_in_int8_equals_the_full_forward(models: tuple[Transformer
 def test_memory_is_about_a_quarter(models: tuple[Transformer, Transformer]) -> None:
     big = nn.Sequential(nn.Embedding(512, 256), nn.Linear(256, 512))
     before = sum(t.numel() * 4 for t in big.state_dict().values())
-    int8.quantize(big)
+    blocks.quantize(big, INT8)
     after = sum(t.nbytes for t in big.state_dict().values())
     assert after / before < 0.27

@@ -1,0 +1,229 @@
+"""A Transformer whose forward pass is one call of the compiled kernels (minga/kernels/cpu/net.cpp).
+
+It answers to what the engine asks of a `Transformer`: `hidden`, `mtp_hidden`, `head`. A token's numbers depend on its own
+sequence alone, to the bit: not on the tokens computed beside it, nor on how many calls a prompt is read in.
+
+  B sequences, T tokens of one call, N = B·T, D model dim, H heads, K nope dim, V value dim, C latent, P rotated pairs
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from minga.config import ModelConfig
+from minga.errors import UserError
+from minga.kernels import cpu, ops, panels
+from minga.kernels.cpu import net
+from minga.model.attention import GroupedQueryAttention, LatentAttention
+from minga.model.block import Block
+from minga.model.cache import Cache
+from minga.model.experts import MLP, MoE
+from minga.model.mtp import MTPModule
+from minga.model.transformer import Transformer
+from minga.quant.blocks import Format, Quantized, dense_weight, format_of
+
+_KINDS = {8: net.INT8, 4: net.INT4}
+_MAX_TOKENS = 256  # of one call: bounds the room for partial sums of attention
+
+
+def compile_model(model: Transformer, note: Callable[[str], None] = lambda line: None) -> Transformer | CompiledModel:
+    """The model itself where the compiled forward pass cannot be had: another device or dtype, or no compiler."""
+    config, floats = model.config, {p.dtype for p in model.parameters()}
+    can_run = (
+        model.device.type == "cpu"
+        and floats <= {torch.float32}
+        and config.rope.rope_type != "dynamic"
+        and config.hidden_act == "silu"
+        and config.rope_dim <= 1024
+    )
+    return CompiledModel(model) if can_run and cpu.load(note) else model
+
+
+class CompiledModel:
+    """Weights in few bits are laid out anew, in place; floats are used where they lie."""
+
+    def __init__(self, model: Transformer):
+        net.check()
+        self.model = model.eval()
+        for module in model.modules():
+            if isinstance(module, Quantized):
+                module.to_panels()
+        self._net = _describe(model)
+        self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def eval(self) -> CompiledModel:
+        return self
+
+    def hidden(self, ids_BT: Tensor, *, cache: Cache, positions_BT: Tensor) -> Tensor:
+        """As `Transformer.hidden`; always with a cache."""
+        return self._run(ids_BT, None, cache, positions_BT)
+
+    def mtp_hidden(
+        self, depth: int, next_ids_BT: Tensor, hidden_BTD: Tensor, *, cache: Cache, positions_BT: Tensor
+    ) -> Tensor:
+        assert depth == 0, "only the first module guesses"
+        return self._run(next_ids_BT, hidden_BTD.contiguous(), cache, positions_BT)
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        B, T, D = hidden_BTD.shape
+        return net.head(self._net, hidden_BTD.reshape(-1, D)).view(B, T, -1)
+
+    def _run(self, ids_BT: Tensor, hidden_BTD: Tensor | None, cache: Cache, positions_BT: Tensor) -> Tensor:
+        B, T = ids_BT.shape
+        ids_N, positions_N = ids_BT.flatten().contiguous(), positions_BT.expand(B, T).flatten().contiguous()
+        sequence_N = torch.arange(B).repeat_interleave(T)
+        last, slots = int(positions_N.max()), cache.slots
+        if last >= cache.capacity:
+            raise UserError(f"position {last} is beyond the cache's {cache.capacity} slots. give the cache more room")
+        cos_SP, sin_SP = self._angles_for(cache.capacity)
+        hidden_ND = None if hidden_BTD is None else hidden_BTD.flatten(0, 1)
+        out_ND = torch.empty(B * T, self.config.hidden_size)
+        for start in range(0, B * T, _MAX_TOKENS):
+            part = slice(start, start + _MAX_TOKENS)
+            ids = ids_N[part]
+            step = net.Call(
+                N=len(ids), threads=torch.get_num_threads(), mtp=int(hidden_ND is not None), ids=ids,
+                positions=positions_N[part], sequence=sequence_N[part], slots=slots.data_ptr(), layer_stride=slots.stride(0),
+                sequence_stride=slots.stride(1), width=slots.shape[3], cos=cos_SP, sin=sin_SP,
+                hidden=None if hidden_ND is None else hidden_ND[part], out=out_ND[part],
+            )  # fmt: skip
+            net.forward(self._net, step)
+        return out_ND.view(B, T, -1)
+
+    def _angles_for(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions up to `capacity`, (S, P) each."""
+        if capacity > len(self._angles[0]):
+            cos_1SP, sin_1SP = self.model.rope(torch.arange(capacity)[None], torch.float32)
+            self._angles = cos_1SP[0].contiguous(), sin_1SP[0].contiguous()
+        return self._angles
+
+
+# ---------------------------------------------------------------------------------------------- what the call is told
+
+
+def _describe(model: Transformer) -> net.Net:
+    c, modules = model.config, [cast(MTPModule, module) for module in model.mtp][:1]
+    blocks = [cast(Block, block) for block in model.model.layers] + [module.block for module in modules]
+    layers = (net.Layer * len(blocks))()
+    described = [_layer(block, format_of(model)) for block in blocks]
+    for index, layer in enumerate(described):
+        layers[index] = layer
+    result = net.Net(
+        D=c.hidden_size, H=c.num_attention_heads, G=c.num_key_value_heads,
+        K=c.qk_nope_head_dim if c.is_mla else c.head_dim, R=c.qk_rope_head_dim if c.is_mla else c.head_dim,
+        V=c.value_head_dim, C=c.kv_lora_rank or 0, halves=int(c.rope_style == "halves"),
+        A=c.num_experts_per_tok, active_width=c.moe_intermediate_size, softmax=int(c.scoring_func == "softmax"),
+        noaux=int(c.topk_method == "noaux_tc"), groups=1 if c.topk_method == "greedy" else c.n_group,
+        kept_groups=c.topk_group, normalise=int(c.norm_topk_prob and c.topk_method == "noaux_tc"),
+        routed_scale=c.routed_scaling_factor, attention_scale=c.attention_scale, eps=c.rms_norm_eps,
+        num_layers=c.num_hidden_layers, layers=ctypes.addressof(layers), embed=_linear(model.model.embed_tokens),
+        head=_linear(model.model.embed_tokens if model.lm_head is None else model.lm_head),
+        norm=model.model.norm.weight.detach(),
+    )  # fmt: skip
+    result.kept += [layers, described]
+    for module in modules:
+        result.set("eh_proj", _linear(module.eh_proj))
+        for name, norm in (("enorm", module.enorm), ("hnorm", module.hnorm), ("mtp_norm", module.norm)):
+            result.set(name, norm.weight.detach())
+    return result
+
+
+def _layer(block: Block, format: Format | None) -> net.Layer:
+    attention, mlp = block.self_attn, block.mlp
+    layer = net.Layer(
+        input_norm=block.input_layernorm.weight.detach(), post_norm=block.post_attention_layernorm.weight.detach()
+    )
+    if isinstance(attention, LatentAttention):
+        _latent(layer, attention, format)
+    else:
+        _grouped(layer, attention)
+    layer.set("o", _linear(attention.o_proj))
+    dense = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+    if isinstance(dense, MLP):
+        for name in ("gate", "up", "down"):
+            layer.set(name, _linear(dense.get_submodule(f"{name}_proj")))
+    if isinstance(mlp, MoE):
+        layer.set("experts", mlp.gate.config.n_routed_experts)
+        layer.set("router", _float_matrix(mlp.gate.weight.detach()))
+        bias = mlp.gate.e_score_correction_bias
+        layer.set("router_bias", None if bias is None else bias.float())
+        layer.set("expert_gate_up", _stored(mlp.experts, "gate_up_proj"))
+        layer.set("expert_down", _stored(mlp.experts, "down_proj"))
+    return layer
+
+
+def _latent(layer: net.Layer, attention: LatentAttention, format: Format | None) -> None:
+    """The up-projections apart: what takes a query into the latent, and what takes the latent to values."""
+    c = attention.config
+    layer.set("attention", net.LATENT)
+    if c.q_lora_rank is None:
+        layer.set("q", _linear(attention.q_proj))
+    else:
+        layer.set("q_a", _linear(attention.q_a_proj))
+        layer.set("q_a_norm", attention.q_a_layernorm.weight.detach())
+        layer.set("q", _linear(attention.q_b_proj))
+    layer.set("kv", _linear(attention.kv_a_proj_with_mqa))
+    layer.set("latent_norm", attention.kv_a_layernorm.weight.detach())
+    w_HOC = dense_weight(attention.kv_b_proj).detach().view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
+    w_uk_HKC, w_uv_HVC = w_HOC.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+    for name, weight in (("uk", w_uk_HKC.transpose(1, 2)), ("uv", w_uv_HVC)):
+        layer.set(name, _rounded(weight.contiguous(), format))
+
+
+def _grouped(layer: net.Layer, attention: GroupedQueryAttention) -> None:
+    layer.set("attention", net.GROUPED)
+    for name in ("q", "k", "v"):
+        layer.set(name, _linear(attention.get_submodule(f"{name}_proj")))
+    if attention.config.qk_norm:
+        layer.set("q_norm", attention.q_norm.weight.detach())
+        layer.set("k_norm", attention.k_norm.weight.detach())
+
+
+def _linear(module: nn.Module) -> net.Matrix:
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach()
+    if isinstance(module, Quantized):
+        return _stored(module, "weight", bias)
+    return _float_matrix(module.get_parameter("weight").detach(), bias)
+
+
+def _stored(module: nn.Module, name: str, bias: Tensor | None = None) -> net.Matrix:
+    if not isinstance(module, Quantized):
+        return _float_matrix(module.get_parameter(name).detach())
+    rows, cols = module.shape(name)[-2:]
+    return net.matrix(
+        module.get_buffer(name), scale=module.get_buffer(f"{name}_scale"), bias=bias, rows=rows, cols=cols,
+        kind=_KINDS[module.format.bits], block=module.format.block,
+    )  # fmt: skip
+
+
+def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> net.Matrix:
+    rows, cols = weight.shape[-2:]
+    return net.matrix(weight.contiguous(), rows=rows, cols=cols, kind=net.FLOAT32, bias=bias)
+
+
+def _rounded(weight: Tensor, format: Format | None) -> net.Matrix:
+    """A matrix of our own making, in int8 for a model in few bits."""
+    if format is None:
+        return _float_matrix(weight)
+    rows, cols = weight.shape[-2:]
+
+    words, scale = panels.from_rows(*ops.quantize_int8(weight, format.block), bits=8)
+    return net.matrix(words, scale=scale, rows=rows, cols=cols, kind=net.INT8, block=format.block)

@@ -1,0 +1,781 @@
+// A whole forward pass in one call: the engine's model, without a Python call or a torch dispatch between two products.
+//
+// All threads run the same function side by side. Work on products is split by rows of weights, work on attention by
+// token, head and stretch of the cache; what is done a token at a time (norms, routing, rounding) is done by every thread
+// for itself when there is one token, which costs less than waiting, and split otherwise. Every result depends on its own
+// token and its own sequence's cache alone, in an order of sums that nothing else changes: not the batch, not the threads.
+//
+//   N tokens of this call, D model dim, H heads, W width of a cache row, P rotated pairs, E experts, A active ones
+
+#include "panels.h"
+
+#include <atomic>
+#include <memory>
+#include <thread>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+using namespace minga;
+
+namespace {
+
+constexpr int64_t STRETCH = 256;  // cache rows whose softmax is taken on its own, then joined with the others
+constexpr int HEADS = 4;          // that read a cache row together
+
+enum Attention : int64_t { LATENT = 0, GROUPED = 1 };
+
+}  // namespace
+
+extern "C" {
+
+// Mirrored in net.py, field by field.
+struct MingaLayer {
+  int64_t attention, experts;  // experts: 0 dense
+  const float *input_norm, *post_norm;
+  Matrix q_a, q, kv, uk, uv, k, v, o;  // latent: kv is [latent | rope], uk and uv a matrix a head; grouped: k and v
+  const float *q_a_norm, *latent_norm, *q_norm, *k_norm;
+  Matrix gate, up, down;  // dense, or the shared expert
+  Matrix router;
+  const float* router_bias;
+  Matrix expert_gate_up, expert_down;
+};
+
+struct MingaNet {
+  int64_t D, H, G, K, R, V, C;  // G key heads; K nope or head dim; R rotated dims; V value dim; C latent
+  int64_t halves;               // how rotated dimensions are paired
+  int64_t A, active_width;      // experts a token; hidden width of one
+  int64_t softmax, noaux, groups, kept_groups, normalise;
+  double routed_scale, attention_scale, eps;
+  int64_t num_layers;
+  const MingaLayer* layers;  // the main model's, then the MTP modules'
+  Matrix embed, head;
+  const float* norm;
+  Matrix eh_proj;  // of the first MTP module
+  const float *enorm, *hnorm, *mtp_norm;
+};
+
+// One call. `slots`: the cache of the first layer and sequence; strides in floats.
+struct MingaCall {
+  int64_t N, threads, mtp;
+  const int64_t *ids, *positions;  // (N)
+  const int64_t* sequence;         // (N) rows of the cache
+  float* slots;
+  int64_t layer_stride, sequence_stride, width;
+  const float *cos, *sin;  // (positions, P)
+  const float* hidden;     // (N, D), for MTP
+  float* out;              // (N, D), after the last norm
+};
+
+}  // extern "C"
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------------ threads
+
+#if defined(_OPENMP)
+int thread_here() { return omp_get_thread_num(); }
+int threads_here() { return omp_get_num_threads(); }
+#else
+int thread_here() { return 0; }
+int threads_here() { return 1; }
+#endif
+
+struct Team {
+  int threads;
+  std::atomic<int> arrived{0};
+  std::atomic<int> turn{0};
+
+  void wait() {
+    if (threads == 1) return;
+    int now = turn.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      turn.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn.load(std::memory_order_acquire) == now; spins++) {
+      if (spins < 1 << 14) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        std::this_thread::yield();  // another program has the core that we wait for
+      }
+    }
+  }
+};
+
+// Memory that grows and is kept: 64-byte aligned pieces of one block.
+struct Arena {
+  std::unique_ptr<char[]> data;
+  size_t size = 0, used = 0, wanted = 0;
+
+  void begin() {
+    if (wanted > size) {
+      size = wanted + wanted / 4;
+      data.reset(new char[size + 64]);
+    }
+    used = wanted = 0;
+  }
+  template <class T>
+  T* take(int64_t n) {
+    size_t bytes = ((size_t)n * sizeof(T) + 63) / 64 * 64, at = wanted;
+    wanted += bytes;
+    if (wanted > size) return nullptr;  // `begin` comes again
+    char* base = (char*)(((uintptr_t)data.get() + 63) / 64 * 64);
+    return (T*)(base + at);
+  }
+  bool fits() const { return wanted <= size; }
+};
+
+// ------------------------------------------------------------------------------------------------------ pieces
+
+void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* to) {
+  vf sums = {};
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) {
+    vf v = load<vf>(x + i);
+    sums += v * v;
+  }
+  float total = sum_v(sums);
+  for (; i < n; i++) total += x[i] * x[i];
+  float factor = 1.0f / std::sqrt(total / (float)n + (float)eps);
+  for (i = 0; i + VL <= n; i += VL) store(to + i, load<vf>(x + i) * factor * load<vf>(weight + i));
+  for (; i < n; i++) to[i] = x[i] * factor * weight[i];
+}
+
+// In place; the result lies as [first of each pair | second of each pair], as minga/model/rope.py has it.
+void rotate(float* x, const float* cos, const float* sin, int64_t P, bool halves, float scale) {
+  float turned[2 * 512];
+  int64_t step = halves ? 1 : 2, second = halves ? P : 1;
+  for (int64_t p = 0; p < P; p++) {
+    float a = x[p * step], b = x[p * step + second];
+    turned[p] = (a * cos[p] - b * sin[p]) * scale;
+    turned[P + p] = (b * cos[p] + a * sin[p]) * scale;
+  }
+  std::memcpy(x, turned, (size_t)P * 8);
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) {
+    vf g = load<vf>(gate + i);
+    store(gate + i, g / (1.0f + exp_v(-g)) * load<vf>(up + i));
+  }
+  for (; i < n; i++) gate[i] = gate[i] / (1.0f + exp_s(-gate[i])) * up[i];
+}
+
+// lane i of the result: the sum of the lanes of v[i]
+inline void sum_each(const vf* v, float* to) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4];
+  for (int i = 0; i < 8; i++) {
+    __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  }
+  for (int i = 0; i < 4; i++)
+    b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+  for (int i = 0; i < 2; i++)
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  _mm512_storeu_ps(to, _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd)));
+#else
+  for (int i = 0; i < 16; i++) to[i] = sum_v(v[i]);
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------ attention
+
+// HEADS queries that look at the same keys; a missing one repeats another.
+struct Stretch {
+  const float* q[HEADS];
+  const float *keys, *values;  // rows of `width` floats
+  int64_t width, key_width, value_width, rows;
+};
+
+// Softmax over at most STRETCH rows, unnormalised: for each head the largest score, the sum, the weighted values.
+void attend_stretch(const Stretch& a, float* top, float* sum, float* const* out) {
+  alignas(64) float score[HEADS][STRETCH];
+  for (int64_t s = 0; s < a.rows; s += 4) {
+    const float* key[4];
+    for (int r = 0; r < 4; r++) key[r] = a.keys + std::min(a.rows - 1, s + r) * a.width;
+    vf acc[HEADS * 4] = {};
+    int64_t j = 0;
+    for (; j + VL <= a.key_width; j += VL) {
+      vf k[4];
+      for (int r = 0; r < 4; r++) k[r] = load<vf>(key[r] + j);
+      for (int h = 0; h < HEADS; h++) {
+        vf q = load<vf>(a.q[h] + j);
+        for (int r = 0; r < 4; r++) acc[h * 4 + r] += q * k[r];
+      }
+    }
+    alignas(64) float total[HEADS * 4];
+    sum_each(acc, total);
+    for (; j < a.key_width; j++)
+      for (int h = 0; h < HEADS; h++)
+        for (int r = 0; r < 4; r++) total[h * 4 + r] += a.q[h][j] * key[r][j];
+    for (int h = 0; h < HEADS; h++)
+      for (int r = 0; r < 4; r++) score[h][s + r] = total[h * 4 + r];
+  }
+  int64_t whole = ceil_div(a.rows, VL) * VL;
+  for (int h = 0; h < HEADS; h++) {
+    float m = -INFINITY;
+    for (int64_t s = 0; s < a.rows; s++) m = std::max(m, score[h][s]);
+    vf sums = {};
+    for (int64_t s = 0; s < whole; s += VL) store(&score[h][s], exp_v(load<vf>(&score[h][s]) - m));
+    for (int64_t s = a.rows; s < whole; s++) score[h][s] = 0;
+    for (int64_t s = 0; s < whole; s += VL) sums += load<vf>(&score[h][s]);
+    top[h] = m;
+    sum[h] = sum_v(sums);
+  }
+  int64_t j = 0;
+  for (; j + 4 * VL <= a.value_width; j += 4 * VL) {
+    vf acc[HEADS][4] = {};
+    for (int64_t s = 0; s < a.rows; s++) {
+      vf v[4];
+      for (int i = 0; i < 4; i++) v[i] = load<vf>(a.values + s * a.width + j + i * VL);
+      for (int h = 0; h < HEADS; h++) {
+        vf p = splat(score[h][s]);
+        for (int i = 0; i < 4; i++) acc[h][i] += p * v[i];
+      }
+    }
+    for (int h = 0; h < HEADS; h++)
+      for (int i = 0; i < 4; i++) store(out[h] + j + i * VL, acc[h][i]);
+  }
+  for (; j + VL <= a.value_width; j += VL) {
+    vf acc[HEADS] = {};
+    for (int64_t s = 0; s < a.rows; s++) {
+      vf v = load<vf>(a.values + s * a.width + j);
+      for (int h = 0; h < HEADS; h++) acc[h] += splat(score[h][s]) * v;
+    }
+    for (int h = 0; h < HEADS; h++) store(out[h] + j, acc[h]);
+  }
+  for (; j < a.value_width; j++)
+    for (int h = 0; h < HEADS; h++) {
+      float total = 0;
+      for (int64_t s = 0; s < a.rows; s++) total += score[h][s] * a.values[s * a.width + j];
+      out[h][j] = total;
+    }
+}
+
+// (top, sum, out) of the stretches before and `next` of the one after them become one.
+void join(float* top, float* sum, float* out, float next_top, float next_sum, const float* next, int64_t n) {
+  float m = std::max(*top, next_top), before = exp_s(*top - m), after = exp_s(next_top - m);
+  for (int64_t i = 0; i < n; i++) out[i] = out[i] * before + next[i] * after;
+  *sum = *sum * before + next_sum * after;
+  *top = m;
+}
+
+// ------------------------------------------------------------------------------------------------------ one call
+
+// A product that is one of several done together: tokens `from[i]` of `x` times matrix `number`, into rows `to[i]` of out.
+struct Job {
+  const Matrix* m;
+  int64_t number;
+  Rows* x;
+  const int32_t *from, *to;
+  int64_t count;
+  float* out;
+  int64_t stride;
+
+  int64_t units() const { return m->panels(); }
+  // of a unit: reading it, then using it
+  double cost() const { return (double)(m->is_float() ? PANEL * m->row_bytes() : m->panel_bytes()) * (1.0 + 0.1 * (double)count); }
+};
+
+// What each thread has for itself when there is one token, and all share otherwise.
+struct Own {
+  float *stream, *scores, *weight;
+  int64_t* chosen;
+  Rows normed, q_a, absorbed, context, attended, act, shared_act, joined;
+};
+
+class Forward {
+ public:
+  Forward(const MingaNet& net, const MingaCall& call, Team& team)
+      : n_(net), c_(call), team_(team), N_(call.N), solo_(call.N == 1 && team.threads > 1) {
+    own_.resize(solo_ ? team.threads : 1);
+    for (int64_t i = 0; i < N_ * std::max(net.H, net.A); i++) identity_.push_back((int32_t)i);
+    for (int64_t h = 0; h < net.H; h++)
+      for (int64_t i = 0; i < N_; i++) by_head_.push_back((int32_t)(i * net.H + h));
+    for (int64_t i = 0; i < N_; i++) stretches_ = std::max(stretches_, call.positions[i] / STRETCH + 1);
+  }
+  void lay_out(Arena& arena);
+  void run(int t);
+
+ private:
+  const MingaLayer& layer(int64_t l) const { return n_.layers[l]; }
+  bool latent() const { return layer(first_layer()).attention == LATENT; }
+  int64_t first_layer() const { return c_.mtp ? n_.num_layers : 0; }
+  int64_t last_layer() const { return c_.mtp ? n_.num_layers + 1 : n_.num_layers; }
+  bool writes(int t) const { return !solo_ || t == 0; }  // to what all threads read
+  float* slot(int64_t l, int64_t i) const {
+    return c_.slots + l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + c_.positions[i] * c_.width;
+  }
+  Rows rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x = true);
+
+  // f(i) for all rows: by every thread for itself, or split, with a wait at the end.
+  template <class F>
+  void each(int t, int64_t n, F f) {
+    int64_t from = solo_ ? 0 : n * t / team_.threads, to = solo_ ? n : n * (t + 1) / team_.threads;
+    for (int64_t i = from; i < to; i++) f(i);
+    if (!solo_) team_.wait();
+  }
+  static void round(Rows& r, int64_t i, const Matrix& m) {
+    if (m.is_rounded()) round_row(r, i, m.block);
+  }
+  void products(int t, const std::vector<Job>& jobs);
+  void attention(int t, Own& me, int64_t l);
+  void attend(int t, int64_t l);
+  void feed_forward(int t, Own& me, const MingaLayer& L);
+  void choose(Own& me, int64_t i, const MingaLayer& L);
+
+  const MingaNet& n_;
+  const MingaCall& c_;
+  Team& team_;
+  int64_t N_, stretches_ = 1;
+  bool solo_;
+  std::vector<Own> own_;
+  std::vector<int32_t> identity_, by_head_;
+  // written by `products` and `attend`, read by all
+  float *q_a_, *query_, *kv_, *k_, *v_, *latent_query_, *context_, *attended_, *projected_;
+  float *dense_, *logits_, *gate_up_, *down_, *top_, *sum_, *partial_;
+};
+
+Rows Forward::rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x) {
+  Rows r;
+  r.width = width;
+  if (has_x) r.x = arena.take<float>(n * width);
+  if (m.is_rounded()) {
+    r.padded = m.padded();
+    r.blocks = m.blocks();
+    r.q = arena.take<int8_t>(n * r.padded);
+    r.scale = arena.take<float>(n * r.blocks);
+    r.sum = arena.take<int32_t>(n * r.blocks);
+  }
+  return r;
+}
+
+// The first matrix of `of` in whose blocks its input must be rounded; all that share an input share the block.
+const Matrix& rounding(std::initializer_list<const Matrix*> of) {
+  for (const Matrix* m : of)
+    if (m->is_rounded()) return *m;
+  return **of.begin();
+}
+const Matrix& of_attention(const MingaLayer& L) { return rounding({&L.kv, &L.q_a, &L.q, &L.k, &L.v}); }
+const Matrix& of_feed_forward(const MingaLayer& L) { return rounding({&L.expert_gate_up, &L.gate, &L.up, &L.router}); }
+
+void Forward::lay_out(Arena& arena) {
+  // Layers may differ in what they are stored in (and dense ones in width): room for the largest of each.
+  auto widest = [&](auto of) {
+    const Matrix* best = &of(layer(first_layer()));
+    for (int64_t l = first_layer(); l < last_layer(); l++) {
+      const Matrix& m = of(layer(l));
+      if (m.kind != NONE && (best->kind == NONE || m.is_rounded() > best->is_rounded() || m.cols > best->cols)) best = &m;
+    }
+    return *best;
+  };
+  auto most = [&](auto of) {
+    int64_t result = 0;
+    for (int64_t l = first_layer(); l < last_layer(); l++) result = std::max(result, (int64_t)of(layer(l)));
+    return result;
+  };
+  int64_t D = n_.D, H = n_.H, E = most([](const MingaLayer& L) { return L.experts; });
+  int64_t hidden = most([](const MingaLayer& L) { return L.gate.rows; });
+  int64_t W = n_.C + n_.R, key_width = latent() ? W : n_.K, value_width = latent() ? n_.C : n_.V;
+  for (Own& o : own_) {
+    o.stream = arena.take<float>(N_ * D);
+    o.scores = arena.take<float>(N_ * E);
+    o.weight = arena.take<float>(N_ * n_.A);
+    o.chosen = arena.take<int64_t>(N_ * n_.A);
+    Matrix a = widest(of_attention), f = widest(of_feed_forward);
+    o.normed = rows(arena, N_, D, a.is_rounded() ? a : f);
+    if (latent()) {
+      Matrix q = widest([](const MingaLayer& L) -> const Matrix& { return L.q; });
+      o.q_a = rows(arena, N_, q.cols, q);
+      o.absorbed = rows(arena, N_ * H, n_.K, widest([](const MingaLayer& L) -> const Matrix& { return L.uk; }));
+      o.context = rows(arena, N_ * H, n_.C, widest([](const MingaLayer& L) -> const Matrix& { return L.uv; }), false);
+    }
+    o.attended = rows(arena, N_, H * n_.V, widest([](const MingaLayer& L) -> const Matrix& { return L.o; }), false);
+    Matrix down = widest([](const MingaLayer& L) -> const Matrix& { return L.expert_down; });
+    Matrix shared = widest([](const MingaLayer& L) -> const Matrix& { return L.down; });
+    if (E) o.act = rows(arena, N_ * n_.A, n_.active_width, down);
+    if (hidden) o.shared_act = rows(arena, N_, hidden, shared);
+    if (c_.mtp) o.joined = rows(arena, N_, 2 * D, n_.eh_proj);
+  }
+  q_a_ = arena.take<float>(N_ * most([](const MingaLayer& L) { return L.q_a.rows; }));
+  query_ = arena.take<float>(N_ * H * (n_.K + (latent() ? n_.R : 0)));
+  kv_ = arena.take<float>(N_ * W);
+  k_ = arena.take<float>(N_ * n_.G * n_.K);
+  v_ = arena.take<float>(N_ * n_.G * n_.V);
+  latent_query_ = arena.take<float>(N_ * H * key_width);
+  context_ = arena.take<float>(N_ * H * value_width);
+  attended_ = latent() ? arena.take<float>(N_ * H * n_.V) : context_;
+  projected_ = arena.take<float>(N_ * D);
+  dense_ = arena.take<float>(N_ * 2 * hidden);
+  logits_ = arena.take<float>(N_ * E);
+  gate_up_ = arena.take<float>(N_ * n_.A * 2 * n_.active_width);
+  down_ = arena.take<float>(N_ * n_.A * D);
+  top_ = arena.take<float>(N_ * H * stretches_);
+  sum_ = arena.take<float>(N_ * H * stretches_);
+  partial_ = arena.take<float>(N_ * H * stretches_ * value_width);
+}
+
+void Forward::products(int t, const std::vector<Job>& jobs) {
+  double total = 0;
+  for (const Job& job : jobs) total += job.cost() * (double)job.units();
+  double from = total * t / team_.threads, to = total * (t + 1) / team_.threads, at = 0;
+  std::vector<float*> out;
+  for (const Job& job : jobs) {
+    int64_t units = job.units();
+    auto unit = [&](double bound) { return std::max<int64_t>(0, std::min<int64_t>(units, (int64_t)std::ceil((bound - at) / job.cost()))); };
+    int64_t u0 = unit(from), u1 = t + 1 == team_.threads ? units : unit(to);
+    at += job.cost() * (double)units;
+    if (u0 >= u1 || !job.count) continue;
+    out.resize(job.count);
+    for (int64_t i = 0; i < job.count; i++) out[i] = job.out + job.to[i] * job.stride;
+    product(*job.m, job.number, u0, u1, *job.x, job.from, job.count, out.data());
+  }
+  team_.wait();
+}
+
+void Forward::run(int t) {
+  Own& me = own_[solo_ ? t : 0];
+  int64_t D = n_.D;
+  const int32_t* all = identity_.data();
+  if (c_.mtp) {
+    each(t, N_, [&](int64_t i) {
+      float* row = me.joined.row(i);
+      read_row(n_.embed, c_.ids[i], row + D);
+      rms_norm(row + D, n_.enorm, D, n_.eps, row);
+      rms_norm(c_.hidden + i * D, n_.hnorm, D, n_.eps, row + D);
+      round(me.joined, i, n_.eh_proj);
+    });
+    products(t, {{&n_.eh_proj, 0, &me.joined, all, all, N_, projected_, D}});
+    each(t, N_, [&](int64_t i) { std::memcpy(me.stream + i * D, projected_ + i * D, (size_t)D * 4); });
+  } else {
+    each(t, N_, [&](int64_t i) { read_row(n_.embed, c_.ids[i], me.stream + i * D); });
+  }
+  for (int64_t l = first_layer(); l < last_layer(); l++) {
+    attention(t, me, l);
+    feed_forward(t, me, layer(l));
+  }
+  const float* norm = c_.mtp ? n_.mtp_norm : n_.norm;
+  if (writes(t)) each(t, N_, [&](int64_t i) { rms_norm(me.stream + i * D, norm, D, n_.eps, c_.out + i * D); });
+}
+
+void Forward::attention(int t, Own& me, int64_t l) {
+  const MingaLayer& L = layer(l);
+  int64_t D = n_.D, H = n_.H, K = n_.K, R = n_.R, V = n_.V, C = n_.C, G = n_.G;
+  const int32_t* all = identity_.data();
+  each(t, N_, [&](int64_t i) {
+    rms_norm(me.stream + i * D, L.input_norm, D, n_.eps, me.normed.row(i));
+    round(me.normed, i, of_attention(L));
+  });
+  if (L.attention == LATENT) {
+    bool two_steps = L.q_a.kind != NONE;
+    Job kv = {&L.kv, 0, &me.normed, all, all, N_, kv_, C + R};
+    if (two_steps) {
+      products(t, {{&L.q_a, 0, &me.normed, all, all, N_, q_a_, L.q_a.rows}, kv});
+      each(t, N_, [&](int64_t i) {
+        rms_norm(q_a_ + i * L.q_a.rows, L.q_a_norm, L.q_a.rows, 1e-6, me.q_a.row(i));
+        round(me.q_a, i, L.q);
+      });
+      products(t, {{&L.q, 0, &me.q_a, all, all, N_, query_, H * (K + R)}});
+    } else {
+      products(t, {{&L.q, 0, &me.normed, all, all, N_, query_, H * (K + R)}, kv});
+    }
+    each(t, N_, [&](int64_t i) {
+      const float *cos = c_.cos + c_.positions[i] * R / 2, *sin = c_.sin + c_.positions[i] * R / 2;
+      for (int64_t h = 0; h < H; h++) {
+        const float* q = query_ + (i * H + h) * (K + R);
+        float* nope = me.absorbed.row(i * H + h);
+        for (int64_t k = 0; k < K; k++) nope[k] = q[k] * (float)n_.attention_scale;
+        round(me.absorbed, i * H + h, L.uk);
+        if (writes(t)) {
+          float* rope = latent_query_ + (i * H + h) * (C + R) + C;
+          std::memcpy(rope, q + K, (size_t)R * 4);
+          rotate(rope, cos, sin, R / 2, n_.halves, (float)n_.attention_scale);
+        }
+      }
+      if (writes(t)) {
+        float* row = slot(l, i);
+        rms_norm(kv_ + i * (C + R), L.latent_norm, C, 1e-6, row);
+        std::memcpy(row + C, kv_ + i * (C + R) + C, (size_t)R * 4);
+        rotate(row + C, cos, sin, R / 2, n_.halves, 1.0f);
+      }
+    });
+    std::vector<Job> jobs;
+    for (int64_t h = 0; h < H; h++)
+      jobs.push_back({&L.uk, h, &me.absorbed, &by_head_[h * N_], &by_head_[h * N_], N_, latent_query_, C + R});
+    products(t, jobs);
+    attend(t, l);
+    me.context.x = context_;
+    each(t, N_, [&](int64_t i) {
+      for (int64_t h = 0; h < H; h++) round(me.context, i * H + h, L.uv);
+    });
+    jobs.clear();
+    for (int64_t h = 0; h < H; h++) jobs.push_back({&L.uv, h, &me.context, &by_head_[h * N_], all, N_, attended_ + h * V, H * V});
+    products(t, jobs);
+  } else {
+    products(t, {{&L.q, 0, &me.normed, all, all, N_, query_, H * K},
+                 {&L.k, 0, &me.normed, all, all, N_, k_, G * K},
+                 {&L.v, 0, &me.normed, all, all, N_, v_, G * V}});
+    if (writes(t))
+      each(t, N_, [&](int64_t i) {
+        const float *cos = c_.cos + c_.positions[i] * K / 2, *sin = c_.sin + c_.positions[i] * K / 2;
+        for (int64_t h = 0; h < H; h++) {
+          float *q = query_ + (i * H + h) * K, *to = latent_query_ + (i * H + h) * K;
+          if (L.q_norm) rms_norm(q, L.q_norm, K, n_.eps, to);
+          if (!L.q_norm) std::memcpy(to, q, (size_t)K * 4);
+          rotate(to, cos, sin, K / 2, n_.halves, (float)n_.attention_scale);
+        }
+        float* row = slot(l, i);
+        for (int64_t g = 0; g < G; g++) {
+          const float* k = k_ + (i * G + g) * K;
+          if (L.k_norm) rms_norm(k, L.k_norm, K, n_.eps, row + g * K);
+          if (!L.k_norm) std::memcpy(row + g * K, k, (size_t)K * 4);
+          rotate(row + g * K, cos, sin, K / 2, n_.halves, 1.0f);
+        }
+        std::memcpy(row + G * K, v_ + i * G * V, (size_t)(G * V) * 4);
+      });
+    if (solo_) team_.wait();
+    attend(t, l);
+  }
+  me.attended.x = attended_;
+  each(t, N_, [&](int64_t i) { round(me.attended, i, L.o); });
+  products(t, {{&L.o, 0, &me.attended, all, all, N_, projected_, D}});
+}
+
+// latent_query_ and the cache -> context_; split by token, four heads, and stretch of the cache.
+void Forward::attend(int t, int64_t l) {
+  bool latent = layer(l).attention == LATENT;
+  int64_t groups = latent ? 1 : n_.G, heads = n_.H / groups, tiles = ceil_div(heads, HEADS);
+  int64_t key_width = latent ? n_.C + n_.R : n_.K, value_width = latent ? n_.C : n_.V;
+  int64_t items = N_ * groups * tiles;
+  bool split = stretches_ > 1 && items < 4 * team_.threads;
+  std::vector<float> alone(split ? 0 : HEADS * value_width), nowhere(value_width);
+  auto token = [&](int64_t item) { return item / (groups * tiles); };
+  auto first_head = [&](int64_t item) { return item / tiles % groups * heads + item % tiles * HEADS; };
+  auto num_heads = [&](int64_t item) { return std::min<int64_t>(HEADS, heads - item % tiles * HEADS); };
+  auto run = [&](int64_t item, int64_t s, float* top, float* sum, float* const* out) {
+    int64_t i = token(item), g = item / tiles % groups, length = c_.positions[i] + 1;
+    const float* base = c_.slots + l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + s * STRETCH * c_.width;
+    Stretch a;
+    for (int h = 0; h < HEADS; h++)
+      a.q[h] = latent_query_ + (i * n_.H + first_head(item) + std::min<int64_t>(h, num_heads(item) - 1)) * key_width;
+    a.keys = base + (latent ? 0 : g * n_.K);
+    a.values = base + (latent ? 0 : n_.G * n_.K + g * n_.V);
+    a.width = c_.width, a.key_width = key_width, a.value_width = value_width;
+    a.rows = std::min(STRETCH, length - s * STRETCH);
+    attend_stretch(a, top, sum, out);
+  };
+  auto finish = [&](float* out, float sum) {
+    float factor = 1.0f / sum;
+    for (int64_t j = 0; j < value_width; j++) out[j] *= factor;
+  };
+  if (!split) {
+    for (int64_t item = t; item < items; item += team_.threads) {
+      int64_t i = token(item), n = num_heads(item), count = c_.positions[i] / STRETCH + 1;
+      float top[HEADS], sum[HEADS], next_top[HEADS], next_sum[HEADS], *out[HEADS], *next[HEADS];
+      for (int64_t h = 0; h < HEADS; h++) {
+        out[h] = h < n ? context_ + (i * n_.H + first_head(item) + h) * value_width : nowhere.data();
+        next[h] = &alone[h * value_width];
+      }
+      run(item, 0, top, sum, out);
+      for (int64_t s = 1; s < count; s++) {
+        run(item, s, next_top, next_sum, next);
+        for (int64_t h = 0; h < n; h++) join(&top[h], &sum[h], out[h], next_top[h], next_sum[h], next[h], value_width);
+      }
+      for (int64_t h = 0; h < n; h++) finish(out[h], sum[h]);
+    }
+    team_.wait();
+    return;
+  }
+  auto place = [&](int64_t item, int64_t h, int64_t s) { return (token(item) * n_.H + first_head(item) + h) * stretches_ + s; };
+  for (int64_t unit = t; unit < items * stretches_; unit += team_.threads) {
+    int64_t item = unit / stretches_, s = unit % stretches_, n = num_heads(item);
+    if (s * STRETCH > c_.positions[token(item)]) continue;
+    float top[HEADS], sum[HEADS], *out[HEADS];
+    for (int64_t h = 0; h < HEADS; h++) out[h] = h < n ? partial_ + place(item, h, s) * value_width : nowhere.data();
+    run(item, s, top, sum, out);
+    for (int64_t h = 0; h < n; h++) top_[place(item, h, s)] = top[h], sum_[place(item, h, s)] = sum[h];
+  }
+  team_.wait();
+  for (int64_t head = t; head < N_ * n_.H; head += team_.threads) {
+    int64_t i = head / n_.H, count = c_.positions[i] / STRETCH + 1, at = head * stretches_;
+    float *out = context_ + head * value_width, top = top_[at], sum = sum_[at];
+    std::memcpy(out, partial_ + at * value_width, (size_t)value_width * 4);
+    for (int64_t s = 1; s < count; s++) join(&top, &sum, out, top_[at + s], sum_[at + s], partial_ + (at + s) * value_width, value_width);
+    finish(out, sum);
+  }
+  team_.wait();
+}
+
+void Forward::feed_forward(int t, Own& me, const MingaLayer& L) {
+  int64_t D = n_.D, A = n_.A, F = n_.active_width, S = L.gate.rows, E = L.experts;
+  const int32_t* all = identity_.data();
+  each(t, N_, [&](int64_t i) {
+    float* x = me.stream + i * D;
+    for (int64_t d = 0; d < D; d++) x[d] += projected_[i * D + d];
+    rms_norm(x, L.post_norm, D, n_.eps, me.normed.row(i));
+    round(me.normed, i, of_feed_forward(L));
+  });
+  std::vector<Job> jobs;
+  if (S) {
+    jobs.push_back({&L.gate, 0, &me.normed, all, all, N_, dense_, 2 * S});
+    jobs.push_back({&L.up, 0, &me.normed, all, all, N_, dense_ + S, 2 * S});
+  }
+  if (E) jobs.push_back({&L.router, 0, &me.normed, all, all, N_, logits_, E});
+  products(t, jobs);
+  jobs.clear();
+  std::vector<int32_t> token, place;
+  std::vector<int64_t> start(E + 1, 0);
+  if (E) {
+    each(t, N_, [&](int64_t i) { choose(me, i, L); });
+    for (int64_t j = 0; j < N_ * A; j++) start[me.chosen[j] + 1]++;
+    for (int64_t e = 0; e < E; e++) start[e + 1] += start[e];
+    token.resize(N_ * A), place.resize(N_ * A);
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t j = 0; j < N_ * A; j++) {
+      int64_t at = next[me.chosen[j]]++;
+      token[at] = (int32_t)(j / A), place[at] = (int32_t)j;
+    }
+    for (int64_t e = 0; e < E; e++)
+      if (start[e + 1] > start[e])
+        jobs.push_back({&L.expert_gate_up, e, &me.normed, &token[start[e]], &place[start[e]], start[e + 1] - start[e], gate_up_, 2 * F});
+    products(t, jobs);
+    jobs.clear();
+  }
+  auto activate = [&](Rows& act, int64_t row, const float* gate_up, int64_t width, const Matrix& down) {
+    std::memcpy(act.row(row), gate_up, (size_t)width * 4);
+    swiglu(act.row(row), gate_up + width, width);
+    round(act, row, down);
+  };
+  me.shared_act.width = S;
+  if (S && L.down.is_rounded()) me.shared_act.padded = L.down.padded(), me.shared_act.blocks = L.down.blocks();
+  each(t, N_, [&](int64_t i) {
+    if (S) activate(me.shared_act, i, dense_ + i * 2 * S, S, L.down);
+    for (int64_t a = 0; E && a < A; a++) activate(me.act, i * A + a, gate_up_ + (i * A + a) * 2 * F, F, L.expert_down);
+  });
+  if (S) jobs.push_back({&L.down, 0, &me.shared_act, all, all, N_, projected_, D});
+  for (int64_t e = 0; e < E; e++)
+    if (start[e + 1] > start[e])
+      jobs.push_back({&L.expert_down, e, &me.act, &place[start[e]], &place[start[e]], start[e + 1] - start[e], down_, D});
+  products(t, jobs);
+  each(t, N_, [&](int64_t i) {
+    float* x = me.stream + i * D;
+    for (int64_t d = 0; S && d < D; d++) x[d] += projected_[i * D + d];
+    for (int64_t a = 0; E && a < A; a++) {
+      float w = me.weight[i * A + a];
+      const float* y = down_ + (i * A + a) * D;
+      for (int64_t d = 0; d < D; d++) x[d] += w * y[d];
+    }
+  });
+}
+
+// `minga/model/experts.py` Router, for one token.
+void Forward::choose(Own& me, int64_t i, const MingaLayer& L) {
+  const float* bias = L.router_bias;
+  int64_t E = L.experts, A = n_.A;
+  float *score = me.scores + i * E, *logit = logits_ + i * E;
+  if (n_.softmax) {
+    float top = *std::max_element(logit, logit + E), sum = 0;
+    for (int64_t e = 0; e < E; e++) sum += score[e] = std::exp(logit[e] - top);
+    for (int64_t e = 0; e < E; e++) score[e] /= sum;
+  } else {
+    for (int64_t e = 0; e < E; e++) score[e] = 1.0f / (1.0f + std::exp(-logit[e]));
+  }
+  std::vector<float> rank(E);
+  for (int64_t e = 0; e < E; e++) rank[e] = score[e] + (bias ? bias[e] : 0.0f);
+  if (n_.groups > 1) {
+    int64_t size = E / n_.groups;
+    std::vector<float> best(n_.groups);
+    for (int64_t g = 0; g < n_.groups; g++) {
+      float first = -INFINITY, second = -INFINITY;
+      for (int64_t e = g * size; e < (g + 1) * size; e++) {
+        if (rank[e] > first) second = first, first = rank[e];
+        else if (rank[e] > second) second = rank[e];
+      }
+      best[g] = n_.noaux && size > 1 ? first + second : first;  // V3 scores a group by its two best experts, V2 by its best
+    }
+    std::vector<char> kept(n_.groups, 0);
+    for (int64_t k = 0; k < n_.kept_groups; k++) {
+      int64_t at = -1;
+      for (int64_t g = 0; g < n_.groups; g++)
+        if (!kept[g] && (at < 0 || best[g] > best[at])) at = g;
+      kept[at] = 1;
+    }
+    for (int64_t e = 0; e < E; e++)
+      if (!kept[e / size]) rank[e] = -INFINITY;
+  }
+  float sum = 0;
+  for (int64_t a = 0; a < A; a++) {
+    int64_t at = (int64_t)(std::max_element(rank.begin(), rank.end()) - rank.begin());
+    me.chosen[i * A + a] = at;
+    sum += me.weight[i * A + a] = score[at];
+    rank[at] = -INFINITY;
+  }
+  for (int64_t a = 0; a < A; a++) {
+    float& w = me.weight[i * A + a];
+    if (n_.normalise) w /= sum + 1e-20f;
+    w *= (float)n_.routed_scale;
+  }
+}
+
+Arena& arena() {
+  static thread_local Arena of_this_thread;
+  return of_this_thread;
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall); }
+
+void minga_net_forward(const MingaNet* net, const MingaCall* call) {
+  Team team{(int)call->threads};
+  Forward forward(*net, *call, team);
+  Arena& memory = arena();
+  memory.begin();
+  forward.lay_out(memory);
+  if (!memory.fits()) {
+    memory.begin();
+    forward.lay_out(memory);
+  }
+#pragma omp parallel num_threads(team.threads)
+  {
+#pragma omp single
+    team.threads = threads_here();
+    forward.run(thread_here());
+  }
+}
+
+// out (N, rows of the head) = head x; x (N, D).
+void minga_net_head(const MingaNet* net, const float* x, int64_t N, float* out, int64_t threads) {
+  const Matrix& m = net->head;
+  Arena& memory = arena();
+  Rows r;
+  for (int turn = 0; turn < 2; turn++) {
+    memory.begin();
+    r.width = net->D, r.padded = m.padded(), r.blocks = m.blocks();
+    r.q = memory.take<int8_t>(N * r.padded);
+    r.scale = memory.take<float>(N * r.blocks);
+    r.sum = memory.take<int32_t>(N * r.blocks);
+    if (memory.fits()) break;
+  }
+  r.x = const_cast<float*>(x);
+  std::vector<int32_t> token(N);
+  std::vector<float*> to(N);
+  for (int64_t i = 0; i < N; i++) {
+    token[i] = (int32_t)i;
+    to[i] = out + i * m.rows;
+    if (m.is_rounded()) round_row(r, i, m.block);
+  }
+  int64_t parts = threads;
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+  for (int64_t t = 0; t < parts; t++) product(m, 0, m.panels() * t / parts, m.panels() * (t + 1) / parts, r, token.data(), N, to.data());
+}
+
+}  // extern "C"

@@ -1,0 +1,125 @@
+"""What `net.cpp` is told about a model, and its two calls. The structures mirror the C++ ones field by field."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minga.kernels.cpu.build import call
+
+FLOAT32, INT8, INT4 = 1, 2, 3
+LATENT, GROUPED = 0, 1
+
+
+class Structure(ctypes.Structure):
+    """Keeps the tensors alive whose memory it points to. Tensors may be given for pointers."""
+
+    def __init__(self, **values: Any):
+        super().__init__()
+        self.kept: list[Any] = []
+        for name, value in values.items():
+            self.set(name, value)
+
+    def set(self, name: str, value: Any) -> None:
+        self.kept.append(value)
+        if isinstance(value, Tensor):
+            assert value.is_contiguous()
+            value = value.data_ptr()
+        setattr(self, name, value)
+
+
+class Matrix(Structure):
+    """`count` matrices of (rows, cols), see panels.h. The default is none."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "block", "rows", "cols", "count")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "bias")),
+    ]
+
+
+def matrix(
+    data: Tensor,
+    *,
+    rows: int,
+    cols: int,
+    kind: int,
+    block: int = 32,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Matrix:
+    """`data` as `kind` asks: float32 (.., rows, cols), or the words of `minga.kernels.panels.from_rows`."""
+    values: dict[str, Any] = {"kind": kind, "block": block, "rows": rows, "cols": cols, "data": data}
+    return Matrix(**values, count=data.shape[0] if data.ndim in (3, 5) else 1, scale=scale, bias=bias)
+
+
+def _matrices(*names: str) -> list[tuple[str, Any]]:
+    return [(name, Matrix) for name in names]
+
+
+def _numbers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class Layer(Structure):
+    """MingaLayer."""
+
+    _fields_ = [
+        *_numbers("attention", "experts"),
+        *_pointers("input_norm", "post_norm"),
+        *_matrices("q_a", "q", "kv", "uk", "uv", "k", "v", "o"),
+        *_pointers("q_a_norm", "latent_norm", "q_norm", "k_norm"),
+        *_matrices("gate", "up", "down", "router"),
+        *_pointers("router_bias"),
+        *_matrices("expert_gate_up", "expert_down"),
+    ]
+
+
+class Net(Structure):
+    """MingaNet. `layers`: the main model's, then the MTP modules'."""
+
+    _fields_ = [
+        *_numbers("D", "H", "G", "K", "R", "V", "C", "halves", "A", "active_width"),
+        *_numbers("softmax", "noaux", "groups", "kept_groups", "normalise"),
+        *((name, ctypes.c_double) for name in ("routed_scale", "attention_scale", "eps")),
+        *_numbers("num_layers"),
+        *_pointers("layers"),
+        *_matrices("embed", "head"),
+        *_pointers("norm"),
+        *_matrices("eh_proj"),
+        *_pointers("enorm", "hnorm", "mtp_norm"),
+    ]
+
+
+class Call(Structure):
+    """MingaCall: one forward pass over N tokens."""
+
+    _fields_ = [
+        *_numbers("N", "threads", "mtp"),
+        *_pointers("ids", "positions", "sequence", "slots"),
+        *_numbers("layer_stride", "sequence_stride", "width"),
+        *_pointers("cos", "sin", "hidden", "out"),
+    ]
+
+
+def forward(net: Net, step: Call) -> None:
+    """Fills `step.out` and writes the tokens' rows into the cache."""
+    call("minga_net_forward", net, step)
+
+
+def head(net: Net, x_ND: Tensor) -> Tensor:
+    """Logits, (N, V)."""
+    out = x_ND.new_empty(x_ND.shape[0], net.head.rows)
+    call("minga_net_head", net, x_ND, x_ND.shape[0], out, torch.get_num_threads())
+    return out
+
+
+def check() -> None:
+    """That both sides of this file mean the same."""
+    assert call("minga_net_size") == sum(map(ctypes.sizeof, (Net, Layer, Call)))

@@ -1,0 +1,70 @@
+// Vectors of float32 and 32-bit integers as wide as the machine has them, and a few functions on them.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace minga {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+
+template <class V>
+static inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+static inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+static inline vf splat(float x) { return vf{} + x; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// exp for vectors: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error below 3e-7, 0 below -87.
+static inline vf exp_v(vf x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  vf n = x * 1.44269504f + 12582912.0f;
+  vi exponent = ((vi)n - 0x4b400000 + 127) << 23;
+  n -= 12582912.0f;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (vf)exponent;
+}
+static inline float exp_s(float x) { return exp_v(splat(x))[0]; }
+
+static inline float sum_v(vf x) {
+  float total = 0;
+  for (int l = 0; l < VL; l++) total += x[l];
+  return total;
+}
+
+}  // namespace minga

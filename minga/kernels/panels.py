@@ -1,0 +1,41 @@
+"""How the compiled kernels want weights in few bits to lie: in panels of 16 rows, so that one instruction multiplies some
+columns of all of them. docs/formats.md draws it.
+
+A word is 32 bits: four int8 of a row, or eight int4 (the low halves are the first four). Rows are filled up to 16 and
+columns to 8 with zeros.
+
+  O rows, W words of a row, P panels, G blocks of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 16
+
+
+def from_rows(stored: Tensor, scale_OG: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """int8 (.., O, I), or int4 in bytes, with its scales -> words (.., P, W, 16) int32, scales (.., P, G, 16) float16."""
+    if bits == 8:
+        stored = F.pad(stored, (0, -stored.shape[-1] % 8))
+    return _to_panels(stored.view(torch.int32)), _to_panels(scale_OG)
+
+
+def to_rows(words: Tensor, scale: Tensor, shape: Sequence[int], *, bits: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_rows`; shape: of the matrix, (.., O, I)."""
+    stored = _to_rows(words, shape[-2]).view(torch.int8 if bits == 8 else torch.uint8)
+    return stored[..., : shape[-1]].contiguous() if bits == 8 else stored, _to_rows(scale, shape[-2])
+
+
+def _to_panels(x: Tensor) -> Tensor:
+    *lead, rows, width = x.shape
+    x = F.pad(x, (0, 0, 0, -rows % ROWS))
+    return x.view(*lead, -1, ROWS, width).transpose(-1, -2).contiguous()
+
+
+def _to_rows(x: Tensor, rows: int) -> Tensor:
+    return x.transpose(-1, -2).flatten(-3, -2)[..., :rows, :].contiguous()
