@@ -41,7 +41,7 @@ def compile_model(model: Transformer, note: Callable[[str], None] = lambda line:
         and config.hidden_act == "silu"
         and config.rope_dim <= 1024
     )
-    return CompiledModel(model) if can_run and cpu.load(note) else model
+    return CompiledModel(model) if can_run and cpu.load(note, keep_memory=False) else model
 
 
 class CompiledModel:
@@ -50,10 +50,11 @@ class CompiledModel:
     def __init__(self, model: Transformer):
         net.check()
         self.model = model.eval()
-        for module in model.modules():
-            if isinstance(module, Quantized):
-                module.to_panels()
-        self._net = _describe(model)
+        stored = [module for module in model.modules() if isinstance(module, Quantized)]
+        memory = net.Memory(sum(tensor.nbytes for module in stored for tensor in module.buffers()))
+        for module in stored:
+            module.to_panels(memory.empty)
+        self._net = _describe(model, memory)
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
 
     @property
@@ -63,6 +64,11 @@ class CompiledModel:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Weights in few bits are less exact than a cache in float16, and half the bytes are half the time."""
+        return torch.float32 if format_of(self.model) is None else torch.float16
 
     @property
     def device(self) -> torch.device:
@@ -99,10 +105,11 @@ class CompiledModel:
             part = slice(start, start + _MAX_TOKENS)
             ids = ids_N[part]
             step = net.Call(
-                N=len(ids), threads=torch.get_num_threads(), mtp=int(hidden_ND is not None), ids=ids,
-                positions=positions_N[part], sequence=sequence_N[part], slots=slots.data_ptr(), layer_stride=slots.stride(0),
-                sequence_stride=slots.stride(1), width=slots.shape[3], cos=cos_SP, sin=sin_SP,
-                hidden=None if hidden_ND is None else hidden_ND[part], out=out_ND[part],
+                N=len(ids), threads=torch.get_num_threads(), mtp=int(hidden_ND is not None),
+                half=int(slots.dtype == torch.float16), ids=ids, positions=positions_N[part], sequence=sequence_N[part],
+                slots=slots.data_ptr(), layer_stride=slots.stride(0), sequence_stride=slots.stride(1),
+                width=slots.shape[3], cos=cos_SP, sin=sin_SP, out=out_ND[part],
+                hidden=None if hidden_ND is None else hidden_ND[part],
             )  # fmt: skip
             net.forward(self._net, step)
         return out_ND.view(B, T, -1)
@@ -118,11 +125,11 @@ class CompiledModel:
 # ---------------------------------------------------------------------------------------------- what the call is told
 
 
-def _describe(model: Transformer) -> net.Net:
+def _describe(model: Transformer, memory: net.Memory) -> net.Net:
     c, modules = model.config, [cast(MTPModule, module) for module in model.mtp][:1]
     blocks = [cast(Block, block) for block in model.model.layers] + [module.block for module in modules]
     layers = (net.Layer * len(blocks))()
-    described = [_layer(block, format_of(model)) for block in blocks]
+    described = [_layer(block, format_of(model), memory) for block in blocks]
     for index, layer in enumerate(described):
         layers[index] = layer
     result = net.Net(
@@ -145,13 +152,13 @@ def _describe(model: Transformer) -> net.Net:
     return result
 
 
-def _layer(block: Block, format: Format | None) -> net.Layer:
+def _layer(block: Block, format: Format | None, memory: net.Memory) -> net.Layer:
     attention, mlp = block.self_attn, block.mlp
     layer = net.Layer(
         input_norm=block.input_layernorm.weight.detach(), post_norm=block.post_attention_layernorm.weight.detach()
     )
     if isinstance(attention, LatentAttention):
-        _latent(layer, attention, format)
+        _latent(layer, attention, format, memory)
     else:
         _grouped(layer, attention)
     layer.set("o", _linear(attention.o_proj))
@@ -169,7 +176,7 @@ def _layer(block: Block, format: Format | None) -> net.Layer:
     return layer
 
 
-def _latent(layer: net.Layer, attention: LatentAttention, format: Format | None) -> None:
+def _latent(layer: net.Layer, attention: LatentAttention, format: Format | None, memory: net.Memory) -> None:
     """The up-projections apart: what takes a query into the latent, and what takes the latent to values."""
     c = attention.config
     layer.set("attention", net.LATENT)
@@ -184,7 +191,7 @@ def _latent(layer: net.Layer, attention: LatentAttention, format: Format | None)
     w_HOC = dense_weight(attention.kv_b_proj).detach().view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
     w_uk_HKC, w_uv_HVC = w_HOC.split([c.qk_nope_head_dim, c.v_head_dim], 1)
     for name, weight in (("uk", w_uk_HKC.transpose(1, 2)), ("uv", w_uv_HVC)):
-        layer.set(name, _rounded(weight.contiguous(), format))
+        layer.set(name, _rounded(weight.contiguous(), format, memory))
 
 
 def _grouped(layer: net.Layer, attention: GroupedQueryAttention) -> None:
@@ -219,11 +226,11 @@ def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> net.Matrix:
     return net.matrix(weight.contiguous(), rows=rows, cols=cols, kind=net.FLOAT32, bias=bias)
 
 
-def _rounded(weight: Tensor, format: Format | None) -> net.Matrix:
+def _rounded(weight: Tensor, format: Format | None, memory: net.Memory) -> net.Matrix:
     """A matrix of our own making, in int8 for a model in few bits."""
     if format is None:
         return _float_matrix(weight)
     rows, cols = weight.shape[-2:]
 
-    words, scale = panels.from_rows(*ops.quantize_int8(weight, format.block), bits=8)
+    words, scale = panels.from_rows(*ops.quantize_int8(weight, format.block), bits=8, empty=memory.empty)
     return net.matrix(words, scale=scale, rows=rows, cols=cols, kind=net.INT8, block=format.block)

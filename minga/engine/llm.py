@@ -86,9 +86,10 @@ class LLM:
         self._stop_ids = frozenset({*self.config.eos_token_ids, *tokenizer.eos_ids})
         self._max_memory = None if max_memory is None else _parse_bytes(max_memory)
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-        self._cache_bytes_per_token = Cache(model.config, 1, 1, dtype=model.dtype, device="meta").bytes_per_token
-        self._num_fitting(length=1)  # refuses a model whose weights alone are too large
         self._compiled: Transformer | CompiledModel | None = None
+        kept = self._fast_model().cache_dtype
+        self._cache_bytes_per_token = Cache(model.config, 1, 1, dtype=kept, device="meta").bytes_per_token
+        self._num_fitting(length=1)  # refuses a model whose weights alone are too large
 
     @property
     def config(self) -> ModelConfig:

@@ -63,7 +63,7 @@ class Runner:
             model.config,
             len(sequences),
             max(sequence.max_length for sequence in sequences) + num_drafts,
-            dtype=model.dtype,
+            dtype=model.cache_dtype,
             device=model.device,
         )
         self._new_ids: list[list[int]] = []

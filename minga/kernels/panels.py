@@ -9,7 +9,7 @@ columns to 8 with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,14 @@ from torch import Tensor
 ROWS = 16
 
 
-def from_rows(stored: Tensor, scale_OG: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+Empty = Callable[..., Tensor]  # torch.empty, or what takes its place: (*shape, dtype=) -> memory
+
+
+def from_rows(stored: Tensor, scale_OG: Tensor, *, bits: int, empty: Empty = torch.empty) -> tuple[Tensor, Tensor]:
     """int8 (.., O, I), or int4 in bytes, with its scales -> words (.., P, W, 16) int32, scales (.., P, G, 16) float16."""
     if bits == 8:
         stored = F.pad(stored, (0, -stored.shape[-1] % 8))
-    return _to_panels(stored.view(torch.int32)), _to_panels(scale_OG)
+    return _to_panels(stored.view(torch.int32), empty), _to_panels(scale_OG, empty)
 
 
 def to_rows(words: Tensor, scale: Tensor, shape: Sequence[int], *, bits: int) -> tuple[Tensor, Tensor]:
@@ -31,11 +34,14 @@ def to_rows(words: Tensor, scale: Tensor, shape: Sequence[int], *, bits: int) ->
     return stored[..., : shape[-1]].contiguous() if bits == 8 else stored, _to_rows(scale, shape[-2])
 
 
-def _to_panels(x: Tensor) -> Tensor:
+def _to_panels(x: Tensor, empty: Empty) -> Tensor:
     *lead, rows, width = x.shape
-    x = F.pad(x, (0, 0, 0, -rows % ROWS))
-    return x.view(*lead, -1, ROWS, width).transpose(-1, -2).contiguous()
+    x = F.pad(x, (0, 0, 0, -rows % ROWS)) if rows % ROWS else x
+    panels = -(-rows // ROWS)
+    out = empty(*lead, panels, width, ROWS, dtype=x.dtype)
+    return out.copy_(x.view(*lead, panels, ROWS, width).transpose(-1, -2))
 
 
 def _to_rows(x: Tensor, rows: int) -> Tensor:
-    return x.transpose(-1, -2).flatten(-3, -2)[..., :rows, :].contiguous()
+    x = x.transpose(-1, -2).flatten(-3, -2)[..., :rows, :]
+    return x.clone(memory_format=torch.contiguous_format)  # also where a size of 1 hides its stride from `contiguous`

@@ -59,6 +59,11 @@ class Transformer(nn.Module):
         return self.model.norm.weight.dtype
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """What a cache for this model is made of."""
+        return self.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 

@@ -74,10 +74,10 @@ class Quantized(nn.Module):
             stored, scale = stored[which], scale[which]
         return _widen(stored, scale, self.format, self.shape(name)[-1], dtype)
 
-    def to_panels(self) -> None:
-        """Lays the matrices out for the compiled kernels; everything else works as before, slower."""
+    def to_panels(self, empty: panels.Empty = torch.empty) -> None:
+        """Lays the matrices out for the compiled kernels, in memory from `empty`; all else works as before, slower."""
         for name in () if self.in_panels else self._shapes:
-            stored, scale = panels.from_rows(*self.rows(name), bits=self.format.bits)
+            stored, scale = panels.from_rows(*self.rows(name), bits=self.format.bits, empty=empty)
             setattr(self, name, stored)
             setattr(self, f"{name}_scale", scale)
         self.in_panels = True

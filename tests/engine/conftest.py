@@ -11,7 +11,7 @@ from minga.kernels import cpu
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
 def forward_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(compiled.cpu, "load", lambda note: False)
+        monkeypatch.setattr(compiled.cpu, "load", lambda note, **_: False)
     elif not cpu.load():
         pytest.skip("there is no C++ compiler")
     return str(request.param)

@@ -78,7 +78,7 @@ def fast(model: Transformer) -> CompiledModel:
 def read(model: CompiledModel, ids_BT: Tensor, *, step: int, threads: int) -> tuple[Tensor, Tensor]:
     """Hidden states and cache after reading `step` tokens at a time."""
     torch.set_num_threads(threads)
-    cache = Cache(model.config, *ids_BT.shape, dtype=torch.float32)
+    cache = Cache(model.config, *ids_BT.shape, dtype=model.cache_dtype)
     positions_BT = torch.arange(ids_BT.shape[1]).expand(len(ids_BT), -1)
     parts = zip(ids_BT.split(step, 1), positions_BT.split(step, 1), strict=True)
     return torch.cat([model.hidden(ids, cache=cache, positions_BT=at) for ids, at in parts], 1), cache.slots
@@ -98,7 +98,7 @@ def test_it_computes_what_the_model_computes(name: str, quant: str | None) -> No
     bound = 1e-5 if quant is None else 0.2
     assert error(compiled.head(ours), expected) < bound
     if len(model.mtp):
-        cache = Cache(model.config, 2, 40, dtype=torch.float32)
+        cache = Cache(model.config, 2, 40, dtype=compiled.cache_dtype)
         positions_BT = torch.arange(40).expand(2, -1)
         state = compiled.mtp_hidden(0, ids_BT, hidden, cache=cache, positions_BT=positions_BT)
         assert error(state, model.mtp_hidden(0, ids_BT, hidden)) < bound

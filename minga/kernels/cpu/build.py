@@ -31,16 +31,20 @@ _library: ctypes.CDLL | None = None
 _tried = False
 
 
-def load(note: Callable[[str], None] = lambda line: None) -> bool:
-    """Whether the kernels can be used; compiles them the first time. `note` receives a line if they cannot be had."""
+def load(note: Callable[[str], None] = lambda line: None, *, keep_memory: bool = True) -> bool:
+    """Whether the kernels can be used; compiles them the first time. `note` receives a line if they cannot be had.
+
+    keep_memory: this process trains, and frees what it will need again in the next step (see kernels.cpp).
+    """
     global _library, _tried
     if not _tried:
         _tried = True
         try:
             _library = _open(note)
-            _library.minga_keep_memory()
         except (OSError, subprocess.SubprocessError) as error:
             note(f"no compiled kernels ({_reason(error)}): torch's own operations are used, which are slower")
+    if _library is not None and keep_memory:
+        _library.minga_keep_memory()
     return _library is not None
 
 

@@ -15,12 +15,15 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 using namespace minga;
 
 namespace {
 
-constexpr int64_t STRETCH = 256;  // cache rows whose softmax is taken on its own, then joined with the others
+constexpr int64_t STRETCH = 64;  // cache rows whose softmax is taken on its own, then joined with the others
 constexpr int HEADS = 4;          // that read a cache row together
 
 enum Attention : int64_t { LATENT = 0, GROUPED = 1 };
@@ -55,12 +58,12 @@ struct MingaNet {
   const float *enorm, *hnorm, *mtp_norm;
 };
 
-// One call. `slots`: the cache of the first layer and sequence; strides in floats.
+// One call. `slots`: the cache of the first layer and sequence; strides in numbers.
 struct MingaCall {
-  int64_t N, threads, mtp;
+  int64_t N, threads, mtp, half;   // half: the cache is in float16, else float32
   const int64_t *ids, *positions;  // (N)
   const int64_t* sequence;         // (N) rows of the cache
-  float* slots;
+  void* slots;
   int64_t layer_stride, sequence_stride, width;
   const float *cos, *sin;  // (positions, P)
   const float* hidden;     // (N, D), for MTP
@@ -186,25 +189,45 @@ inline void sum_each(const vf* v, float* to) {
 
 // ------------------------------------------------------------------------------------------------------ attention
 
-// HEADS queries that look at the same keys; a missing one repeats another.
+inline vf load_number(const float* p) { return load<vf>(p); }
+inline vf load_number(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int l = 0; l < VL; l++) v[l] = half_to_float(p[l]);
+  return v;
+#endif
+}
+inline float number(float x) { return x; }
+inline float number(uint16_t x) { return half_to_float(x); }
+
+// Up to HEADS queries that look at the same keys.
+template <class T>
 struct Stretch {
   const float* q[HEADS];
-  const float *keys, *values;  // rows of `width` floats
+  const T *keys, *values;  // rows of `width` numbers
   int64_t width, key_width, value_width, rows;
 };
 
 // Softmax over at most STRETCH rows, unnormalised: for each head the largest score, the sum, the weighted values.
-void attend_stretch(const Stretch& a, float* top, float* sum, float* const* out) {
-  alignas(64) float score[HEADS][STRETCH];
+template <int NH, class T>
+void attend_stretch(const Stretch<T>& a, float* top, float* sum, float* const* out) {
+  alignas(64) float score[NH][STRETCH];
   for (int64_t s = 0; s < a.rows; s += 4) {
-    const float* key[4];
+    const T* key[4];
     for (int r = 0; r < 4; r++) key[r] = a.keys + std::min(a.rows - 1, s + r) * a.width;
     vf acc[HEADS * 4] = {};
     int64_t j = 0;
     for (; j + VL <= a.key_width; j += VL) {
       vf k[4];
-      for (int r = 0; r < 4; r++) k[r] = load<vf>(key[r] + j);
-      for (int h = 0; h < HEADS; h++) {
+      for (int r = 0; r < 4; r++) {
+        k[r] = load_number(key[r] + j);
+        __builtin_prefetch(key[r] + j + 12 * a.width);
+      }
+      for (int h = 0; h < NH; h++) {
         vf q = load<vf>(a.q[h] + j);
         for (int r = 0; r < 4; r++) acc[h * 4 + r] += q * k[r];
       }
@@ -212,16 +235,21 @@ void attend_stretch(const Stretch& a, float* top, float* sum, float* const* out)
     alignas(64) float total[HEADS * 4];
     sum_each(acc, total);
     for (; j < a.key_width; j++)
-      for (int h = 0; h < HEADS; h++)
-        for (int r = 0; r < 4; r++) total[h * 4 + r] += a.q[h][j] * key[r][j];
-    for (int h = 0; h < HEADS; h++)
+      for (int h = 0; h < NH; h++)
+        for (int r = 0; r < 4; r++) total[h * 4 + r] += a.q[h][j] * number(key[r][j]);
+    for (int h = 0; h < NH; h++)
       for (int r = 0; r < 4; r++) score[h][s + r] = total[h * 4 + r];
   }
   int64_t whole = ceil_div(a.rows, VL) * VL;
-  for (int h = 0; h < HEADS; h++) {
-    float m = -INFINITY;
-    for (int64_t s = 0; s < a.rows; s++) m = std::max(m, score[h][s]);
-    vf sums = {};
+  for (int h = 0; h < NH; h++) {
+    for (int64_t s = a.rows; s < whole; s++) score[h][s] = -INFINITY;
+    vf tops = load<vf>(&score[h][0]), sums = {};
+    for (int64_t s = VL; s < whole; s += VL) {
+      vf v = load<vf>(&score[h][s]);
+      tops = v > tops ? v : tops;
+    }
+    float m = tops[0];
+    for (int i = 1; i < VL; i++) m = std::max(m, tops[i]);
     for (int64_t s = 0; s < whole; s += VL) store(&score[h][s], exp_v(load<vf>(&score[h][s]) - m));
     for (int64_t s = a.rows; s < whole; s++) score[h][s] = 0;
     for (int64_t s = 0; s < whole; s += VL) sums += load<vf>(&score[h][s]);
@@ -230,30 +258,30 @@ void attend_stretch(const Stretch& a, float* top, float* sum, float* const* out)
   }
   int64_t j = 0;
   for (; j + 4 * VL <= a.value_width; j += 4 * VL) {
-    vf acc[HEADS][4] = {};
+    vf acc[NH][4] = {};
     for (int64_t s = 0; s < a.rows; s++) {
       vf v[4];
-      for (int i = 0; i < 4; i++) v[i] = load<vf>(a.values + s * a.width + j + i * VL);
-      for (int h = 0; h < HEADS; h++) {
+      for (int i = 0; i < 4; i++) v[i] = load_number(a.values + s * a.width + j + i * VL);
+      for (int h = 0; h < NH; h++) {
         vf p = splat(score[h][s]);
         for (int i = 0; i < 4; i++) acc[h][i] += p * v[i];
       }
     }
-    for (int h = 0; h < HEADS; h++)
+    for (int h = 0; h < NH; h++)
       for (int i = 0; i < 4; i++) store(out[h] + j + i * VL, acc[h][i]);
   }
   for (; j + VL <= a.value_width; j += VL) {
-    vf acc[HEADS] = {};
+    vf acc[NH] = {};
     for (int64_t s = 0; s < a.rows; s++) {
-      vf v = load<vf>(a.values + s * a.width + j);
-      for (int h = 0; h < HEADS; h++) acc[h] += splat(score[h][s]) * v;
+      vf v = load_number(a.values + s * a.width + j);
+      for (int h = 0; h < NH; h++) acc[h] += splat(score[h][s]) * v;
     }
-    for (int h = 0; h < HEADS; h++) store(out[h] + j, acc[h]);
+    for (int h = 0; h < NH; h++) store(out[h] + j, acc[h]);
   }
   for (; j < a.value_width; j++)
-    for (int h = 0; h < HEADS; h++) {
+    for (int h = 0; h < NH; h++) {
       float total = 0;
-      for (int64_t s = 0; s < a.rows; s++) total += score[h][s] * a.values[s * a.width + j];
+      for (int64_t s = 0; s < a.rows; s++) total += score[h][s] * number(a.values[s * a.width + j]);
       out[h][j] = total;
     }
 }
@@ -309,9 +337,10 @@ class Forward {
   int64_t first_layer() const { return c_.mtp ? n_.num_layers : 0; }
   int64_t last_layer() const { return c_.mtp ? n_.num_layers + 1 : n_.num_layers; }
   bool writes(int t) const { return !solo_ || t == 0; }  // to what all threads read
-  float* slot(int64_t l, int64_t i) const {
-    return c_.slots + l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + c_.positions[i] * c_.width;
+  int64_t slot(int64_t l, int64_t i, int64_t position) const {
+    return l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + position * c_.width;
   }
+  void keep(int64_t l, int64_t i, const float* row) const;
   Rows rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x = true);
 
   // f(i) for all rows: by every thread for itself, or split, with a wait at the end.
@@ -326,7 +355,9 @@ class Forward {
   }
   void products(int t, const std::vector<Job>& jobs);
   void attention(int t, Own& me, int64_t l);
-  void attend(int t, int64_t l);
+  template <class T>
+  void attend(int t, int64_t l, const T* slots);
+  void attend(int t, int64_t l) { c_.half ? attend(t, l, (const uint16_t*)c_.slots) : attend(t, l, (const float*)c_.slots); }
   void feed_forward(int t, Own& me, const MingaLayer& L);
   void choose(Own& me, int64_t i, const MingaLayer& L);
 
@@ -339,7 +370,7 @@ class Forward {
   std::vector<int32_t> identity_, by_head_;
   // written by `products` and `attend`, read by all
   float *q_a_, *query_, *kv_, *k_, *v_, *latent_query_, *context_, *attended_, *projected_;
-  float *dense_, *logits_, *gate_up_, *down_, *top_, *sum_, *partial_;
+  float *kept_, *dense_, *logits_, *gate_up_, *down_, *top_, *sum_, *partial_;
 };
 
 Rows Forward::rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x) {
@@ -412,6 +443,7 @@ void Forward::lay_out(Arena& arena) {
   context_ = arena.take<float>(N_ * H * value_width);
   attended_ = latent() ? arena.take<float>(N_ * H * n_.V) : context_;
   projected_ = arena.take<float>(N_ * D);
+  kept_ = arena.take<float>(N_ * c_.width);
   dense_ = arena.take<float>(N_ * 2 * hidden);
   logits_ = arena.take<float>(N_ * E);
   gate_up_ = arena.take<float>(N_ * n_.A * 2 * n_.active_width);
@@ -499,10 +531,11 @@ void Forward::attention(int t, Own& me, int64_t l) {
         }
       }
       if (writes(t)) {
-        float* row = slot(l, i);
+        float* row = kept_ + i * c_.width;
         rms_norm(kv_ + i * (C + R), L.latent_norm, C, 1e-6, row);
         std::memcpy(row + C, kv_ + i * (C + R) + C, (size_t)R * 4);
         rotate(row + C, cos, sin, R / 2, n_.halves, 1.0f);
+        keep(l, i, row);
       }
     });
     std::vector<Job> jobs;
@@ -530,7 +563,7 @@ void Forward::attention(int t, Own& me, int64_t l) {
           if (!L.q_norm) std::memcpy(to, q, (size_t)K * 4);
           rotate(to, cos, sin, K / 2, n_.halves, (float)n_.attention_scale);
         }
-        float* row = slot(l, i);
+        float* row = kept_ + i * c_.width;
         for (int64_t g = 0; g < G; g++) {
           const float* k = k_ + (i * G + g) * K;
           if (L.k_norm) rms_norm(k, L.k_norm, K, n_.eps, row + g * K);
@@ -538,6 +571,7 @@ void Forward::attention(int t, Own& me, int64_t l) {
           rotate(row + g * K, cos, sin, K / 2, n_.halves, 1.0f);
         }
         std::memcpy(row + G * K, v_ + i * G * V, (size_t)(G * V) * 4);
+        keep(l, i, row);
       });
     if (solo_) team_.wait();
     attend(t, l);
@@ -547,67 +581,60 @@ void Forward::attention(int t, Own& me, int64_t l) {
   products(t, {{&L.o, 0, &me.attended, all, all, N_, projected_, D}});
 }
 
-// latent_query_ and the cache -> context_; split by token, four heads, and stretch of the cache.
-void Forward::attend(int t, int64_t l) {
+// A token's row of the cache.
+void Forward::keep(int64_t l, int64_t i, const float* row) const {
+  int64_t at = slot(l, i, c_.positions[i]);
+  if (!c_.half) {
+    std::memcpy((float*)c_.slots + at, row, (size_t)c_.width * 4);
+    return;
+  }
+  uint16_t* to = (uint16_t*)c_.slots + at;
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  for (; j + 16 <= c_.width; j += 16) _mm256_storeu_si256((__m256i*)(to + j), _mm512_cvtps_ph(_mm512_loadu_ps(row + j), 0));
+#endif
+  for (; j < c_.width; j++) to[j] = float_to_half(row[j]);
+}
+
+// latent_query_ and the cache -> context_. A unit of work is a token, a group of heads with the same keys, a stretch of the
+// cache and at most HEADS of those heads; a thread takes units that follow each other, so it reads a stretch once for all.
+template <class T>
+void Forward::attend(int t, int64_t l, const T* slots) {
   bool latent = layer(l).attention == LATENT;
-  int64_t groups = latent ? 1 : n_.G, heads = n_.H / groups, tiles = ceil_div(heads, HEADS);
+  int64_t groups = latent ? 1 : n_.G, heads = n_.H / groups, tiles = ceil_div(heads, HEADS), tile = ceil_div(heads, tiles);
   int64_t key_width = latent ? n_.C + n_.R : n_.K, value_width = latent ? n_.C : n_.V;
-  int64_t items = N_ * groups * tiles;
-  bool split = stretches_ > 1 && items < 4 * team_.threads;
-  std::vector<float> alone(split ? 0 : HEADS * value_width), nowhere(value_width);
-  auto token = [&](int64_t item) { return item / (groups * tiles); };
-  auto first_head = [&](int64_t item) { return item / tiles % groups * heads + item % tiles * HEADS; };
-  auto num_heads = [&](int64_t item) { return std::min<int64_t>(HEADS, heads - item % tiles * HEADS); };
-  auto run = [&](int64_t item, int64_t s, float* top, float* sum, float* const* out) {
-    int64_t i = token(item), g = item / tiles % groups, length = c_.positions[i] + 1;
-    const float* base = c_.slots + l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + s * STRETCH * c_.width;
-    Stretch a;
-    for (int h = 0; h < HEADS; h++)
-      a.q[h] = latent_query_ + (i * n_.H + first_head(item) + std::min<int64_t>(h, num_heads(item) - 1)) * key_width;
+  int64_t units = N_ * groups * stretches_ * tiles, from = units * t / team_.threads, to = units * (t + 1) / team_.threads;
+  for (int64_t unit = from; unit < to; unit++) {
+    int64_t s = unit / tiles % stretches_, g = unit / tiles / stretches_ % groups, i = unit / tiles / stretches_ / groups;
+    int64_t first = unit % tiles * tile, n = std::min(tile, heads - first), length = c_.positions[i] + 1;
+    if (s * STRETCH >= length || n <= 0) continue;
+    const T* base = slots + slot(l, i, s * STRETCH);
+    Stretch<T> a;
+    float* out[HEADS];
+    int64_t head = i * n_.H + g * heads + first, at = head * stretches_ + s;
+    for (int64_t h = 0; h < n; h++) {
+      a.q[h] = latent_query_ + (head + h) * key_width;
+      out[h] = partial_ + (at + h * stretches_) * value_width;
+    }
     a.keys = base + (latent ? 0 : g * n_.K);
     a.values = base + (latent ? 0 : n_.G * n_.K + g * n_.V);
     a.width = c_.width, a.key_width = key_width, a.value_width = value_width;
     a.rows = std::min(STRETCH, length - s * STRETCH);
-    attend_stretch(a, top, sum, out);
-  };
-  auto finish = [&](float* out, float sum) {
-    float factor = 1.0f / sum;
-    for (int64_t j = 0; j < value_width; j++) out[j] *= factor;
-  };
-  if (!split) {
-    for (int64_t item = t; item < items; item += team_.threads) {
-      int64_t i = token(item), n = num_heads(item), count = c_.positions[i] / STRETCH + 1;
-      float top[HEADS], sum[HEADS], next_top[HEADS], next_sum[HEADS], *out[HEADS], *next[HEADS];
-      for (int64_t h = 0; h < HEADS; h++) {
-        out[h] = h < n ? context_ + (i * n_.H + first_head(item) + h) * value_width : nowhere.data();
-        next[h] = &alone[h * value_width];
-      }
-      run(item, 0, top, sum, out);
-      for (int64_t s = 1; s < count; s++) {
-        run(item, s, next_top, next_sum, next);
-        for (int64_t h = 0; h < n; h++) join(&top[h], &sum[h], out[h], next_top[h], next_sum[h], next[h], value_width);
-      }
-      for (int64_t h = 0; h < n; h++) finish(out[h], sum[h]);
-    }
-    team_.wait();
-    return;
-  }
-  auto place = [&](int64_t item, int64_t h, int64_t s) { return (token(item) * n_.H + first_head(item) + h) * stretches_ + s; };
-  for (int64_t unit = t; unit < items * stretches_; unit += team_.threads) {
-    int64_t item = unit / stretches_, s = unit % stretches_, n = num_heads(item);
-    if (s * STRETCH > c_.positions[token(item)]) continue;
-    float top[HEADS], sum[HEADS], *out[HEADS];
-    for (int64_t h = 0; h < HEADS; h++) out[h] = h < n ? partial_ + place(item, h, s) * value_width : nowhere.data();
-    run(item, s, top, sum, out);
-    for (int64_t h = 0; h < n; h++) top_[place(item, h, s)] = top[h], sum_[place(item, h, s)] = sum[h];
+    float top[HEADS], sum[HEADS];
+    if (n == 1) attend_stretch<1>(a, top, sum, out);
+    if (n == 2) attend_stretch<2>(a, top, sum, out);
+    if (n == 3) attend_stretch<3>(a, top, sum, out);
+    if (n == 4) attend_stretch<4>(a, top, sum, out);
+    for (int64_t h = 0; h < n; h++) top_[at + h * stretches_] = top[h], sum_[at + h * stretches_] = sum[h];
   }
   team_.wait();
   for (int64_t head = t; head < N_ * n_.H; head += team_.threads) {
-    int64_t i = head / n_.H, count = c_.positions[i] / STRETCH + 1, at = head * stretches_;
+    int64_t count = c_.positions[head / n_.H] / STRETCH + 1, at = head * stretches_;
+    const float* part = partial_ + at * value_width;
     float *out = context_ + head * value_width, top = top_[at], sum = sum_[at];
-    std::memcpy(out, partial_ + at * value_width, (size_t)value_width * 4);
-    for (int64_t s = 1; s < count; s++) join(&top, &sum, out, top_[at + s], sum_[at + s], partial_ + (at + s) * value_width, value_width);
-    finish(out, sum);
+    std::memcpy(out, part, (size_t)value_width * 4);
+    for (int64_t s = 1; s < count; s++) join(&top, &sum, out, top_[at + s], sum_[at + s], part + s * value_width, value_width);
+    for (int64_t j = 0; j < value_width; j++) out[j] /= sum;
   }
   team_.wait();
 }
@@ -731,6 +758,14 @@ Arena& arena() {
 }  // namespace
 
 extern "C" {
+
+// Asks for pages of 2 MB in memory that has not been touched yet.
+void minga_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  uintptr_t page = 4096, from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + bytes) / page * page;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+}
 
 int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall); }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -55,6 +56,29 @@ def matrix(
     return Matrix(**values, count=data.shape[0] if data.ndim in (3, 5) else 1, scale=scale, bias=bias)
 
 
+class Memory:
+    """One piece of memory for all weights of a model, in large pages where the system has them: a decoding step walks
+    through most of it, and with small pages every fourth kilobyte costs a look into the page table besides.
+    """
+
+    PAGE = 2 << 20
+
+    def __init__(self, expected: int):
+        """expected: bytes; what does not fit comes from elsewhere."""
+        self._bytes = torch.empty(expected + expected // 16 + 2 * self.PAGE, dtype=torch.uint8)
+        self._used = -self._bytes.data_ptr() % self.PAGE
+        call("minga_large_pages", self._bytes, self._bytes.nbytes)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """As torch.empty."""
+        size = math.prod(shape) * dtype.itemsize
+        start = self._used
+        if start + size > self._bytes.nbytes:
+            return torch.empty(*shape, dtype=dtype)
+        self._used += -(-size // 64) * 64
+        return self._bytes[start : start + size].view(dtype).view(shape)
+
+
 def _matrices(*names: str) -> list[tuple[str, Any]]:
     return [(name, Matrix) for name in names]
 
@@ -101,7 +125,7 @@ class Call(Structure):
     """MingaCall: one forward pass over N tokens."""
 
     _fields_ = [
-        *_numbers("N", "threads", "mtp"),
+        *_numbers("N", "threads", "mtp", "half"),
         *_pointers("ids", "positions", "sequence", "slots"),
         *_numbers("layer_stride", "sequence_stride", "width"),
         *_pointers("cos", "sin", "hidden", "out"),

@@ -47,6 +47,25 @@ static inline float half_to_float(uint16_t h) {
   return f;
 #endif
 }
+// To the nearest, ties to even, as the instructions round.
+static inline uint16_t float_to_half(float f) {
+#if defined(__F16C__)
+  return (uint16_t)_cvtss_sh(f, 0);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size >= 0x47800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+  if (size < 0x38800000) {  // below the normal numbers of float16: whole multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &size, 4);
+    return (uint16_t)(sign | (uint32_t)std::lrintf(magnitude * 16777216.0f));
+  }
+  size += 0xfff + (size >> 13 & 1);
+  return (uint16_t)(sign | ((size - 0x38000000) >> 13));
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------ activations
 
 // Rows of float32, and the same rounded to int8: q (padded with zeros), a scale and the sum of q for each block.
