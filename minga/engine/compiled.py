@@ -15,7 +15,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from minga.config import ModelConfig
 from minga.errors import UserError
 from minga.kernels import cpu, ops, panels
 from minga.kernels.cpu import net
@@ -28,7 +27,7 @@ from minga.model.transformer import Transformer
 from minga.quant.blocks import Format, Quantized, dense_weight, format_of
 
 _KINDS = {8: net.INT8, 4: net.INT4}
-_MAX_TOKENS = 256  # of one call: bounds the room for partial sums of attention
+_MAX_TOKENS, _PARTIAL = 256, 2**24  # of one call: tokens, and numbers of partial results of attention
 
 
 def compile_model(model: Transformer, note: Callable[[str], None] = lambda line: None) -> Transformer | CompiledModel:
@@ -54,25 +53,11 @@ class CompiledModel:
         memory = net.Memory(sum(tensor.nbytes for module in stored for tensor in module.buffers()))
         for module in stored:
             module.to_panels(memory.empty)
-        self._net = _describe(model, memory)
+        self._net, self._call = _describe(model, memory), net.Call()
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Weights in few bits are less exact than a cache in float16, and half the bytes are half the time."""
-        return torch.float32 if format_of(self.model) is None else torch.float16
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        self.config, self.dtype, self.device = model.config, torch.float32, torch.device("cpu")
+        # weights in few bits are less exact than a cache in float16, and half the bytes are half the time
+        self.cache_dtype = torch.float32 if format_of(model) is None else torch.float16
 
     def eval(self) -> CompiledModel:
         return self
@@ -93,26 +78,39 @@ class CompiledModel:
 
     def _run(self, ids_BT: Tensor, hidden_BTD: Tensor | None, cache: Cache, positions_BT: Tensor) -> Tensor:
         B, T = ids_BT.shape
-        ids_N, positions_N = ids_BT.flatten().contiguous(), positions_BT.expand(B, T).flatten().contiguous()
-        sequence_N = torch.arange(B).repeat_interleave(T)
+        ids_N, positions_N = ids_BT.reshape(-1).contiguous(), positions_BT.expand(B, T).reshape(-1).contiguous()
+        sequence_N = torch.arange(B * T) if T == 1 else torch.arange(B).repeat_interleave(T)
         last, slots = int(positions_N.max()), cache.slots
         if last >= cache.capacity:
             raise UserError(f"position {last} is beyond the cache's {cache.capacity} slots. give the cache more room")
         cos_SP, sin_SP = self._angles_for(cache.capacity)
-        hidden_ND = None if hidden_BTD is None else hidden_BTD.flatten(0, 1)
-        out_ND = torch.empty(B * T, self.config.hidden_size)
-        for start in range(0, B * T, _MAX_TOKENS):
-            part = slice(start, start + _MAX_TOKENS)
-            ids = ids_N[part]
-            step = net.Call(
-                N=len(ids), threads=torch.get_num_threads(), mtp=int(hidden_ND is not None),
-                half=int(slots.dtype == torch.float16), ids=ids, positions=positions_N[part], sequence=sequence_N[part],
-                slots=slots.data_ptr(), layer_stride=slots.stride(0), sequence_stride=slots.stride(1),
-                width=slots.shape[3], cos=cos_SP, sin=sin_SP, out=out_ND[part],
-                hidden=None if hidden_ND is None else hidden_ND[part],
-            )  # fmt: skip
-            net.forward(self._net, step)
-        return out_ND.view(B, T, -1)
+        D = self.config.hidden_size
+        out_ND = torch.empty(B * T, D)
+        call = self._call
+        call.threads, call.mtp, call.half = (
+            torch.get_num_threads(),
+            hidden_BTD is not None,
+            slots.dtype == torch.float16,
+        )
+        call.slots, call.width = slots.data_ptr(), slots.shape[3]
+        call.layer_stride, call.sequence_stride = slots.stride(0), slots.stride(1)
+        call.cos, call.sin = cos_SP.data_ptr(), sin_SP.data_ptr()
+        at_most = self._tokens_at_once(last)
+        for start in range(0, B * T, at_most):
+            call.N = min(at_most, B * T - start)
+            call.ids, call.positions, call.sequence = (
+                t.data_ptr() + start * t.element_size() for t in (ids_N, positions_N, sequence_N)
+            )
+            call.hidden = None if hidden_BTD is None else hidden_BTD.data_ptr() + start * D * 4
+            call.out = out_ND.data_ptr() + start * D * 4
+            net.forward(self._net, call)
+        return out_ND.view(B, T, D)
+
+    def _tokens_at_once(self, last: int) -> int:
+        """As many as find room for the partial results of attention over positions up to `last`."""
+        c = self.config
+        width = c.kv_lora_rank or c.value_head_dim
+        return max(1, min(_MAX_TOKENS, _PARTIAL // (c.num_attention_heads * width * (last // net.STRETCH + 1))))
 
     def _angles_for(self, capacity: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all positions up to `capacity`, (S, P) each."""

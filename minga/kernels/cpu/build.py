@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,15 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | float | None) -> int
 
     Returns what the function returns, which for most is nothing of meaning.
     """
+    return int(_function(name)(*map(_as_c, arguments)))
+
+
+@cache
+def _function(name: str) -> Any:
     assert _library is not None
     function = getattr(_library, name)
     function.restype = ctypes.c_int64
-    return int(function(*map(_as_c, arguments)))
+    return function
 
 
 def _open(note: Callable[[str], None]) -> ctypes.CDLL:
@@ -94,13 +100,13 @@ def _built(note: Callable[[str], None]) -> Path:
     identity = hashlib.sha256(version + _processor().encode() + " ".join(flags).encode())
     for name in (*UNITS, *HEADERS):
         identity.update((folder / name).read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
-    library = cache / f"kernels-{identity.hexdigest()[:16]}.so"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
+    library = kept / f"kernels-{identity.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     note("compiling the CPU kernels for this machine, once")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as work:
         # Compiled with OpenMP but not linked with it: the calls find torch's own runtime, which is in the process
         # already. Two runtimes would be two pools of threads that wait for each other's cores.
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]

@@ -23,7 +23,7 @@ using namespace minga;
 
 namespace {
 
-constexpr int64_t STRETCH = 64;  // cache rows whose softmax is taken on its own, then joined with the others
+constexpr int64_t STRETCH = 64;  // net.py has it too; cache rows whose softmax is taken on its own, then joined with the others
 constexpr int HEADS = 4;          // that read a cache row together
 
 enum Attention : int64_t { LATENT = 0, GROUPED = 1 };
@@ -767,7 +767,7 @@ void minga_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall); }
+int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + STRETCH; }
 
 void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   Team team{(int)call->threads};
