@@ -122,7 +122,9 @@ static inline void round_row(Rows& r, int64_t i, int64_t block) {
 // ------------------------------------------------------------------------------------------------------ 8 and 4 bits
 
 // out[t][p * 16 + r] = row r of panel p times token t, for NP panels and NT tokens. w, s: the first panel and its scales.
-template <int NT, int NP, bool FOUR>
+// CH: sums side by side in a block, whole numbers that are added at its end. One panel and several sums for few tokens, so
+// that memory is read from front to back; two panels and one sum for many.
+template <int NT, int NP, int CH, bool FOUR>
 static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, const Rows& r, const int32_t* token, float* const* out) {
   const int64_t panel_bytes = m.panel_bytes(), blocks = m.blocks(), padded = m.padded();
   const int8_t* q[NT];
@@ -134,20 +136,23 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
     sum[t] = r.sum + token[t] * r.blocks;
   }
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  constexpr int STEP = FOUR ? 8 : 4;
   __m512 acc[NT][NP];
   for (int t = 0; t < NT; t++)
     for (int p = 0; p < NP; p++) acc[t][p] = _mm512_setzero_ps();
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)0x80);
   for (int64_t b = 0; b < blocks; b++) {
-    __m512i c[NT][NP];
-    for (int t = 0; t < NT; t++)  // the instruction takes weights without sign: w + 128, or w + 8
-      for (int p = 0; p < NP; p++) c[t][p] = _mm512_set1_epi32((FOUR ? -8 : -128) * sum[t][b]);
-    int64_t k0 = b * m.block, k1 = std::min(padded, k0 + m.block);
-    for (int64_t k = k0; k < k1; k += FOUR ? 8 : 4) {
+    __m512i c[NT][NP][CH];
+    for (int t = 0; t < NT; t++)
+      for (int p = 0; p < NP; p++) {  // the instruction takes weights without sign: w + 128, or w + 8
+        c[t][p][0] = _mm512_set1_epi32((FOUR ? -8 : -128) * sum[t][b]);
+        for (int i = 1; i < CH; i++) c[t][p][i] = _mm512_setzero_si512();
+      }
+    auto step = [&](int64_t k, int i) {
       __m512i v[NP], high[NP];
       for (int p = 0; p < NP; p++) {
         const uint8_t* at = w + p * panel_bytes + (FOUR ? k * 8 : k * 16);
-        if (NT <= 2) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+        if (NP == 1) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
         v[p] = _mm512_loadu_si512(at);
         if (FOUR) {
           high[p] = _mm512_and_si512(_mm512_srli_epi16(v[p], 4), low);
@@ -158,17 +163,23 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
       }
       for (int t = 0; t < NT; t++) {
         __m512i x = _mm512_set1_epi32(load<int32_t>(q[t] + k));
-        for (int p = 0; p < NP; p++) c[t][p] = _mm512_dpbusd_epi32(c[t][p], v[p], x);
+        for (int p = 0; p < NP; p++) c[t][p][i] = _mm512_dpbusd_epi32(c[t][p][i], v[p], x);
         if (FOUR) {
           x = _mm512_set1_epi32(load<int32_t>(q[t] + k + 4));
-          for (int p = 0; p < NP; p++) c[t][p] = _mm512_dpbusd_epi32(c[t][p], high[p], x);
+          for (int p = 0; p < NP; p++) c[t][p][i] = _mm512_dpbusd_epi32(c[t][p][i], high[p], x);
         }
       }
-    }
+    };
+    int64_t k = b * m.block, k1 = std::min(padded, k + m.block);
+    for (; k + CH * STEP <= k1; k += CH * STEP)
+      for (int i = 0; i < CH; i++) step(k + i * STEP, i);
+    for (; k < k1; k += STEP) step(k, 0);
     for (int p = 0; p < NP; p++) {
       __m512 ws = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(s + (p * blocks + b) * PANEL)));
-      for (int t = 0; t < NT; t++)
-        acc[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[t][p]), _mm512_mul_ps(ws, _mm512_set1_ps(scale[t][b])), acc[t][p]);
+      for (int t = 0; t < NT; t++) {
+        for (int i = 1; i < CH; i++) c[t][p][0] = _mm512_add_epi32(c[t][p][0], c[t][p][i]);
+        acc[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[t][p][0]), _mm512_mul_ps(ws, _mm512_set1_ps(scale[t][b])), acc[t][p]);
+      }
     }
   }
   for (int t = 0; t < NT; t++)
@@ -186,7 +197,7 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
         for (int half = 0; half < 2; half++) {
           const uint8_t* at = w + p * panel_bytes + (FOUR ? k * 8 : k * 16) + half * 32;
           __m256i v = _mm256_loadu_si256((const __m256i*)at);
-          if (NT <= 2 && half == 0) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+          if (NP == 1 && half == 0) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
           for (int t = 0; t < NT; t++) {
             __m256i x = _mm256_set1_epi32(load<int32_t>(q[t] + k)), two;
             if (FOUR) {
@@ -235,16 +246,21 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
 #endif
 }
 
-template <int NP, bool FOUR>
-static void panel_products(const Matrix& m, const uint8_t* w, const uint16_t* s, const Rows& r, const int32_t* token, int nt, float* const* out) {
-  if (nt == 1) return panel_product<1, NP, FOUR>(m, w, s, r, token, out);
-  if (nt == 2) return panel_product<2, NP, FOUR>(m, w, s, r, token, out);
-  if constexpr (NP < 4) switch (nt) {
-    case 3: return panel_product<3, NP, FOUR>(m, w, s, r, token, out);
-    case 4: return panel_product<4, NP, FOUR>(m, w, s, r, token, out);
-    case 5: return panel_product<5, NP, FOUR>(m, w, s, r, token, out);
-    default: return panel_product<6, NP, FOUR>(m, w, s, r, token, out);
-  }
+// Up to two panels, or one for few tokens; returns how many.
+template <bool FOUR>
+static int panel_products(const Matrix& m, const uint8_t* w, const uint16_t* s, int64_t panels, const Rows& r, const int32_t* token, int nt,
+                          float* const* out) {
+#define MINGA_CALL(NT, NP, CH) return panel_product<NT, NP, CH, FOUR>(m, w, s, r, token, out), NP
+  if (nt == 1) MINGA_CALL(1, 1, 4);
+  if (nt == 2) MINGA_CALL(2, 1, 4);
+  if (nt == 3) MINGA_CALL(3, 1, 2);
+  if (nt == 4 && panels == 1) MINGA_CALL(4, 1, 2);
+  if (nt == 5 && panels == 1) MINGA_CALL(5, 1, 2);
+  if (panels == 1) MINGA_CALL(6, 1, 2);
+  if (nt == 4) MINGA_CALL(4, 2, 1);
+  if (nt == 5) MINGA_CALL(5, 2, 1);
+  MINGA_CALL(6, 2, 1);
+#undef MINGA_CALL
 }
 
 // ------------------------------------------------------------------------------------------------------ float weights
@@ -295,43 +311,40 @@ static void float_products(const Matrix& m, const uint8_t* w, const Rows& r, con
 
 // ------------------------------------------------------------------------------------------------------ either
 
-// Units of 16 rows from `from` to `to` of matrix `number` times `nt` rows of activations; out(t) + the row's number.
+// Units of 16 rows from `from` to `to` of matrix `number` times `nt` rows of activations; out[t] + the row's number.
 static void product(const Matrix& m, int64_t number, int64_t from, int64_t to, const Rows& r, const int32_t* token, int64_t nt, float* const* out) {
   const uint8_t* w = m.data + number * m.bytes();
   const uint16_t* s = m.scale + number * m.panels() * m.blocks() * PANEL;
   float* at[MAX_TOKENS];
-  alignas(64) float room[MAX_TOKENS][4 * PANEL];
-  for (int64_t u = from; u < to;) {
-    bool alone = nt <= 2;  // few tokens: more panels side by side keep the memory busy
-    int np = m.is_float() ? 1 : (int)std::min<int64_t>(alone ? 4 : 2, to - u);
-    if (np == 3) np = 2;
+  alignas(64) float room[MAX_TOKENS][2 * PANEL];
+  bool few = nt <= 3;
+  for (int64_t u = from, np; u < to; u += np) {
+    np = m.is_float() || few ? 1 : std::min<int64_t>(2, to - u);
     int64_t row = u * PANEL, rows = std::min<int64_t>(m.rows - row, np * PANEL);
-    bool whole = rows == np * PANEL;
     for (int64_t t0 = 0; t0 < nt; t0 += MAX_TOKENS) {
       int n = (int)std::min<int64_t>(MAX_TOKENS, nt - t0);
-      for (int t = 0; t < n; t++) at[t] = whole || m.is_float() ? out[t0 + t] + row : room[t];
-      const uint8_t* wp = w + u * m.panel_bytes();
-      const uint16_t* sp = s + u * m.blocks() * PANEL;
-      const int32_t* tokens = token + t0;
-      if (m.kind == FLOAT32) float_products(m, w + row * m.row_bytes(), r, tokens, n, (int)rows, at);
-      if (m.kind == INT8) {
-        if (np == 4) panel_products<4, false>(m, wp, sp, r, tokens, n, at);
-        if (np == 2) panel_products<2, false>(m, wp, sp, r, tokens, n, at);
-        if (np == 1) panel_products<1, false>(m, wp, sp, r, tokens, n, at);
-      }
-      if (m.kind == INT4) {
-        if (np == 4) panel_products<4, true>(m, wp, sp, r, tokens, n, at);
-        if (np == 2) panel_products<2, true>(m, wp, sp, r, tokens, n, at);
-        if (np == 1) panel_products<1, true>(m, wp, sp, r, tokens, n, at);
+      bool direct = m.is_float() || rows == np * PANEL;
+      for (int t = 0; t < n; t++) at[t] = direct ? out[t0 + t] + row : room[t];
+      if (m.is_float()) {
+        float_products(m, w + row * m.row_bytes(), r, token + t0, n, (int)rows, at);
+      } else {
+        // the last tokens of many may be few, and then each panel comes alone
+        for (int64_t p = 0; p < np;) {
+          float* to_panel[MAX_TOKENS];
+          for (int t = 0; t < n; t++) to_panel[t] = at[t] + p * PANEL;
+          const uint8_t* wp = w + (u + p) * m.panel_bytes();
+          const uint16_t* sp = s + (u + p) * m.blocks() * PANEL;
+          p += m.kind == INT8 ? panel_products<false>(m, wp, sp, np - p, r, token + t0, n, to_panel)
+                              : panel_products<true>(m, wp, sp, np - p, r, token + t0, n, to_panel);
+        }
       }
       for (int t = 0; t < n; t++) {
         float* to_row = out[t0 + t] + row;
-        if (at[t] != to_row) std::memcpy(to_row, at[t], (size_t)rows * 4);
+        if (!direct) std::memcpy(to_row, room[t], (size_t)rows * 4);
         if (m.bias)
           for (int64_t i = 0; i < rows; i++) to_row[i] += m.bias[row + i];
       }
     }
-    u += np;
   }
 }
 
