@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from minga.config import TrainConfig
+from minga.config.presets import tiny
 from minga.recipes import pretrain as pretraining
 from minga.recipes.pretrain import pretrain
 
@@ -51,26 +52,81 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "optimizer_of", pretraining.optimizer_of)
 
 
-def test_speculation(make_config: Callable[..., TrainConfig]) -> None:
-    run = pretrain(make_config(steps=2)).run
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "speculation.py"),
-        str(run),
-        "--runs",
-        "1",
-        "--tokens",
-        "8",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert set(document) == {"bench", "machine", "versions", "commit", "rows"}
-    (row,) = document["rows"]
-    assert set(row) == KEYS | {"note"}
-    assert row["runs"] == 4
-    assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+# ---------------------------------------------------------------------------------------------- engine
+
+
+@pytest.fixture
+def small_models(scripts, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The engine's benchmark with a tiny model in place of all, without pauses."""
+    engine = scripts("engine")
+    config = tiny().replace(n_group=1, topk_group=1, qk_nope_head_dim=32, num_nextn_predict_layers=0)
+    monkeypatch.setattr(engine, "model_config", lambda name: config)
+    monkeypatch.setattr(engine, "PAUSE", 0)
+    return engine
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_engine_beside_llama_cpp(small_models: ModuleType, format: str) -> None:
+    pytest.importorskip("llama_cpp")
+    settings: dict[str, Any] = {"model": "b", "format": format, "rounds": 2}
+    decoded = small_models.measure_decode(**settings, context=20, tokens=4)
+    prefilled = small_models.measure_prefill(**settings, length=64)
+    for found in (decoded, prefilled):
+        assert all(len(found[side]) == 2 and min(found[side]) > 0 for side in ("ours", "theirs"))
+    speeds = small_models.measure_throughput(model="b", format=format, requests=3, prompt=8, tokens=4)
+    assert min(speeds.values()) > 0
+
+
+def test_engine_peer_computes_the_same(small_models: ModuleType, scripts, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model, file = small_models._floats("b"), tmp_path / "model.gguf"
+    scripts("peers").write_gguf(model, file, "Q8_0")
+    peer, ids = scripts("peers").Llama(file, threads=1, context=64), list(range(5, 25))
+    peer.prefill(ids)
+    with torch.inference_mode():
+        ours = model(torch.tensor([ids])).logits[0, -1]
+    assert (peer.logits() - ours).norm() < 0.05 * ours.norm()
+
+
+def test_engine_beside_transformers(small_models: ModuleType) -> None:
+    assert min(small_models.measure_transformers("b", context=4, tokens=2, rounds=2)) > 0
+    assert small_models.measure_one_by_one("b", prompt=4, tokens=3) > 0
+
+
+def test_engine_roofline_counts_what_a_token_reads(small_models: ModuleType) -> None:
+    found = small_models.measure_roofline("b", "int8", tokens=4, rounds=1)
+    model = small_models._floats("b")
+    weights = {name: p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and p.ndim > 1}
+    touched = sum(size // 4 if ".experts." in name else size for name, size in weights.items())  # 2 of 8 experts
+    assert touched < found["bytes_a_token"] < 1.2 * touched + 4000
+
+
+def test_engine_speculation_and_bits(make_config: Callable[..., TrainConfig], scripts, shards: Path) -> None:
+    run = str(pretrain(make_config(steps=2)).run)
+    found = scripts("engine").measure_speculation(run, "int8", rounds=1, tokens=8)
+    assert len(found["plain"]) == len(found["ahead"]) == len(found["acceptance"]) == 4
+    exact, rounded = (scripts("engine").measure_bits(run, str(shards), format, 500) for format in (None, "int8"))
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_engine_rows_and_failures(scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row whose peer is missing fails alone."""
+    engine = scripts("engine")
+    answers = {"decode": {"ours": [3.0, 4.0], "theirs": [1.0, 2.0]}}
+
+    def measure(script: str, name: str, *, threads: int, **rest: Any) -> Any:
+        if rest["context"]:
+            raise engine.Failed("no llama_cpp")
+        return answers[name]
+
+    monkeypatch.setattr(engine, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--only", "decode/a/int8", "--quick"])
+    assert engine.main() == 1
+    out = capsys.readouterr()
+    rows = json.loads(out.out.splitlines()[-1])["rows"]
+    assert [row["id"] for row in rows] == [f"decode/a/int8/ctx0/threads{threads}" for threads in (1, 2)]
+    assert rows[0]["ratio"] == 2.5 and set(rows[0]) == KEYS
+    assert out.err.count("failed: decode/a/int8/ctx4096") == 2
 
 
 # ---------------------------------------------------------------------------------------------- train: measurements

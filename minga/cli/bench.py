@@ -15,7 +15,7 @@ from minga.runtime.machine import CHECKOUT
 BENCHES = {
     "train": "what training costs, against transformers and a 2023-style baseline",
     "ablation": "what each part of the training recipe gives, at equal CPU time",
-    "speculation": "what MTP drafts gain when a model writes (of --model)",
+    "engine": "reading and writing beside llama.cpp and transformers, memory, and what MTP drafts gain (of --model)",
 }
 
 EXAMPLE = """\
@@ -26,7 +26,8 @@ examples:
   minga bench train --quick --json                  ten minutes at most, one JSON document as the last line
   minga bench train --only train/tokens-per-second  a part of the rows
   minga bench train --data shards --minutes 10      text of one's own, shorter baselines
-  minga bench speculation --model runs/demo
+  minga bench engine --only decode/b                beside llama.cpp, from the extra `bench`
+  minga bench engine --only speculate --model runs/demo
 The first lines of benchmarks/NAME.py say what its rows mean; run as a script it has a few more flags.
 """
 
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--minutes", type=float, metavar="M", help="length of a baseline run, or of each run of the ablation"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of both sides (default 2)")
-    parser.add_argument("--model", metavar="PATH", help="model or run folder (speculation; default runs/demo)")
+    parser.add_argument("--model", metavar="PATH", help="trained model or run folder (engine)")
     parser.set_defaults(run=run)
     return parser
 

@@ -76,26 +76,26 @@ class CompiledModel:
         B, T, D = hidden_BTD.shape
         return net.head(self._net, hidden_BTD.reshape(-1, D)).view(B, T, -1)
 
+    def greedy(self, ids_B: Tensor, positions_B: Tensor, cache: Cache, steps: int) -> Tensor:
+        """`steps` tokens of each sequence, (steps, B): every one the likeliest after what is before it."""
+        assert int(positions_B.max()) + steps <= cache.capacity
+        out_BD = torch.empty(len(ids_B), self.config.hidden_size)
+        call, kept = self._prepare(cache), (ids_B.clone(), positions_B.clone(), torch.arange(len(ids_B)))
+        call.N, call.mtp, call.hidden, call.out = len(ids_B), False, None, out_BD.data_ptr()
+        call.ids, call.positions, call.sequence = (t.data_ptr() for t in kept)
+        return net.greedy(self._net, call, kept[0], kept[1], steps)
+
     def _run(self, ids_BT: Tensor, hidden_BTD: Tensor | None, cache: Cache, positions_BT: Tensor) -> Tensor:
         B, T = ids_BT.shape
         ids_N, positions_N = ids_BT.reshape(-1).contiguous(), positions_BT.expand(B, T).reshape(-1).contiguous()
         sequence_N = torch.arange(B * T) if T == 1 else torch.arange(B).repeat_interleave(T)
-        last, slots = int(positions_N.max()), cache.slots
+        last = int(positions_N.max())
         if last >= cache.capacity:
             raise UserError(f"position {last} is beyond the cache's {cache.capacity} slots. give the cache more room")
-        cos_SP, sin_SP = self._angles_for(cache.capacity)
         D = self.config.hidden_size
         out_ND = torch.empty(B * T, D)
-        call = self._call
-        call.threads, call.mtp, call.half = (
-            torch.get_num_threads(),
-            hidden_BTD is not None,
-            slots.dtype == torch.float16,
-        )
-        call.slots, call.width = slots.data_ptr(), slots.shape[3]
-        call.layer_stride, call.sequence_stride = slots.stride(0), slots.stride(1)
-        call.cos, call.sin = cos_SP.data_ptr(), sin_SP.data_ptr()
-        at_most = self._tokens_at_once(last)
+        call, at_most = self._prepare(cache), self._tokens_at_once(last)
+        call.mtp = hidden_BTD is not None
         for start in range(0, B * T, at_most):
             call.N = min(at_most, B * T - start)
             call.ids, call.positions, call.sequence = (
@@ -105,6 +105,16 @@ class CompiledModel:
             call.out = out_ND.data_ptr() + start * D * 4
             net.forward(self._net, call)
         return out_ND.view(B, T, D)
+
+    def _prepare(self, cache: Cache) -> net.Call:
+        """The call with what does not depend on its tokens filled in."""
+        call, slots = self._call, cache.slots
+        cos_SP, sin_SP = self._angles_for(cache.capacity)
+        call.threads, call.half = torch.get_num_threads(), slots.dtype == torch.float16
+        call.slots, call.width = slots.data_ptr(), slots.shape[3]
+        call.layer_stride, call.sequence_stride = slots.stride(0), slots.stride(1)
+        call.cos, call.sin = cos_SP.data_ptr(), sin_SP.data_ptr()
+        return call
 
     def _tokens_at_once(self, last: int) -> int:
         """As many as find room for the partial results of attention over positions up to `last`."""

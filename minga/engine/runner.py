@@ -26,6 +26,8 @@ from minga.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048  # of one call, all sequences together: bounds the activations, and is wide enough to be fast
 
+BURST_SECONDS = 0.01
+
 
 @dataclass
 class Stats:
@@ -67,6 +69,7 @@ class Runner:
             device=model.device,
         )
         self._new_ids: list[list[int]] = []
+        self._seconds_a_step = 0.0  # of the last one; 0 before the first
         self._hidden_BTD: Tensor
 
     @torch.inference_mode()
@@ -96,10 +99,34 @@ class Runner:
     def step(self) -> None:
         """One call of the model: each running sequence gains a token, and one more for every guess that was right."""
         began = perf_counter()
-        draft = self._draft()
-        hidden_BTD = self._read_last_and(draft)
-        self._take(hidden_BTD, draft)
+        burst = self._burst_length()
+        if burst > 1:
+            self._burst(burst)
+            self._seconds_a_step = (perf_counter() - began) / burst
+        else:
+            draft = self._draft()
+            self._take(self._read_last_and(draft), draft)
+            self._seconds_a_step = perf_counter() - began
         self.stats.decode_seconds += perf_counter() - began
+
+    def _burst_length(self) -> int:
+        """Steps that are taken in one call where all is greedy: at most `BURST_SECONDS`, so that a stream still flows."""
+        greedy = all(sequence.params.greedy and sequence.params.logprobs is None for sequence in self.running)
+        if self.num_drafts or not greedy or not isinstance(self.model, CompiledModel):
+            return 1
+        left = min(sequence.max_length - sequence.length for sequence in self.running)
+        return min(left, int(BURST_SECONDS / self._seconds_a_step)) if self._seconds_a_step else 1
+
+    def _burst(self, steps: int) -> None:
+        """What a sequence gets beyond its end is dropped."""
+        assert isinstance(self.model, CompiledModel)
+        ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
+        positions_B = torch.tensor([sequence.length - 1 for sequence in self.running])
+        tokens_SB = self.model.greedy(ids_B, positions_B, self.cache, steps)
+        self._new_ids = tokens_SB.T.tolist()
+        for sequence, new in zip(self.running, self._new_ids, strict=True):
+            self.stats.tokens += sequence.extend(new)
+        self._drop_finished()
 
     def _draft(self) -> Draft:
         if self.num_drafts == 0:

@@ -32,7 +32,7 @@ def test_the_script_gets_the_flags_and_its_exit_code_is_ours(told) -> None:
 
 
 def test_the_model_comes_last(told) -> None:
-    assert told("speculation", "--model", "runs/demo", "--json") == (3, ["--json", "runs/demo"])
+    assert told("engine", "--model", "runs/demo", "--json") == (3, ["--json", "runs/demo"])
 
 
 @pytest.mark.parametrize("name", bench.BENCHES)

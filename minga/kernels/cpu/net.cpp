@@ -68,6 +68,7 @@ struct MingaCall {
   const float *cos, *sin;  // (positions, P)
   const float* hidden;     // (N, D), for MTP
   float* out;              // (N, D), after the last norm
+  float* logits;           // (N, rows of the head), or null
 };
 
 }  // extern "C"
@@ -315,7 +316,7 @@ struct Job {
 struct Own {
   float *stream, *scores, *weight;
   int64_t* chosen;
-  Rows normed, q_a, absorbed, context, attended, act, shared_act, joined;
+  Rows normed, q_a, absorbed, context, attended, act, shared_act, joined, last;
 };
 
 class Forward {
@@ -433,6 +434,7 @@ void Forward::lay_out(Arena& arena) {
     if (E) o.act = rows(arena, N_ * n_.A, n_.active_width, down);
     if (hidden) o.shared_act = rows(arena, N_, hidden, shared);
     if (c_.mtp) o.joined = rows(arena, N_, 2 * D, n_.eh_proj);
+    if (c_.logits) o.last = rows(arena, N_, D, n_.head);
   }
   q_a_ = arena.take<float>(N_ * most([](const MingaLayer& L) { return L.q_a.rows; }));
   query_ = arena.take<float>(N_ * H * (n_.K + (latent() ? n_.R : 0)));
@@ -494,6 +496,12 @@ void Forward::run(int t) {
   }
   const float* norm = c_.mtp ? n_.mtp_norm : n_.norm;
   if (writes(t)) each(t, N_, [&](int64_t i) { rms_norm(me.stream + i * D, norm, D, n_.eps, c_.out + i * D); });
+  if (!c_.logits) return;
+  each(t, N_, [&](int64_t i) {
+    rms_norm(me.stream + i * D, norm, D, n_.eps, me.last.row(i));
+    round(me.last, i, n_.head);
+  });
+  products(t, {{&n_.head, 0, &me.last, all, all, N_, c_.logits, n_.head.rows}});
 }
 
 void Forward::attention(int t, Own& me, int64_t l) {
@@ -750,6 +758,21 @@ void Forward::choose(Own& me, int64_t i, const MingaLayer& L) {
   }
 }
 
+// Where the largest number is, the first of equals, as torch.argmax has it.
+int64_t first_largest(const float* x, int64_t n) {
+  vf tops = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) {
+    vf v = load<vf>(x + i);
+    tops = v > tops ? v : tops;
+  }
+  float top = -INFINITY;
+  for (int l = 0; l < VL; l++) top = std::max(top, tops[l]);
+  for (; i < n; i++) top = std::max(top, x[i]);
+  int64_t at = std::find(x, x + n, top) - x;
+  return at < n ? at : 0;  // no number at all: the sampler says so
+}
+
 Arena& arena() {
   static thread_local Arena of_this_thread;
   return of_this_thread;
@@ -784,6 +807,19 @@ void minga_net_forward(const MingaNet* net, const MingaCall* call) {
 #pragma omp single
     team.threads = threads_here();
     forward.run(thread_here());
+  }
+}
+
+// `steps` steps of N sequences in which each takes the likeliest token: call->ids and positions go on, and what was taken
+// is tokens (steps, N).
+void minga_net_greedy(const MingaNet* net, const MingaCall* call, int64_t steps, int64_t* ids, int64_t* positions, int64_t* tokens) {
+  int64_t V = net->head.rows;
+  for (int64_t s = 0; s < steps; s++) {
+    minga_net_forward(net, call);
+    for (int64_t i = 0; i < call->N; i++) {
+      ids[i] = tokens[s * call->N + i] = first_largest(call->logits + i * V, V);
+      positions[i]++;
+    }
   }
 }
 

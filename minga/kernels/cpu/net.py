@@ -129,13 +129,23 @@ class Call(Structure):
         *_numbers("N", "threads", "mtp", "half"),
         *_pointers("ids", "positions", "sequence", "slots"),
         *_numbers("layer_stride", "sequence_stride", "width"),
-        *_pointers("cos", "sin", "hidden", "out"),
+        *_pointers("cos", "sin", "hidden", "out", "logits"),
     ]
 
 
 def forward(net: Net, step: Call) -> None:
     """Fills `step.out` and writes the tokens' rows into the cache."""
     call("minga_net_forward", net, step)
+
+
+def greedy(net: Net, step: Call, ids_N: Tensor, positions_N: Tensor, steps: int) -> Tensor:
+    """Tokens (steps, N), each the likeliest after the one before; `ids_N` and `positions_N` go on with them."""
+    tokens_SN = torch.empty(steps, len(ids_N), dtype=torch.int64)
+    logits_NV = torch.empty(len(ids_N), net.head.rows)
+    step.logits = logits_NV.data_ptr()
+    call("minga_net_greedy", net, step, steps, ids_N, positions_N, tokens_SN)
+    step.logits = None
+    return tokens_SN
 
 
 def head(net: Net, x_ND: Tensor) -> Tensor:

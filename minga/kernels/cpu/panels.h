@@ -14,7 +14,7 @@ namespace minga {
 constexpr int PANEL = 16;        // rows
 constexpr int MAX_TOKENS = 6;    // of one call of a kernel
 constexpr int FLOAT_ROWS = 4;    // of weights in one call of the float kernel
-constexpr int64_t AHEAD = 4096;  // bytes: what is asked of memory before it is needed
+constexpr int64_t AHEAD = 8192;  // bytes: what is asked of memory before it is needed
 
 enum Kind : int64_t { NONE = 0, FLOAT32 = 1, INT8 = 2, INT4 = 3 };
 
