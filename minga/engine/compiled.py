@@ -85,6 +85,31 @@ class CompiledModel:
         call.ids, call.positions, call.sequence = (t.data_ptr() for t in kept)
         return net.greedy(self._net, call, kept[0], kept[1], steps)
 
+    def speculate(
+        self,
+        new_ids: list[list[int]],
+        hidden_BTD: Tensor,
+        positions_B: Tensor,
+        cache: Cache,
+        *,
+        num_drafts: int,
+        steps: int,
+    ) -> tuple[list[list[list[int]]], Tensor]:
+        """`steps` greedy steps with guesses: what each gave each sequence, and the states that chose the last tokens.
+
+        new_ids, hidden_BTD: the tokens of the last step and the states that chose them; positions_B: of the last tokens.
+        """
+        B, T = len(new_ids), num_drafts + 1
+        assert int(positions_B.max()) + steps * T <= cache.capacity
+        count_B = torch.tensor([len(new) for new in new_ids])
+        new_BT = torch.tensor([new + [0] * (T - len(new)) for new in new_ids])
+        state_BTD = torch.zeros(B, T, self.config.hidden_size)
+        state_BTD[:, : hidden_BTD.shape[1]] = hidden_BTD[:, :T]
+        came = net.speculate(self._net, self._prepare(cache), new_BT, count_B, state_BTD, positions_B.clone(), steps)
+        tokens_SBT, counts_SB = (t.tolist() for t in came)
+        each = zip(tokens_SBT, counts_SB, strict=True)
+        return [[row[:n] for row, n in zip(rows, counts, strict=True)] for rows, counts in each], state_BTD
+
     def _run(self, ids_BT: Tensor, hidden_BTD: Tensor | None, cache: Cache, positions_BT: Tensor) -> Tensor:
         B, T = ids_BT.shape
         ids_N, positions_N = ids_BT.reshape(-1).contiguous(), positions_BT.expand(B, T).reshape(-1).contiguous()

@@ -112,20 +112,29 @@ class Runner:
     def _burst_length(self) -> int:
         """Steps that are taken in one call where all is greedy: at most `BURST_SECONDS`, so that a stream still flows."""
         greedy = all(sequence.params.greedy and sequence.params.logprobs is None for sequence in self.running)
-        if self.num_drafts or not greedy or not isinstance(self.model, CompiledModel):
+        if not (greedy and isinstance(self.model, CompiledModel) and self._seconds_a_step):
             return 1
         left = min(sequence.max_length - sequence.length for sequence in self.running)
-        return min(left, int(BURST_SECONDS / self._seconds_a_step)) if self._seconds_a_step else 1
+        return min(left // (self.num_drafts + 1), int(BURST_SECONDS / self._seconds_a_step))
 
     def _burst(self, steps: int) -> None:
         """What a sequence gets beyond its end is dropped."""
         assert isinstance(self.model, CompiledModel)
-        ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
         positions_B = torch.tensor([sequence.length - 1 for sequence in self.running])
-        tokens_SB = self.model.greedy(ids_B, positions_B, self.cache, steps)
-        self._new_ids = tokens_SB.T.tolist()
-        for sequence, new in zip(self.running, self._new_ids, strict=True):
-            self.stats.tokens += sequence.extend(new)
+        if self.num_drafts:
+            came, self._hidden_BTD = self.model.speculate(
+                self._new_ids, self._hidden_BTD, positions_B, self.cache, num_drafts=self.num_drafts, steps=steps
+            )
+            self.stats.drafted += steps * self.num_drafts * len(self.running)
+            self.stats.accepted += sum(len(new) - 1 for step in came for new in step)
+        else:
+            ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
+            came = [
+                [[token] for token in row] for row in self.model.greedy(ids_B, positions_B, self.cache, steps).tolist()
+            ]
+        self._new_ids = came[-1]
+        for row, sequence in enumerate(self.running):
+            self.stats.tokens += sequence.extend([token for step in came for token in step[row]])
         self._drop_finished()
 
     def _draft(self) -> Draft:

@@ -72,10 +72,34 @@ def test_greedy_equality_when_guesses_are_often_right(tokenizer, monkeypatch, nu
             ids.append([token if rng.random() < 0.7 else rng.randrange(64) for token in coming])
         return Draft(torch.tensor(ids), [None] * len(sequences))
 
+    monkeypatch.setattr(runner, "BURST_SECONDS", 0)
     monkeypatch.setattr(runner, "propose", oracle)
     llm = LLM.from_parts(model, tokenizer, num_drafts=num_drafts)
     assert [out.token_ids for out in llm.generate(prompts, params)] == [out.token_ids for out in plain]
     assert llm.stats.acceptance is not None and llm.stats.acceptance > 0.3
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_many_steps_in_one_call_are_those_steps(tokenizer, monkeypatch, num_drafts):
+    """With a module that sees nearly what the model sees, so that runs of every length occur."""
+    model, prompts = sharp_model(), mixed_prompts(12, 64)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:  # the token decides more than the text before it
+                weight *= 0.03
+        eye = torch.eye(model.config.hidden_size)
+        model.mtp[0].eh_proj.weight.mul_(0.3).add_(torch.cat([eye, 0 * eye], 1))
+    params = [SamplingParams(temperature=0, max_tokens=5 + 9 * index, ignore_eos=True) for index in range(len(prompts))]
+    results = []
+    for seconds in (0.0, 0.01, 1e9):
+        monkeypatch.setattr(runner, "BURST_SECONDS", seconds)
+        for speculate in (True, False):
+            llm = LLM.from_parts(model, tokenizer, num_drafts=num_drafts, speculate=speculate)
+            results.append([out.token_ids for out in llm.generate(prompts, params)])
+            assert llm.stats.tokens == sum(param.max_tokens for param in params)
+            assert not speculate or 0.1 < llm.stats.acceptance < 0.95
+    assert all(result == results[0] for result in results)
+
 
 
 def test_verify_greedy():
@@ -158,6 +182,7 @@ def test_guesses_are_those_of_the_module_without_a_cache(tokenizer, monkeypatch,
         return draft
 
     monkeypatch.setattr(runner, "propose", checked)
+    monkeypatch.setattr(runner, "BURST_SECONDS", 0)
     llm = LLM.from_parts(model, tokenizer, num_drafts=2)
     llm.generate(mixed_prompts(3, 64), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
     assert seen == llm.stats.drafted > 50

@@ -68,7 +68,9 @@ struct MingaCall {
   const float *cos, *sin;  // (positions, P)
   const float* hidden;     // (N, D), for MTP
   float* out;              // (N, D), after the last norm
-  float* logits;           // (N, rows of the head), or null
+  float* logits;           // (number of wanted, rows of the head), or null
+  const int64_t* wanted;   // tokens of which logits are wanted; null: all
+  int64_t num_wanted;
 };
 
 }  // extern "C"
@@ -337,6 +339,7 @@ class Forward {
   bool latent() const { return layer(first_layer()).attention == LATENT; }
   int64_t first_layer() const { return c_.mtp ? n_.num_layers : 0; }
   int64_t last_layer() const { return c_.mtp ? n_.num_layers + 1 : n_.num_layers; }
+  int64_t num_logits() const { return c_.wanted ? c_.num_wanted : N_; }
   bool writes(int t) const { return !solo_ || t == 0; }  // to what all threads read
   int64_t slot(int64_t l, int64_t i, int64_t position) const {
     return l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + position * c_.width;
@@ -434,7 +437,7 @@ void Forward::lay_out(Arena& arena) {
     if (E) o.act = rows(arena, N_ * n_.A, n_.active_width, down);
     if (hidden) o.shared_act = rows(arena, N_, hidden, shared);
     if (c_.mtp) o.joined = rows(arena, N_, 2 * D, n_.eh_proj);
-    if (c_.logits) o.last = rows(arena, N_, D, n_.head);
+    if (c_.logits) o.last = rows(arena, num_logits(), D, n_.head);
   }
   q_a_ = arena.take<float>(N_ * most([](const MingaLayer& L) { return L.q_a.rows; }));
   query_ = arena.take<float>(N_ * H * (n_.K + (latent() ? n_.R : 0)));
@@ -497,11 +500,11 @@ void Forward::run(int t) {
   const float* norm = c_.mtp ? n_.mtp_norm : n_.norm;
   if (writes(t)) each(t, N_, [&](int64_t i) { rms_norm(me.stream + i * D, norm, D, n_.eps, c_.out + i * D); });
   if (!c_.logits) return;
-  each(t, N_, [&](int64_t i) {
-    rms_norm(me.stream + i * D, norm, D, n_.eps, me.last.row(i));
+  each(t, num_logits(), [&](int64_t i) {
+    rms_norm(me.stream + (c_.wanted ? c_.wanted[i] : i) * D, norm, D, n_.eps, me.last.row(i));
     round(me.last, i, n_.head);
   });
-  products(t, {{&n_.head, 0, &me.last, all, all, N_, c_.logits, n_.head.rows}});
+  products(t, {{&n_.head, 0, &me.last, all, all, num_logits(), c_.logits, n_.head.rows}});
 }
 
 void Forward::attention(int t, Own& me, int64_t l) {
@@ -819,6 +822,62 @@ void minga_net_greedy(const MingaNet* net, const MingaCall* call, int64_t steps,
     for (int64_t i = 0; i < call->N; i++) {
       ids[i] = tokens[s * call->N + i] = first_largest(call->logits + i * V, V);
       positions[i]++;
+    }
+  }
+}
+
+// The same with K guesses a step by the first MTP module, checked by the model: minga/engine/speculative.py, all greedy, for B
+// sequences. Goes in: the tokens of the last step of each, new_ids (B, K + 1) of which count (B) are there, the states that
+// chose them, hidden (B, K + 1, D), and the position of the last of them. All four come out as the last step leaves them;
+// tokens (steps, B, K + 1) and counts (steps, B) are what came.
+void minga_net_speculate(const MingaNet* net, const MingaCall* call, int64_t steps, int64_t B, int64_t K, int64_t* new_ids,
+                         int64_t* count, float* hidden, int64_t* positions, const int64_t* rows, int64_t* tokens, int64_t* counts) {
+  int64_t V = net->head.rows, D = net->D, T = K + 1;
+  std::vector<int64_t> ids(B * T), at(B * T), sequence(B * T), last(B), guess(B * T);
+  std::vector<float> state(B * T * D), out(B * T * D), logits(B * T * V);
+  for (int64_t s = 0; s < steps; s++) {
+    MingaCall step = *call;
+    step.ids = ids.data(), step.positions = at.data(), step.sequence = sequence.data();
+    step.out = out.data(), step.logits = logits.data();
+    // the module reads what came last, and guesses; then it reads its own guesses
+    step.mtp = 1, step.hidden = state.data(), step.N = 0;
+    for (int64_t b = 0; b < B; b++) {
+      for (int64_t j = 0; j < count[b]; j++) {
+        int64_t i = step.N++;
+        ids[i] = new_ids[b * T + j], at[i] = positions[b] - count[b] + j, sequence[i] = rows[b];
+        std::memcpy(&state[i * D], hidden + (b * T + j) * D, (size_t)D * 4);
+      }
+      last[b] = step.N - 1;
+    }
+    step.wanted = last.data(), step.num_wanted = B;
+    for (int64_t k = 0; k < K; k++) {
+      minga_net_forward(net, &step);
+      for (int64_t b = 0; b < B; b++) {
+        guess[b * T + k + 1] = first_largest(&logits[b * V], V);
+        std::memcpy(&state[b * D], &out[last[b] * D], (size_t)D * 4);
+      }
+      for (int64_t b = 0; b < B; b++) {
+        ids[b] = guess[b * T + k + 1], at[b] = positions[b] + k, sequence[b] = rows[b], last[b] = b;
+      }
+      step.N = B;
+    }
+    // the model reads the last token and the guesses
+    step.mtp = 0, step.wanted = nullptr, step.N = B * T;
+    for (int64_t b = 0; b < B; b++) {
+      guess[b * T] = new_ids[b * T + count[b] - 1];
+      for (int64_t j = 0; j < T; j++) ids[b * T + j] = guess[b * T + j], at[b * T + j] = positions[b] + j, sequence[b * T + j] = rows[b];
+    }
+    minga_net_forward(net, &step);
+    for (int64_t b = 0; b < B; b++) {
+      int64_t* came = tokens + (s * B + b) * T;
+      int64_t n = 0;
+      do {
+        came[n] = new_ids[b * T + n] = first_largest(&logits[(b * T + n) * V], V);
+        n++;
+      } while (n < T && guess[b * T + n] == came[n - 1]);
+      counts[s * B + b] = count[b] = n;
+      positions[b] += n;
+      std::memcpy(hidden + b * T * D, &out[b * T * D], (size_t)(n * D) * 4);
     }
   }
 }

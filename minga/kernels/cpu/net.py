@@ -129,7 +129,8 @@ class Call(Structure):
         *_numbers("N", "threads", "mtp", "half"),
         *_pointers("ids", "positions", "sequence", "slots"),
         *_numbers("layer_stride", "sequence_stride", "width"),
-        *_pointers("cos", "sin", "hidden", "out", "logits"),
+        *_pointers("cos", "sin", "hidden", "out", "logits", "wanted"),
+        *_numbers("num_wanted"),
     ]
 
 
@@ -146,6 +147,21 @@ def greedy(net: Net, step: Call, ids_N: Tensor, positions_N: Tensor, steps: int)
     call("minga_net_greedy", net, step, steps, ids_N, positions_N, tokens_SN)
     step.logits = None
     return tokens_SN
+
+
+def speculate(
+    net: Net, step: Call, new_BT: Tensor, count_B: Tensor, hidden_BTD: Tensor, positions_B: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy steps with T - 1 guesses each: tokens (steps, B, T) and how many of them came, (steps, B).
+
+    new_BT: the tokens of the last step, count_B of them; hidden_BTD: the states that chose them; positions_B: where the
+    last of them is. All four go on with the steps.
+    """
+    B, T = new_BT.shape
+    tokens_SBT, counts_SB = new_BT.new_empty(steps, B, T), new_BT.new_empty(steps, B)
+    state = (new_BT, count_B, hidden_BTD, positions_B, torch.arange(B))
+    call("minga_net_speculate", net, step, steps, B, T - 1, *state, tokens_SBT, counts_SB)
+    return tokens_SBT, counts_SB
 
 
 def head(net: Net, x_ND: Tensor) -> Tensor:
