@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from itertools import chain
 from os import PathLike
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from minga.engine.compiled import CompiledModel, compile_model
 from minga.engine.runner import Runner, Stats
 from minga.engine.sampler import SamplingParams
 from minga.engine.sequence import Completion, Delta, Sequence
+from minga.engine.speculative import Payoff
 from minga.errors import UserError
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
@@ -44,9 +45,10 @@ Messages = abc.Sequence[abc.Mapping[str, Any]]
 class LLM:
     """Opens a model folder, a run folder or a `.gguf` file.
 
-    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead where the model has multi-token prediction, with
-    `num_drafts` guesses a step. max_memory: bytes, or a text such as "4GB", for weights and cache together; activations
-    come on top. Raises `UserError` for what cannot be opened or does not fit.
+    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead where the model has multi-token
+    prediction, with `num_drafts` guesses a step; what is greedy stops guessing where that turns out slower, unless it is
+    "always". max_memory: bytes, or a text such as "4GB", for weights and cache together; activations come on top. Raises
+    `UserError` for what cannot be opened or does not fit.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class LLM:
         path: str | PathLike[str],
         *,
         quant: str | None = None,
-        speculate: bool = True,
+        speculate: bool | Literal["always"] = True,
         num_drafts: int = 1,
         max_memory: int | str | None = None,
     ):
@@ -66,7 +68,7 @@ class LLM:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
-        speculate: bool = True,
+        speculate: bool | Literal["always"] = True,
         num_drafts: int = 1,
         max_memory: int | str | None = None,
     ) -> LLM:
@@ -76,11 +78,17 @@ class LLM:
         return llm
 
     def _set_up(
-        self, model: Transformer, tokenizer: Tokenizer, speculate: bool, num_drafts: int, max_memory: int | str | None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        speculate: bool | Literal["always"],
+        num_drafts: int,
+        max_memory: int | str | None,
     ) -> None:
         if not 1 <= num_drafts <= MAX_DRAFTS:
             raise UserError(f"num_drafts is {num_drafts} (LLM). it must be from 1 to {MAX_DRAFTS}")
         self.model, self.tokenizer = model, tokenizer
+        self._payoff = None if speculate == "always" else Payoff()
         self.num_drafts = num_drafts if speculate and self.config.num_nextn_predict_layers else 0
         self.stats = Stats()
         self._stop_ids = frozenset({*self.config.eos_token_ids, *tokenizer.eos_ids})
@@ -191,7 +199,7 @@ class LLM:
         self.stats = Stats()
         model = self._fast_model()
         for wave in self._waves(sequences):
-            runner = Runner(model, wave, num_drafts=self.num_drafts, stats=self.stats)
+            runner = Runner(model, wave, num_drafts=self.num_drafts, stats=self.stats, payoff=self._payoff)
             runner.prefill()
             self.stats.ttft = self.stats.ttft or perf_counter() - began
             yield

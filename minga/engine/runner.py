@@ -20,13 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from minga.engine.compiled import CompiledModel
 from minga.engine.sampler import distribution, token_logprobs
 from minga.engine.sequence import Sequence
-from minga.engine.speculative import Draft, no_draft, propose, verify, verify_greedy
+from minga.engine.speculative import Draft, Payoff, no_draft, propose, verify, verify_greedy
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048  # of one call, all sequences together: bounds the activations, and is wide enough to be fast
 
-BURST_SECONDS = 0.01
+BURST_SECONDS = 0.01  # of steps in one call
+TRIAL_TOKENS = 24  # of a sequence, after which it is judged whether guessing pays
 
 
 @dataclass
@@ -54,11 +55,29 @@ class Stats:
 
 
 class Runner:
-    """`prefill` once, then `step` while anything is `running`. Leaves the model in evaluation mode."""
+    """`prefill` once, then `step` while anything is `running`. Leaves the model in evaluation mode.
 
-    def __init__(self, model: Transformer | CompiledModel, sequences: list[Sequence], *, num_drafts: int, stats: Stats):
+    payoff: where it changes no text, guesses are given up for the wave once it is seen that they do not pay. None: they go on.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | CompiledModel,
+        sequences: list[Sequence],
+        *,
+        num_drafts: int,
+        stats: Stats,
+        payoff: Payoff | None = None,
+    ):
         self.model = model.eval()
         self.running = list(sequences)
+        # The same call must give the same text at every time of day. What is sampled takes random numbers for guesses too,
+        # and torch rounds two tokens differently from one.
+        same = isinstance(model, CompiledModel) and all(sequence.params.greedy for sequence in sequences)
+        self._payoff = payoff if same else None
+        self._trial: list[tuple[float, int]] = []  # seconds and tokens of steps with guesses, until it is decided
+        if self._payoff is not None and num_drafts and not self._payoff.worth_a_try(len(sequences)):
+            num_drafts = 0
         self.num_drafts = num_drafts
         self.stats = stats
         self.cache = Cache(
@@ -98,16 +117,43 @@ class Runner:
     @torch.inference_mode()
     def step(self) -> None:
         """One call of the model: each running sequence gains a token, and one more for every guess that was right."""
-        began = perf_counter()
+        began, before, batch = perf_counter(), self.stats.tokens, len(self.running)
         burst = self._burst_length()
         if burst > 1:
             self._burst(burst)
-            self._seconds_a_step = (perf_counter() - began) / burst
         else:
             draft = self._draft()
             self._take(self._read_last_and(draft), draft)
-            self._seconds_a_step = perf_counter() - began
+        seconds = perf_counter() - began
+        self._seconds_a_step = seconds / max(1, burst)
+        if self.num_drafts and self._payoff is not None and len(self.running) == batch:
+            self._judge(seconds, self.stats.tokens - before)
         self.stats.decode_seconds += perf_counter() - began
+
+    def _judge(self, seconds: float, tokens: int) -> None:
+        """Compares the pace with guesses to that of plain steps, once there are enough of the former."""
+        assert self._payoff is not None
+        self._trial.append((seconds, tokens))
+        batch = len(self.running)
+        taken = sum(tokens for _, tokens in self._trial[1:])  # the first step warms up
+        if taken < TRIAL_TOKENS * batch:
+            return
+        plain = min(self._plain_seconds() for _ in range(3))
+        paid = taken * plain > batch * sum(seconds for seconds, _ in self._trial[1:])
+        self._payoff.note(batch, paid=paid)
+        if paid:
+            self._payoff = None  # for the rest of this wave
+        else:
+            self.num_drafts = 0
+
+    def _plain_seconds(self) -> float:
+        """A step without guesses, taken for its time alone: it writes what is there already, or beyond every end."""
+        assert isinstance(self.model, CompiledModel)
+        began = perf_counter()
+        ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
+        positions_B = torch.tensor([sequence.length - 1 for sequence in self.running])
+        self.model.greedy(ids_B, positions_B, self.cache, steps=2)
+        return (perf_counter() - began) / 2
 
     def _burst_length(self) -> int:
         """Steps that are taken in one call where all is greedy: at most `BURST_SECONDS`, so that a stream still flows."""

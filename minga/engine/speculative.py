@@ -40,6 +40,26 @@ class Draft:
     probs: list[Tensor | None]
 
 
+class Payoff:
+    """Remembers for waves of about one size whether guessing made them faster. Where it did not, it is tried again ever more
+    rarely: reading several tokens wakes more experts, and a batch that keeps the processor busy leaves nothing to gain.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[int, int] = {}  # waves to go without, by the number of bits of a wave's size
+        self._losses: dict[int, int] = {}  # in a row
+
+    def worth_a_try(self, batch: int) -> bool:
+        size = batch.bit_length()
+        self._left[size] = self._left.get(size, 0) - 1
+        return self._left[size] < 0
+
+    def note(self, batch: int, *, paid: bool) -> None:
+        size = batch.bit_length()
+        self._losses[size] = 0 if paid else self._losses.get(size, 0) + 1
+        self._left[size] = 0 if paid else min(2 ** self._losses[size], 64)
+
+
 def no_draft(model: Transformer | CompiledModel, batch: int) -> Draft:
     return Draft(torch.empty(batch, 0, dtype=torch.long, device=model.device), [None] * batch)
 
