@@ -53,6 +53,8 @@ class CompiledModel:
         memory = net.Memory(sum(tensor.nbytes for module in stored for tensor in module.buffers()))
         for module in stored:
             module.to_panels(memory.empty)
+        if stored:
+            _leave_the_file(model)
         self._net, self._call = _describe(model, memory), net.Call()
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
         self.config, self.dtype, self.device = model.config, torch.float32, torch.device("cpu")
@@ -153,6 +155,16 @@ class CompiledModel:
             cos_1SP, sin_1SP = self.model.rope(torch.arange(capacity)[None], torch.float32)
             self._angles = cos_1SP[0].contiguous(), sin_1SP[0].contiguous()
         return self._angles
+
+
+def _leave_the_file(model: Transformer) -> None:
+    """Copies what is still float32, norms and routers: they alone would keep all of a mapped file in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.dtype == torch.float32:
+                setattr(module, name, buffer.clone())
 
 
 # ---------------------------------------------------------------------------------------------- what the call is told

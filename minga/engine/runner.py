@@ -138,7 +138,7 @@ class Runner:
         taken = sum(tokens for _, tokens in self._trial[1:])  # the first step warms up
         if taken < TRIAL_TOKENS * batch:
             return
-        plain = min(self._plain_seconds() for _ in range(3))
+        plain = self._plain_seconds()
         paid = taken * plain > batch * sum(seconds for seconds, _ in self._trial[1:])
         self._payoff.note(batch, paid=paid)
         if paid:

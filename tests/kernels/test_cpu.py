@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,7 +262,12 @@ def test_what_lesser_processors_run(flags, tmp_path):
     """AVX2, and vectors of four for all others: other code than this machine's, the same results."""
     environment = {**os.environ, "CXXFLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)}
     names = "test_linear or rounds or experts or attention or muon or norm or broken or threads"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    names += " or product or neighbours or computes or same_bits"
+    files = [
+        __file__,
+        *(str(Path(__file__).parents[1] / file) for file in ("kernels/test_net.py", "engine/test_compiled.py")),
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
