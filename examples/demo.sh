@@ -29,7 +29,7 @@ step "5  It writes"
 minga generate "$out" --prompt $'ROMEO:\n' --max-tokens 100 --temperature 0.8 --seed 7
 
 step "6  Several tokens at once: the same text with and without speculation"
-python benchmarks/speculation.py "$out"
+python benchmarks/engine.py --quick --only speculate "$out"
 
 step "7  Report: $out/report.html"
 
