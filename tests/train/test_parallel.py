@@ -51,7 +51,7 @@ ALL = ("loss", "mtp_loss", "grad_norm", "expert_max_over_mean", "tokens", "lr")
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own float32 operations."""
-    monkeypatch.setattr(cpu, "load", lambda note: False)
+    monkeypatch.setattr(cpu, "load", lambda note, **_: False)
     monkeypatch.setattr(cpu, "available", lambda: False)
 
 
