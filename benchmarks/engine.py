@@ -181,17 +181,24 @@ def measure_throughput(model: str, format: str, requests: int, prompt: int, toke
     return {"ours": mine, "theirs": requests * tokens / (time.perf_counter() - began)}
 
 
-def measure_transformers(model: str, context: int, tokens: int, rounds: int) -> list[float]:
-    """Tokens per second of transformers' decoding, a number a round."""
+def _theirs(name: str) -> Any:
+    """The model in transformers, with its best path for experts."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    config = model_config(model)
-    settings = {key: value for key, value in config.to_hf().items() if key not in ("architectures", "model_type")}
+    config = model_config(name).to_hf()
+    settings = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    theirs = DeepseekV3ForCausalLM._from_config(
+    return DeepseekV3ForCausalLM._from_config(
         DeepseekV3Config(**settings), attn_implementation="sdpa", experts_implementation="grouped_mm"
     ).eval()
+
+
+def measure_transformers(model: str, context: int, tokens: int, rounds: int) -> list[float]:
+    """Tokens per second of transformers' decoding, a number a round."""
+    import torch
+
+    config, theirs = model_config(model), _theirs(model)
     speeds = []
     with torch.inference_mode():
         for _ in range(rounds):
@@ -207,13 +214,8 @@ def measure_transformers(model: str, context: int, tokens: int, rounds: int) -> 
 def measure_one_by_one(model: str, prompt: int, tokens: int) -> float:
     """Answered tokens per second of transformers' `generate` for one request."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    config = model_config(model)
-    settings = {key: value for key, value in config.to_hf().items() if key not in ("architectures", "model_type")}
-    theirs = DeepseekV3ForCausalLM._from_config(
-        DeepseekV3Config(**settings), attn_implementation="sdpa", experts_implementation="grouped_mm"
-    ).eval()
+    config, theirs = model_config(model), _theirs(model)
     ids_1T = torch.tensor([_prompt(config, prompt)])
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
     theirs.generate(ids_1T[:, :8], do_sample=False, max_new_tokens=2)

@@ -60,6 +60,24 @@ def test_int8_folder_loads_without_quantising_again(model: Transformer, tmp_path
     assert config["quantization_config"]["quant_method"] == "minga-int8"
 
 
+def test_int4_folder_and_what_it_is_not(model: Transformer, tmp_path: Path) -> None:
+    minga.save(minga.load(_saved(model, tmp_path / "m"), quant="int4"), tmp_path / "q")
+    again = minga.load(tmp_path / "q", quant="int4")
+    stored = load_file(tmp_path / "q" / "model.safetensors")["model.layers.1.mlp.experts.3.gate_proj.weight"]
+    assert stored.dtype == torch.uint8 and stored.shape[-1] == model.config.hidden_size // 2
+    ids_BT = torch.arange(6)[None]
+    torch.testing.assert_close(again(ids_BT).logits, minga.load(tmp_path / "m", quant="int4")(ids_BT).logits)
+    with pytest.raises(UserError, match="the weights are stored in int4, not int8"):
+        minga.load(tmp_path / "q", quant="int8")
+    with pytest.raises(UserError, match="quant 'int5' is not known"):
+        minga.load(tmp_path / "q", quant="int5")
+
+
+def _saved(model: Transformer, folder: Path) -> Path:
+    minga.save(model, folder)
+    return folder
+
+
 def test_a_promise_of_mtp_without_tensors_is_not_believed(model: Transformer, tmp_path: Path) -> None:
     """transformers drops the MTP tensors on save and leaves num_nextn_predict_layers in config.json."""
     minga.save(model, tmp_path / "m")
