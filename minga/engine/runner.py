@@ -27,7 +27,7 @@ from minga.model.transformer import Transformer
 PREFILL_TOKENS = 2048  # of one call, all sequences together: bounds the activations, and is wide enough to be fast
 
 BURST_SECONDS = 0.01  # of steps in one call
-TRIAL_TOKENS = 24  # of a sequence, after which it is judged whether guessing pays
+TRIAL_TOKENS = 16  # of a sequence, after which it is judged whether guessing pays
 
 
 @dataclass
@@ -161,7 +161,9 @@ class Runner:
         if not (greedy and isinstance(self.model, CompiledModel) and self._seconds_a_step):
             return 1
         left = min(sequence.max_length - sequence.length for sequence in self.running)
-        return min(left // (self.num_drafts + 1), int(BURST_SECONDS / self._seconds_a_step))
+        on_trial = self.num_drafts and self._payoff is not None
+        most = TRIAL_TOKENS // 2 if on_trial else left  # a trial must end before the answer does
+        return min(left // (self.num_drafts + 1), most, int(BURST_SECONDS / self._seconds_a_step))
 
     def _burst(self, steps: int) -> None:
         """What a sequence gets beyond its end is dropped."""
