@@ -142,11 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=4, help="of each run (default 4)")
     parser.add_argument("--size", choices=("10m", "30m"), default="10m", help="of the model (default 10m)")
     args = parser.parse_args(argv)
-    wanted = {name for name in VARIANTS if f"ablation/{name}".startswith(args.only)}
-    if not wanted:
-        parser.error(
-            f"no row's id begins with {args.only!r}. the rows are {', '.join(f'ablation/{n}' for n in VARIANTS)}"
-        )
+    ids = common.wanted(parser, args.only, (f"ablation/{name}" for name in VARIANTS))
+    wanted = {id.removeprefix("ablation/") for id in ids}
     wanted |= {VARIANTS[name].against for name in wanted}
     data, failures = corpus.shards(args.data, say), []
     budget = (0.6 if args.quick else args.minutes) * 60 * args.threads

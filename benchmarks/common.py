@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minga.runtime.machine import describe
@@ -37,6 +37,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="PREFIX", help="only the rows whose id begins so")
     parser.add_argument("--threads", type=int, default=2, help="of both sides (default 2)")
     return parser
+
+
+def wanted(parser: argparse.ArgumentParser, only: str, ids: Iterable[str]) -> list[str]:
+    """The rows whose ids begin with `only`; none is a mistake of the command line."""
+    ids = list(ids)
+    found = [id for id in ids if id.startswith(only)]
+    if not found:
+        parser.error(f"no row's id begins with {only!r}. the rows are {', '.join(ids)}")
+    return found
 
 
 def say(line: str) -> None:

@@ -32,6 +32,7 @@ import common
 from common import Failed, Row, measure, row, say
 
 from minga.config import ModelConfig, presets
+from minga.data.tokenizer import DecodeStream
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers grouped_mm"
 KINDS = {"int8": "Q8_0", "int4": "Q4_0"}
@@ -53,8 +54,11 @@ def model_config(name: str) -> ModelConfig:
 # ---------------------------------------------------------------------------------------------- measurements
 
 
-class _Silent:
-    """A decoder of tokens that are not of any tokenizer."""
+class _Silent(DecodeStream):
+    """Decodes tokens that are of no tokenizer."""
+
+    def __init__(self) -> None:
+        pass
 
     def push(self, token: int) -> str:
         return ""
@@ -87,8 +91,7 @@ def _answer(model: Any, prompts: list[list[int]], tokens: int) -> Any:
 
     params, stats = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), Stats()
     sequences = [
-        Sequence(ids, params, stop_ids=frozenset(), max_length=len(ids) + tokens, decoder=_Silent())  # type: ignore[arg-type]
-        for ids in prompts
+        Sequence(ids, params, stop_ids=frozenset(), max_length=len(ids) + tokens, decoder=_Silent()) for ids in prompts
     ]
     runner = Runner(model, sequences, num_drafts=0, stats=stats)
     runner.prefill()
@@ -473,14 +476,12 @@ def main() -> int:
     parser.add_argument("model", nargs="?", help="a trained model or run folder, such as the one of `make demo`")
     args = parser.parse_args()
     bench = Bench(threads=args.threads, quick=args.quick, only=args.only, model=args.model, data=args.data)
-    wanted = [(id, measured) for id, measured in bench.all() if id.startswith(args.only)]
-    if not wanted:
-        parser.error(f"no row's id begins with {args.only!r}. the rows are {', '.join(id for id, _ in bench.all())}")
+    all_rows = dict(bench.all())
     rows, failures = [], []
-    for id, measured in wanted:
+    for id in common.wanted(parser, args.only, all_rows):
         say(id)
         try:
-            rows.append(measured(id))
+            rows.append(all_rows[id](id))
             common.print_table(rows[-1:], file=sys.stderr)
         except Failed as error:
             failures.append(f"{id}: {error}")

@@ -23,31 +23,36 @@ def write_gguf(model: Transformer, file: Path, kind: str) -> None:
     config = model.config
     assert config.is_mla and not config.num_nextn_predict_layers
     writer = gguf.GGUFWriter(str(file), "deepseek2")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope.rope_theta)
-    writer.add_rope_dimension_count(config.rope_dim)
+    latent = config.kv_lora_rank or 0
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": 1,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope.rope_theta,
+        "rope_dimension_count": config.rope_dim,
+        "kv_lora_rank": latent,
+        "key_length": latent + config.qk_rope_head_dim,
+        "value_length": latent,
+        "key_length_mla": config.qk_head_dim,
+        "value_length_mla": config.v_head_dim,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+    }
     if config.q_lora_rank is not None:
-        writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank or 0)
-    writer.add_key_length((config.kv_lora_rank or 0) + config.qk_rope_head_dim)
-    writer.add_value_length(config.kv_lora_rank or 0)
-    writer.add_key_length_mla(config.qk_head_dim)
-    writer.add_value_length_mla(config.v_head_dim)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_expert_count(config.n_routed_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        values["q_lora_rank"] = config.q_lora_rank
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])

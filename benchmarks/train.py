@@ -361,8 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus.add_argument(parser)
     parser.add_argument("--minutes", type=float, default=40, help="of a baseline (default 40)")
     args = parser.parse_args(argv)
-    if not any(id.startswith(args.only) for id in IDS):
-        parser.error(f"no row's id begins with {args.only!r}. the rows are {', '.join(IDS)}")
+    common.wanted(parser, args.only, IDS)
     bench = Bench(args.data, args.minutes, args.threads, args.quick, args.only)
     run_all(bench)
     return common.finish("train", bench.rows, as_json=args.json, failures=bench.failures)

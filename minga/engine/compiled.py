@@ -38,7 +38,6 @@ def compile_model(model: Transformer, note: Callable[[str], None] = lambda line:
         and floats <= {torch.float32}
         and config.rope.rope_type != "dynamic"
         and config.hidden_act == "silu"
-        and config.rope_dim <= 1024
     )
     return CompiledModel(model) if can_run and cpu.load(note, keep_memory=False) else model
 
@@ -276,6 +275,5 @@ def _rounded(weight: Tensor, format: Format | None, memory: net.Memory) -> net.M
     if format is None:
         return _float_matrix(weight)
     rows, cols = weight.shape[-2:]
-
     words, scale = panels.from_rows(*ops.quantize_int8(weight, format.block), bits=8, empty=memory.empty)
     return net.matrix(words, scale=scale, rows=rows, cols=cols, kind=net.INT8, block=format.block)

@@ -18,16 +18,6 @@ Operand stochastic(Operand x) {
   return x;
 }
 
-// a[i] = silu(gate) * up; gate and up lie behind each other in a row of 2F.
-void swiglu_row(const float* gate_up, int64_t F, float factor, float* a) {
-  int64_t i = 0;
-  for (; i + VL <= F; i += VL) {
-    vf g = load<vf>(gate_up + i), u = load<vf>(gate_up + F + i);
-    store(a + i, g / (1.0f + exp_v(-g)) * u * factor);
-  }
-  for (; i < F; i++) a[i] = gate_up[i] / (1.0f + exp_s(-gate_up[i])) * gate_up[F + i] * factor;
-}
-
 // In place: da (F) -> d gate_up (2F), and a * factor for the product with the output's gradient. Returns a . da.
 float swiglu_row_backward(const float* gate_up, const float* da, int64_t F, float factor, float* d_gate_up, float* a) {
   vf sum = {};
@@ -53,16 +43,6 @@ float swiglu_row_backward(const float* gate_up, const float* da, int64_t F, floa
   }
   for (int l = 0; l < VL; l++) tail += sum[l];
   return tail;
-}
-
-// Row r of a head after rotation: pairs (2p, 2p + 1), or (p, p + P), become [first of each pair | second of each pair].
-void rotate_row(const float* x, const float* cos, const float* sin, int64_t P, bool halves, float scale, float* to) {
-  int64_t step = halves ? 1 : 2, second = halves ? P : 1;
-  for (int64_t p = 0; p < P; p++) {
-    float a = x[p * step], b = x[p * step + second];
-    to[p] = (a * cos[p] - b * sin[p]) * scale;
-    to[P + p] = (b * cos[p] + a * sin[p]) * scale;
-  }
 }
 
 void rotate_row_backward(const float* d, const float* cos, const float* sin, int64_t P, bool halves, float scale, float* to) {

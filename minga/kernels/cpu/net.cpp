@@ -23,7 +23,7 @@ using namespace minga;
 
 namespace {
 
-constexpr int64_t STRETCH = 64;  // net.py has it too; cache rows whose softmax is taken on its own, then joined with the others
+constexpr int64_t STRETCH = 64;  // cache rows whose softmax is taken on its own, then joined with the others; in net.py too
 constexpr int HEADS = 4;          // that read a cache row together
 
 enum Attention : int64_t { LATENT = 0, GROUPED = 1 };
@@ -115,14 +115,14 @@ struct Team {
 // Memory that grows and is kept: 64-byte aligned pieces of one block.
 struct Arena {
   std::unique_ptr<char[]> data;
-  size_t size = 0, used = 0, wanted = 0;
+  size_t size = 0, wanted = 0;
 
   void begin() {
     if (wanted > size) {
       size = wanted + wanted / 4;
       data.reset(new char[size + 64]);
     }
-    used = wanted = 0;
+    wanted = 0;
   }
   template <class T>
   T* take(int64_t n) {
@@ -149,27 +149,6 @@ void rms_norm(const float* x, const float* weight, int64_t n, double eps, float*
   float factor = 1.0f / std::sqrt(total / (float)n + (float)eps);
   for (i = 0; i + VL <= n; i += VL) store(to + i, load<vf>(x + i) * factor * load<vf>(weight + i));
   for (; i < n; i++) to[i] = x[i] * factor * weight[i];
-}
-
-// In place; the result lies as [first of each pair | second of each pair], as minga/model/rope.py has it.
-void rotate(float* x, const float* cos, const float* sin, int64_t P, bool halves, float scale) {
-  float turned[2 * 512];
-  int64_t step = halves ? 1 : 2, second = halves ? P : 1;
-  for (int64_t p = 0; p < P; p++) {
-    float a = x[p * step], b = x[p * step + second];
-    turned[p] = (a * cos[p] - b * sin[p]) * scale;
-    turned[P + p] = (b * cos[p] + a * sin[p]) * scale;
-  }
-  std::memcpy(x, turned, (size_t)P * 8);
-}
-
-void swiglu(float* gate, const float* up, int64_t n) {
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) {
-    vf g = load<vf>(gate + i);
-    store(gate + i, g / (1.0f + exp_v(-g)) * load<vf>(up + i));
-  }
-  for (; i < n; i++) gate[i] = gate[i] / (1.0f + exp_s(-gate[i])) * up[i];
 }
 
 // lane i of the result: the sum of the lanes of v[i]
@@ -326,7 +305,7 @@ class Forward {
   Forward(const MingaNet& net, const MingaCall& call, Team& team)
       : n_(net), c_(call), team_(team), N_(call.N), solo_(call.N == 1 && team.threads > 1) {
     own_.resize(solo_ ? team.threads : 1);
-    for (int64_t i = 0; i < N_ * std::max(net.H, net.A); i++) identity_.push_back((int32_t)i);
+    for (int64_t i = 0; i < N_; i++) identity_.push_back((int32_t)i);
     for (int64_t h = 0; h < net.H; h++)
       for (int64_t i = 0; i < N_; i++) by_head_.push_back((int32_t)(i * net.H + h));
     for (int64_t i = 0; i < N_; i++) stretches_ = std::max(stretches_, call.positions[i] / STRETCH + 1);
@@ -536,16 +515,13 @@ void Forward::attention(int t, Own& me, int64_t l) {
         for (int64_t k = 0; k < K; k++) nope[k] = q[k] * (float)n_.attention_scale;
         round(me.absorbed, i * H + h, L.uk);
         if (writes(t)) {
-          float* rope = latent_query_ + (i * H + h) * (C + R) + C;
-          std::memcpy(rope, q + K, (size_t)R * 4);
-          rotate(rope, cos, sin, R / 2, n_.halves, (float)n_.attention_scale);
+          rotate_row(q + K, cos, sin, R / 2, n_.halves, (float)n_.attention_scale, latent_query_ + (i * H + h) * (C + R) + C);
         }
       }
       if (writes(t)) {
         float* row = kept_ + i * c_.width;
         rms_norm(kv_ + i * (C + R), L.latent_norm, C, 1e-6, row);
-        std::memcpy(row + C, kv_ + i * (C + R) + C, (size_t)R * 4);
-        rotate(row + C, cos, sin, R / 2, n_.halves, 1.0f);
+        rotate_row(kv_ + i * (C + R) + C, cos, sin, R / 2, n_.halves, 1.0f, row + C);
         keep(l, i, row);
       }
     });
@@ -569,17 +545,15 @@ void Forward::attention(int t, Own& me, int64_t l) {
       each(t, N_, [&](int64_t i) {
         const float *cos = c_.cos + c_.positions[i] * K / 2, *sin = c_.sin + c_.positions[i] * K / 2;
         for (int64_t h = 0; h < H; h++) {
-          float *q = query_ + (i * H + h) * K, *to = latent_query_ + (i * H + h) * K;
-          if (L.q_norm) rms_norm(q, L.q_norm, K, n_.eps, to);
-          if (!L.q_norm) std::memcpy(to, q, (size_t)K * 4);
-          rotate(to, cos, sin, K / 2, n_.halves, (float)n_.attention_scale);
+          float* q = query_ + (i * H + h) * K;
+          if (L.q_norm) rms_norm(q, L.q_norm, K, n_.eps, q);
+          rotate_row(q, cos, sin, K / 2, n_.halves, (float)n_.attention_scale, latent_query_ + (i * H + h) * K);
         }
         float* row = kept_ + i * c_.width;
         for (int64_t g = 0; g < G; g++) {
-          const float* k = k_ + (i * G + g) * K;
-          if (L.k_norm) rms_norm(k, L.k_norm, K, n_.eps, row + g * K);
-          if (!L.k_norm) std::memcpy(row + g * K, k, (size_t)K * 4);
-          rotate(row + g * K, cos, sin, K / 2, n_.halves, 1.0f);
+          float* k = k_ + (i * G + g) * K;
+          if (L.k_norm) rms_norm(k, L.k_norm, K, n_.eps, k);
+          rotate_row(k, cos, sin, K / 2, n_.halves, 1.0f, row + g * K);
         }
         std::memcpy(row + G * K, v_ + i * G * V, (size_t)(G * V) * 4);
         keep(l, i, row);
@@ -686,8 +660,7 @@ void Forward::feed_forward(int t, Own& me, const MingaLayer& L) {
     jobs.clear();
   }
   auto activate = [&](Rows& act, int64_t row, const float* gate_up, int64_t width, const Matrix& down) {
-    std::memcpy(act.row(row), gate_up, (size_t)width * 4);
-    swiglu(act.row(row), gate_up + width, width);
+    swiglu_row(gate_up, width, 1.0f, act.row(row));
     round(act, row, down);
   };
   me.shared_act.width = S;

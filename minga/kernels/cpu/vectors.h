@@ -67,4 +67,24 @@ static inline float sum_v(vf x) {
   return total;
 }
 
+// a[i] = silu(gate) * up; gate and up lie behind each other in a row of 2F.
+static inline void swiglu_row(const float* gate_up, int64_t F, float factor, float* a) {
+  int64_t i = 0;
+  for (; i + VL <= F; i += VL) {
+    vf g = load<vf>(gate_up + i), u = load<vf>(gate_up + F + i);
+    store(a + i, g / (1.0f + exp_v(-g)) * u * factor);
+  }
+  for (; i < F; i++) a[i] = gate_up[i] / (1.0f + exp_s(-gate_up[i])) * gate_up[F + i] * factor;
+}
+
+// Row r of a head after rotation: pairs (2p, 2p + 1), or (p, p + P), become [first of each pair | second of each pair].
+static inline void rotate_row(const float* x, const float* cos, const float* sin, int64_t P, bool halves, float scale, float* to) {
+  int64_t step = halves ? 1 : 2, second = halves ? P : 1;
+  for (int64_t p = 0; p < P; p++) {
+    float a = x[p * step], b = x[p * step + second];
+    to[p] = (a * cos[p] - b * sin[p]) * scale;
+    to[P + p] = (b * cos[p] + a * sin[p]) * scale;
+  }
+}
+
 }  // namespace minga
