@@ -1,4 +1,4 @@
-"""Block-FP8 products as DeepSeek-V3 trains with them (V3 sections 3.3 and 3.5.2), emulated in plain torch.
+"""Block-FP8 products as DeepSeek-V3 trains with them (V3 sections 3.3 and 3.5.2), on a GPU or emulated in plain torch.
 
 All tensors are E4M3 (4 exponent bits, 3 of mantissa, largest value 448). Activations and gradients share a scale along
 a tile of 1 token × 128 channels, weights along a block of 128 × 128; a scale is taken from the largest value of its
@@ -11,7 +11,8 @@ tile at that moment and is a power of two, one E8M0 byte (V3.1). Each of the thr
 The last one sums over tokens, and a scale may not change within a sum's tile. Since scales are powers of two, that
 second quantisation of x loses nothing but what falls below the new tile's smallest step.
 
-The emulation quantises, widens to float32 and multiplies there. A product of two E4M3 values has at most 8 significant
+On an NVIDIA GPU the tensor cores multiply what was quantised (minga/kernels/gpu/block_gemm.py). Elsewhere this is emulated:
+quantised, widened to float32 and multiplied there. A product of two E4M3 values has at most 8 significant
 bits and the scales move its exponent only, so every term is exact: the result differs from exact arithmetic over the
 same bytes by float32 accumulation alone, which is what V3's promotion to float32 every 128 terms aims at. It is here to
 prove the loss, not for speed. What it does keep of FP8 is memory: activations wait for the backward as bytes.
@@ -31,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minga.kernels import gpu
+
 ALONG_CHANNELS, ALONG_TOKENS, WEIGHT = (1, 128), (128, 1), (128, 128)  # rows and columns that share a scale
 
 
@@ -40,6 +43,10 @@ def quantize(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     The scale is the smallest power of two that brings the block's largest value to 448 or below (2**-126 at least, so
     that its inverse is a number). A block that holds an infinity or a NaN becomes NaN: a run that diverges must say so.
     """
+    if block == ALONG_CHANNELS and gpu.usable(x):
+        from minga.kernels.gpu.quantize import quantize_fp8
+
+        return quantize_fp8(x)
     tiles = _blocks(x.float(), block)
     scale = _power_of_two(tiles.abs().amax((-3, -1)))
     values = (tiles / _spread(scale)).to(torch.float8_e4m3fn).flatten(-2).flatten(-3, -2)
@@ -71,6 +78,8 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = quantize(x_NI, ALONG_CHANNELS), quantize(weight_EOI, WEIGHT)
         ctx.save_for_backward(*x, *weight)
         ctx.counts, ctx.dtypes = counts, (x_NI.dtype, weight_EOI.dtype)
+        if gpu.usable(*x, *weight):
+            return _grouped_on_gpu(x, weight, counts).to(x_NI.dtype)
         y_NO = torch.empty(len(x_NI), weight_EOI.shape[1], device=x_NI.device)
         groups = (dequantize(*x, ALONG_CHANNELS).split(counts), dequantize(*weight, WEIGHT), y_NO.split(counts))
         for rows_NI, weight_OI, out_NO in zip(*groups, strict=True):
@@ -83,6 +92,15 @@ class _GroupedLinear(torch.autograd.Function):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         grad_x_NI = grad_weight_EOI = None
+        if gpu.usable(grad_NO, x):
+            if ctx.needs_input_grad[0]:
+                turned = (weight.mT, weight_scale.mT)  # blocks are square
+                grad_x_NI = _grouped_on_gpu(quantize(grad_NO, ALONG_CHANNELS), turned, ctx.counts).to(x_dtype)
+            if ctx.needs_input_grad[1]:
+                rows_NI = dequantize(x, x_scale, ALONG_CHANNELS)
+                pairs = zip(grad_NO.split(ctx.counts), rows_NI.split(ctx.counts), strict=True)
+                grad_weight_EOI = torch.stack([_over_tokens_on_gpu(*pair) for pair in pairs]).to(weight_dtype)
+            return grad_x_NI, grad_weight_EOI, None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty(x.shape, device=x.device)
             tiles_NO = _rounded(grad_NO, ALONG_CHANNELS)
@@ -97,6 +115,21 @@ class _GroupedLinear(torch.autograd.Function):
                 torch.mm(_rounded(rows_NO, ALONG_TOKENS).T, _rounded(rows_NI, ALONG_TOKENS), out=out_OI)
             grad_weight_EOI = grad_weight.to(weight_dtype)
         return grad_x_NI, grad_weight_EOI, None
+
+
+def _grouped_on_gpu(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], counts: Sequence[int]) -> Tensor:
+    from minga.kernels.gpu.block_gemm import block_gemm
+
+    groups = zip(*(t.split(counts) for t in x), *weight, strict=True)
+    return torch.cat([block_gemm(*group, block=128, rows=128) for group in groups])
+
+
+def _over_tokens_on_gpu(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """g.T · x, both in tiles along the tokens: tiles along the channels of the transposed."""
+    from minga.kernels.gpu.block_gemm import block_gemm
+
+    turned = (*quantize(grad_NO.T, ALONG_CHANNELS), *quantize(x_NI.T, ALONG_CHANNELS))
+    return block_gemm(*turned, block=128, rows=1)
 
 
 def _rounded(x: Tensor, block: tuple[int, int]) -> Tensor:

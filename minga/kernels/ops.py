@@ -1,7 +1,8 @@
 """The operations as the model calls them: the fastest form this machine has, each equal to its twin in `reference`.
 
 On a CPU that is our compiled kernels, once training has loaded them (`minga.kernels.cpu.load`) and where a tensor is large
-enough to be worth a call; elsewhere torch's fused attention and a sorted expert layer.
+enough to be worth a call; on an NVIDIA GPU our Triton kernels, where no gradient is to come of it (FP8 apart, whose three
+products they are); elsewhere torch's fused attention and a sorted expert layer.
 
   B batch, T query tokens, S cached tokens, H heads, K query/key dim, V value dim
   N tokens of the whole batch, D model dim, E experts, A active experts a token, F expert hidden
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minga.kernels import cpu, fp8, reference
+from minga.kernels import cpu, fp8, gpu, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
@@ -27,16 +28,21 @@ from minga.kernels.reference import (
 __all__ = [
     "attend",
     "attend_latent_absorbed",
+    "attend_latent_paged",
     "compiled",
     "dequantize_int4",
     "dequantize_int8",
     "experts",
+    "experts_int8",
     "linear",
     "linear_cross_entropy",
+    "linear_int8",
     "mlp",
+    "on_gpu",
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
+    "route",
     "swiglu",
 ]
 
@@ -50,6 +56,11 @@ def compiled(*tensors: Tensor) -> bool:
         and tensors[0].numel() >= _WORTH_A_CALL
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     )
+
+
+def on_gpu(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors: on an NVIDIA GPU, without a gradient to come."""
+    return gpu.usable(*tensors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,6 +85,54 @@ def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | No
     return out_BHTV.transpose(1, 2)
 
 
+def attend_latent_paged(
+    q_latent_BTHC: Tensor,
+    q_rope_BTHR: Tensor,
+    pages_NPW: Tensor,
+    table_BL: Tensor,
+    positions_BT: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """`reference.attend_latent_paged` reading each cached row once for many heads."""
+    arguments = (q_latent_BTHC, q_rope_BTHR, pages_NPW, table_BL, positions_BT)
+    if on_gpu(*arguments):
+        from minga.kernels.gpu import latent_attention
+
+        return latent_attention.attend_latent_paged(*arguments, scale=scale)
+    return reference.attend_latent_paged(*arguments, scale=scale)
+
+
+def route(
+    logits_NE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    num_active: int,
+    sigmoid: bool,
+    num_groups: int,
+    groups_kept: int,
+    group_top: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.route` in one pass over a token's logits."""
+    chosen = reference.route
+    if on_gpu(logits_NE):
+        from minga.kernels.gpu import router
+
+        chosen = router.route
+    return chosen(
+        *(logits_NE, bias_E),
+        num_active=num_active,
+        sigmoid=sigmoid,
+        num_groups=num_groups,
+        groups_kept=groups_kept,
+        group_top=group_top,
+        normalize=normalize,
+        scale=scale,
+    )
+
+
 def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precision: str = "float32") -> Tensor:
     """x @ W.T + bias over the last dimension of x, its product and those of its gradients in `precision`."""
     if precision == "fp8":
@@ -84,6 +143,18 @@ def linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None, *, precisio
     if precision == "float32":
         return F.linear(x, weight_OI, bias)
     return reference.linear_rounded(x, weight_OI, bias, precision=precision)
+
+
+def linear_int8(x: Tensor, weight_OI: Tensor, scale_OG: Tensor, block: int) -> Tensor:
+    """`reference.linear_int8` on the tensor cores."""
+    if on_gpu(x, weight_OI):
+        from minga.kernels.gpu.block_gemm import block_gemm
+        from minga.kernels.gpu.quantize import quantize_int8
+
+        rows = quantize_int8(x.flatten(0, -2), block)
+        y = block_gemm(*rows, weight_OI, scale_OG, block=block, rows=1, dtype=x.dtype)
+        return y.unflatten(0, x.shape[:-1])
+    return reference.linear_int8(x, weight_OI, scale_OG, block)
 
 
 def mlp(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, precision: str = "float32") -> Tensor:
@@ -111,6 +182,14 @@ def experts(
     """
     if precision in cpu.PRECISIONS and compiled(x_ND, weight_NA, gate_up_EGD, down_EDF):
         return cpu.Experts.apply(x_ND, index_NA, weight_NA, gate_up_EGD, down_EDF, cpu.PRECISIONS[precision])
+    if on_gpu(x_ND, weight_NA, gate_up_EGD, down_EDF):
+        from minga.kernels.gpu import grouped_gemm
+
+        if precision == "float32":
+            return grouped_gemm.experts(x_ND, index_NA, weight_NA, gate_up_EGD, down_EDF)
+        if precision == "fp8":
+            weights, scales = zip(*(fp8.quantize(w, fp8.WEIGHT) for w in (gate_up_EGD, down_EDF)), strict=True)
+            return grouped_gemm.experts(x_ND, index_NA, weight_NA, *weights, scales=scales)
     active = index_NA.shape[1]
     order = index_NA.flatten().argsort(stable=True)
     counts = torch.bincount(index_NA.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
@@ -128,3 +207,21 @@ def experts(
         )
     weighted = out * weight_NA.flatten()[order, None]
     return torch.zeros_like(x_ND).index_add(0, token, weighted)
+
+
+def experts_int8(
+    x_ND: Tensor,
+    index_NA: Tensor,
+    weight_NA: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    *,
+    block: int,
+) -> Tensor:
+    """`reference.experts_int8` as two grouped products."""
+    if on_gpu(x_ND, weight_NA, *gate_up, *down):
+        from minga.kernels.gpu import grouped_gemm
+
+        scales = (gate_up[1], down[1])
+        return grouped_gemm.experts(x_ND, index_NA, weight_NA, gate_up[0], down[0], scales=scales, block=block)
+    return reference.experts_int8(x_ND, index_NA, weight_NA, gate_up, down, block=block)

@@ -1,12 +1,13 @@
 """Each operation in plain torch, written to be read: the definition that every faster form is tested against.
 
 B batch, T query tokens, S cached tokens, H heads, K nope dim, R rope dim, C latent, V value dim
-N tokens of the whole batch, D model dim, E experts, A active experts a token, F expert hidden
+N tokens of the whole batch, D model dim, E experts, A active experts a token, F expert hidden, Q groups of experts
 O output rows, I input columns, G blocks of a row
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,63 @@ def attend_latent_absorbed(
     return einsum("bthc,hvc->bthv", einsum("bhts,bsc->bthc", weight_BHTS, latent_BSC), w_uv_HVC)
 
 
+def attend_latent_paged(
+    q_latent_BTHC: Tensor,
+    q_rope_BTHR: Tensor,
+    pages_NPW: Tensor,
+    table_BL: Tensor,
+    positions_BT: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """The middle of `attend_latent_absorbed`, over a cache in pages: (B, T, H, C), in the latent's space.
+
+    N pages of P rows [latent C | rope R]. `table_BL`: the pages of each sequence, in order. A query sees the tokens 0 to
+    its own position, which is 0 or more.
+    """
+    B, C = len(table_BL), q_latent_BTHC.shape[-1]
+    row_BSW = pages_NPW[table_BL].reshape(B, -1, pages_NPW.shape[-1])
+    latent_BSC, rope_BSR = row_BSW[..., :C], row_BSW[..., C:]
+    score_BHTS = einsum("bthc,bsc->bhts", q_latent_BTHC, latent_BSC) + einsum("bthr,bsr->bhts", q_rope_BTHR, rope_BSR)
+    mask_BTS = torch.arange(row_BSW.shape[1], device=row_BSW.device) <= positions_BT[..., None]
+    return einsum("bhts,bsc->bthc", masked_softmax(score_BHTS * scale, mask_BTS), latent_BSC)
+
+
+def route(
+    logits_NE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    num_active: int,
+    sigmoid: bool,
+    num_groups: int,
+    groups_kept: int,
+    group_top: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A of E experts for each token: their numbers (N, A), weights (N, A) and all scores (N, E), in the logits' float32.
+
+    The bias takes part in the choice only, never in the weight (V3 section 2.1.2). Experts are chosen from the
+    `groups_kept` groups whose `group_top` best add up to most: 2 in V3, 1 in V2. All groups kept: there is no limit.
+    """
+    score_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(-1)
+    choice_NE = score_NE.detach()
+    if bias_E is not None:
+        choice_NE = choice_NE + bias_E
+    if groups_kept < num_groups:
+        choice_NQG = choice_NE.unflatten(1, (num_groups, -1))
+        group_score_NQ = choice_NQG.topk(group_top, -1).values.sum(-1)
+        kept = group_score_NQ.topk(groups_kept, -1, sorted=False).indices
+        allowed_NQ = torch.zeros_like(group_score_NQ, dtype=torch.bool).scatter_(1, kept, True)
+        # -inf, not 0: with a bias a score may be negative, and 0 would win against it
+        choice_NE = choice_NQG.masked_fill(~allowed_NQ[..., None], float("-inf")).flatten(1)
+    index_NA = choice_NE.topk(num_active, -1, sorted=False).indices
+    weight_NA = score_NE.gather(1, index_NA)
+    if normalize:
+        weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
+    return index_NA, weight_NA * scale, score_NE
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, the two halves of the last dimension."""
     gate, up = gate_up.chunk(2, -1)
@@ -88,16 +146,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def experts(x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Weighted sum of each token's experts, a SwiGLU each (G = 2F: gate rows, then up rows). Returns (N, D).
+    """Weighted sum of each token's experts, a SwiGLU each (G = 2F: gate rows, then up rows). Returns (N, D)."""
 
-    One expert after the other over a mask of the tokens that chose it; nothing is sorted or gathered cleverly.
-    """
+    def expert(number: int, x: Tensor) -> Tensor:
+        return swiglu(x @ gate_up_EGD[number].T) @ down_EDF[number].T
+
+    return _each_expert(expert, len(gate_up_EGD), x_ND, index_NA, weight_NA)
+
+
+def _each_expert(
+    expert: Callable[[int, Tensor], Tensor], num_experts: int, x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor
+) -> Tensor:
+    """One expert after the other over a mask of the tokens that chose it; nothing is sorted or gathered cleverly."""
     out_ND = torch.zeros_like(x_ND)
-    for expert in range(gate_up_EGD.shape[0]):
-        chosen_NA = index_NA == expert
+    for number in range(num_experts):
+        chosen_NA = index_NA == number
         tokens = chosen_NA.any(-1)
-        hidden = swiglu(x_ND[tokens] @ gate_up_EGD[expert].T) @ down_EDF[expert].T
-        out_ND[tokens] += hidden * (weight_NA * chosen_NA).sum(-1)[tokens, None]
+        out_ND[tokens] += expert(number, x_ND[tokens]) * (weight_NA * chosen_NA).sum(-1)[tokens, None]
     return out_ND
 
 
@@ -119,6 +184,57 @@ def dequantize_int8(weight_OI: Tensor, scale_OG: Tensor, block: int, dtype: torc
     """The inverse of `quantize_int8`, up to rounding of half a scale."""
     wide = scale_OG.to(dtype).repeat_interleave(block, -1)[..., : weight_OI.shape[-1]]
     return weight_OI.to(dtype) * wide
+
+
+def round_activations(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """int8 (..., I) and float32 scales (..., G): the nearest multiples of a block's max|x| / 127, as the int8 products see x.
+
+    Not `quantize_int8`: nothing of this is stored, so the scale is the exact one. A block with an infinity or a NaN becomes
+    zeros times NaN.
+    """
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    top = blocks.abs().amax(-1)
+    lost = ~top.isfinite()
+    rounded = (blocks * (127 / top.clamp(min=1e-36))[..., None]).round().masked_fill(lost[..., None], 0)
+    return rounded.to(torch.int8).flatten(-2)[..., : x.shape[-1]], (top / 127).masked_fill(lost, float("nan"))
+
+
+def block_gemm(
+    x_NI: Tensor, x_scale_NG: Tensor, weight_OI: Tensor, weight_scale: Tensor, *, block: int, rows: int
+) -> Tensor:
+    """x @ W.T of two matrices in 8 bits, (N, O) float32: the sum over blocks of products times both blocks' scales.
+
+    A scale of x belongs to `block` columns of a row, one of W, (ceil(O / rows), G), to as many columns of `rows` rows.
+    """
+    columns = x_NI.shape[1]
+    x = x_NI.float() * x_scale_NG.float().repeat_interleave(block, 1)[:, :columns]
+    scale_OI = weight_scale.float().repeat_interleave(rows, 0).repeat_interleave(block, 1)
+    return x @ (weight_OI.float() * scale_OI[: len(weight_OI), :columns]).T
+
+
+def linear_int8(x: Tensor, weight_OI: Tensor, scale_OG: Tensor, block: int) -> Tensor:
+    """x @ W.T over the last dimension of x, of int8 weights as `quantize_int8` makes them and x rounded in the same blocks."""
+    rows, row_scale = round_activations(x.flatten(0, -2), block)
+    y = block_gemm(rows, row_scale, weight_OI, scale_OG, block=block, rows=1)
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def experts_int8(
+    x_ND: Tensor,
+    index_NA: Tensor,
+    weight_NA: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    *,
+    block: int,
+) -> Tensor:
+    """`experts` with int8 weights and their scales: (E, G, D) and (E, D, F) with one a block of a row."""
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        first, second = ((stored[number], scale[number]) for stored, scale in (gate_up, down))
+        return linear_int8(swiglu(linear_int8(x, *first, block)), *second, block)
+
+    return _each_expert(expert, len(gate_up[0]), x_ND, index_NA, weight_NA)
 
 
 def quantize_int4(weight_OI: Tensor, block: int) -> tuple[Tensor, Tensor]:

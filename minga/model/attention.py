@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, einsum, nn
 
 from minga.config import ModelConfig
 from minga.kernels import cpu, ops
@@ -91,13 +91,15 @@ class LatentAttention(nn.Module):
         q_rope_BTHR = rotate(q_rope_BTHR, context.cos_BTP, context.sin_BTP, style=c.rope_style)
         k_rope_BTHR = rotate(k_rope_BTR[:, :, None], context.cos_BTP, context.sin_BTP, style=c.rope_style)
         row_BTW = torch.cat([self.kv_a_layernorm(latent_BTC), k_rope_BTHR.squeeze(2)], -1)
-        latent_BSC, rope_BSR = context.through_cache(self.layer, row_BTW).split(
-            [c.kv_lora_rank, c.qk_rope_head_dim], -1
-        )
+        row_BSW = context.through_cache(self.layer, row_BTW)
         if absorb is None:
-            absorb = self._absorbing_is_cheaper(T, latent_BSC.shape[1])
-        attend = self._attend_absorbed if absorb else self._attend_naive
-        out_BTHV = attend(q_nope_BTHK, q_rope_BTHR, latent_BSC, rope_BSR, context.mask_BTS)
+            absorb = self._absorbing_is_cheaper(T, row_BSW.shape[1])
+        if absorb and context.cache is not None and ops.on_gpu(q_nope_BTHK, row_BSW):
+            out_BTHV = self._attend_pages(q_nope_BTHK, q_rope_BTHR, row_BSW, context.positions_BT)
+        else:
+            attend = self._attend_absorbed if absorb else self._attend_naive
+            latent_BSC, rope_BSR = row_BSW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+            out_BTHV = attend(q_nope_BTHK, q_rope_BTHR, latent_BSC, rope_BSR, context.mask_BTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
 
     def _attend_compiled(self, q_BTHQ: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, context: Context) -> Tensor:
@@ -140,12 +142,27 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, mask: Tensor | None
     ) -> Tensor:
+        w_uk, w_uv = self._up_projections()
+        return ops.attend_latent_absorbed(
+            q_nope, q_rope, latent_BSC, rope_BSR, mask, w_uk_HKC=w_uk, w_uv_HVC=w_uv, scale=self.config.attention_scale
+        )
+
+    def _attend_pages(self, q_nope: Tensor, q_rope: Tensor, row_BSW: Tensor, positions_BT: Tensor) -> Tensor:
+        """`_attend_absorbed` over the cache as it lies: one page for each sequence."""
+        w_uk, w_uv = (w.to(q_nope.dtype) for w in self._up_projections())
+        q_latent_BTHC = einsum("bthk,hkc->bthc", q_nope, w_uk)
+        table_B1 = torch.arange(len(row_BSW), device=row_BSW.device)[:, None]
+        out_BTHC = ops.attend_latent_paged(
+            q_latent_BTHC, q_rope, row_BSW, table_B1, positions_BT, scale=self.config.attention_scale
+        )
+        return einsum("bthc,hvc->bthv", out_BTHC, w_uv)
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """From the latent to keys (H, K, C) and to values (H, V, C)."""
         c = self.config
         w_HOC = dense_weight(self.kv_b_proj).view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
         w_uk, w_uv = w_HOC.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        return ops.attend_latent_absorbed(
-            q_nope, q_rope, latent_BSC, rope_BSR, mask, w_uk_HKC=w_uk, w_uv_HVC=w_uv, scale=c.attention_scale
-        )
+        return w_uk, w_uv
 
 
 class GroupedQueryAttention(nn.Module):

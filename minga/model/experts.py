@@ -54,26 +54,19 @@ class Router(nn.Module):
         c = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         self.logits_NE = logits_NE if self.training else None
-        score_NE = logits_NE.sigmoid() if c.scoring_func == "sigmoid" else logits_NE.softmax(-1)
-        index_NA = self._select(score_NE.detach())
-        weight_NA = score_NE.gather(1, index_NA)
-        if c.norm_topk_prob and c.topk_method == "noaux_tc":
-            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
-        return index_NA, weight_NA * c.routed_scaling_factor, score_NE
-
-    def _select(self, score_NE: Tensor) -> Tensor:
-        c = self.config
-        if self.e_score_correction_bias is not None:
-            score_NE = score_NE + self.e_score_correction_bias.float()
-        if c.topk_method != "greedy" and c.n_group > 1:
-            group_NQE = score_NE.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-            best = 2 if c.topk_method == "noaux_tc" else 1  # V3 scores a group by its two best experts, V2 by its best
-            group_score_NQ = group_NQE.topk(best, -1).values.sum(-1)
-            kept = group_score_NQ.topk(c.topk_group, -1, sorted=False).indices
-            allowed_NQ = torch.zeros_like(group_score_NQ, dtype=torch.bool).scatter_(1, kept, True)
-            # -inf, not 0: with a bias a score may be negative, and 0 would win against it
-            score_NE = group_NQE.masked_fill(~allowed_NQ[..., None], float("-inf")).flatten(1)
-        return score_NE.topk(c.num_experts_per_tok, -1, sorted=False).indices
+        bias, v3 = self.e_score_correction_bias, c.topk_method == "noaux_tc"
+        num_groups = 1 if c.topk_method == "greedy" else c.n_group
+        return ops.route(
+            logits_NE,
+            None if bias is None else bias.float(),
+            num_active=c.num_experts_per_tok,
+            sigmoid=c.scoring_func == "sigmoid",
+            num_groups=num_groups,
+            groups_kept=min(c.topk_group, num_groups),
+            group_top=2 if v3 else 1,  # V3 scores a group by its two best experts, V2 by its best
+            normalize=c.norm_topk_prob and v3,
+            scale=c.routed_scaling_factor,
+        )
 
 
 class Experts(nn.Module):

@@ -4,8 +4,8 @@
   int4   blocks of 32    4.5 bits a weight
 
 A quantised module stores nothing else: weights stay in few bits in memory and are widened as they are used, or read as
-they are by the compiled kernels. Norms, biases and the router stay float32: they are few, and the choice of experts is
-sensitive to them.
+they are by the compiled kernels, int8 also by those of a GPU; both round activations to int8 in the same blocks. Norms,
+biases and the router stay float32: they are few, and the choice of experts is sensitive to them.
 
   O output rows, I input columns, G blocks of a row, E experts, F expert hidden, D model dim, N tokens, A active
 """
@@ -98,6 +98,9 @@ class QuantLinear(Quantized):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.format.bits == 8 and ops.on_gpu(x):
+            y = ops.linear_int8(x, *self.rows("weight"), self.format.block)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.dense("weight", x.dtype), self.bias)
 
 
@@ -121,6 +124,9 @@ class QuantExperts(Quantized):
         self.hold("down_proj", down)
 
     def forward(self, x_ND: Tensor, index_NA: Tensor, weight_NA: Tensor) -> Tensor:
+        if self.format.bits == 8 and ops.on_gpu(x_ND, weight_NA):
+            stacks = (self.rows("gate_up_proj"), self.rows("down_proj"))
+            return ops.experts_int8(x_ND, index_NA, weight_NA, *stacks, block=self.format.block)
         used, local_NA = index_NA.unique(return_inverse=True)
         gate_up, down = (self.dense(name, x_ND.dtype, used) for name in ("gate_up_proj", "down_proj"))
         return ops.experts(x_ND, local_NA, weight_NA, gate_up, down)
