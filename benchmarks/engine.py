@@ -10,7 +10,8 @@
   throughput-vs-llamacpp/b/32            the same in llama.cpp, 32 sequences in each of its batches
   speculate/demo/batch1                  MTP drafts against none, greedy, same text (--model)
   memory/b/FORMAT                        weights in memory, of float32; what the process holds besides is in the note
-  bits-per-byte/FORMAT                   rise of held-out bits a byte over float32 (--model and --data)
+  bits-per-byte/FORMAT                   rise of held-out bits a byte over float32 (--model and --data); cache-int8: floats
+                                         whose attention cache alone is in int8
   start/first-token/b                    seconds from the command to its first token, all imports included
 
 Models: a (29 M parameters), b (394 M, 98 M of them a token), 1b (1.1 B). Our side goes through the whole engine: scheduler,
@@ -85,19 +86,23 @@ def _compiled(model: Any, format: str) -> Any:
 
 def _answer(model: Any, prompts: list[list[int]], tokens: int) -> Any:
     """Runs prompts side by side through the engine; its statistics."""
-    from minga.engine.runner import Runner, Stats
+    from minga.engine.runner import Runner
     from minga.engine.sampler import SamplingParams
+    from minga.engine.scheduler import Entry
     from minga.engine.sequence import Sequence
+    from minga.model.cache import PAGE, Pages
 
-    params, stats = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), Stats()
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     sequences = [
         Sequence(ids, params, stop_ids=frozenset(), max_length=len(ids) + tokens, decoder=_Silent()) for ids in prompts
     ]
-    runner = Runner(model, sequences, num_drafts=0, stats=stats)
-    runner.prefill()
-    while runner.running:
+    num_pages = sum((len(ids) + tokens) // PAGE + 1 for ids in prompts)
+    runner = Runner(model, Pages(model.config, num_pages, dtype=model.cache_dtype))
+    for sequence in sequences:
+        runner.scheduler.add(Entry(sequence))
+    while runner.scheduler.busy:
         runner.step()
-    return stats
+    return runner.stats
 
 
 def _prompt(config: ModelConfig, length: int, seed: int = 0) -> list[int]:
@@ -298,7 +303,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> float:
+def measure_bits(path: str, data: str, format: str | None, cached: str | None, max_tokens: int) -> float:
     """Held-out bits a byte through the engine's own forward pass."""
     import math
 
@@ -308,6 +313,7 @@ def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> f
     from minga.data.loader import evaluation_batches
     from minga.data.shards import open_shards
     from minga.engine.compiled import compile_model
+    from minga.engine.plain import Tokens
     from minga.model.cache import Cache
     from minga.train.losses import cross_entropy
 
@@ -315,9 +321,9 @@ def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> f
     nats, num_bytes = 0.0, 0
     with torch.inference_mode():
         for batch in evaluation_batches(open_shards(data), batch_size=8, seq_len=256, max_tokens=max_tokens):
-            cache = Cache(model.config, *batch.ids_BT.shape, dtype=model.cache_dtype)
-            at = torch.arange(batch.ids_BT.shape[1]).expand(len(batch.ids_BT), -1)
-            logits = model.head(model.hidden(batch.ids_BT, cache=cache, positions_BT=at))
+            cache = Cache.of(model.config, *batch.ids_BT.shape, dtype=getattr(torch, cached or "", model.cache_dtype))
+            tokens = Tokens.of([(ids, 0, row) for row, ids in enumerate(batch.ids_BT.tolist())])
+            logits = model.head(model.hidden(tokens, cache)).unflatten(0, batch.ids_BT.shape)
             nats += float(cross_entropy(logits, batch.targets_KBT[0], reduction="sum").double())
             num_bytes += batch.num_bytes or 0
     return nats / math.log(2) / num_bytes
@@ -395,7 +401,7 @@ class Bench:
         yield "speculate/demo/batch1", self.speculation
         for format in KINDS:
             yield f"memory/b/{format}", lambda id, f=format: self.memory(id, f)
-        for format in KINDS:
+        for format in (*KINDS, "cache-int8"):
             yield f"bits-per-byte/{format}", lambda id, f=format: self.bits(id, f)
         yield "start/first-token/b", self.first_token
 
@@ -460,8 +466,9 @@ class Bench:
         if self.model is None or self.data is None:
             raise Failed("it needs a trained model and shards of its language. give --model and --data")
         arguments: dict[str, Any] = {"path": self.model, "data": self.data, "max_tokens": 50_000}
-        exact = self.measure("bits", format=None, **arguments)
-        rounded = self.measure("bits", format=format, **arguments)
+        exact = self.measure("bits", format=None, cached=None, **arguments)
+        stored = {"format": None, "cached": "int8"} if format == "cache-int8" else {"format": format, "cached": None}
+        rounded = self.measure("bits", **stored, **arguments)
         return row(id, rounded / exact - 1, unit="of float32's", note=f"{rounded:.4f} against {exact:.4f} bits a byte")
 
     def first_token(self, id: str) -> Row:

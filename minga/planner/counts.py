@@ -58,12 +58,13 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(**parts, mtp=c.num_nextn_predict_layers * _mtp_module(c), active=active)
 
 
-def cache_bytes_per_token(config: ModelConfig, *, bytes_per_element: int = 2, mtp: bool = False) -> int:
-    """What one token leaves in the attention cache. `mtp`: with the layers of the MTP modules, which cache too."""
-    elements = config.cache_elements_per_token
-    if mtp:
-        elements += elements // config.num_hidden_layers * config.num_nextn_predict_layers
-    return elements * bytes_per_element
+def cache_bytes_per_token(config: ModelConfig, *, number: str = "float16", mtp: bool = False) -> int:
+    """What one token leaves in the attention cache, its rows in "float32", "float16" or "int8" (a float16 scale for every 64
+    numbers of a row). `mtp`: with the layers of the MTP modules, which cache too.
+    """
+    row = config.cache_elements_per_token // config.num_hidden_layers
+    size = {"float32": 4 * row, "float16": 2 * row, "int8": row + 2 * -(-row // 64)}[number]
+    return size * (config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0))
 
 
 def forward_flops(config: ModelConfig, context: int, *, absorbed: bool = False, mtp: bool = False) -> int:

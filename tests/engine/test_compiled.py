@@ -11,9 +11,10 @@ from torch import Tensor
 from minga.config import ModelConfig, RopeConfig
 from minga.config.presets import tiny
 from minga.engine.compiled import CompiledModel, compile_model
+from minga.engine.plain import PlainModel, Tokens
 from minga.errors import UserError
-from minga.kernels import cpu
-from minga.model.cache import Cache
+from minga.kernels import cpu, ops
+from minga.model.cache import BLOCK, Cache
 from minga.model.transformer import Transformer
 from minga.quant import blocks
 
@@ -75,13 +76,19 @@ def fast(model: Transformer) -> CompiledModel:
     return compiled
 
 
-def read(model: CompiledModel, ids_BT: Tensor, *, step: int, threads: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and cache after reading `step` tokens at a time."""
+def read(
+    model: CompiledModel, ids_BT: Tensor, *, step: int, threads: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, D) and the cache's rows after reading `step` tokens at a time."""
     torch.set_num_threads(threads)
-    cache = Cache(model.config, *ids_BT.shape, dtype=model.cache_dtype)
-    positions_BT = torch.arange(ids_BT.shape[1]).expand(len(ids_BT), -1)
-    parts = zip(ids_BT.split(step, 1), positions_BT.split(step, 1), strict=True)
-    return torch.cat([model.hidden(ids, cache=cache, positions_BT=at) for ids, at in parts], 1), cache.slots
+    cache = Cache.of(model.config, *ids_BT.shape, dtype=dtype or model.cache_dtype)
+    parts = [model.hidden(tokens(ids, at * step), cache) for at, ids in enumerate(ids_BT.split(step, 1))]
+    rows = torch.stack([cache.read(layer, ids_BT.shape[1]) for layer in range(model.config.num_hidden_layers)])
+    return torch.cat([part.unflatten(0, (len(ids_BT), -1)) for part in parts], 1), rows
+
+
+def tokens(ids_BT: Tensor, first: int) -> Tokens:
+    return Tokens.of([(ids, first, row) for row, ids in enumerate(ids_BT.tolist())])
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])
@@ -96,12 +103,11 @@ def test_it_computes_what_the_model_computes(name: str, quant: str | None) -> No
     compiled = fast(model)
     ours, _ = read(compiled, ids_BT, step=40, threads=1)
     bound = 1e-5 if quant is None else 0.2
-    assert error(compiled.head(ours), expected) < bound
+    assert error(compiled.head(ours.flatten(0, 1)).view_as(expected), expected) < bound
     if len(model.mtp):
-        cache = Cache(model.config, 2, 40, dtype=compiled.cache_dtype)
-        positions_BT = torch.arange(40).expand(2, -1)
-        state = compiled.mtp_hidden(0, ids_BT, hidden, cache=cache, positions_BT=positions_BT)
-        assert error(state, model.mtp_hidden(0, ids_BT, hidden)) < bound
+        cache = Cache.of(model.config, 2, 40, dtype=compiled.cache_dtype)
+        state = compiled.mtp_hidden(tokens(ids_BT, 0), hidden.flatten(0, 1), cache)
+        assert error(state.view_as(hidden), model.mtp_hidden(0, ids_BT, hidden)) < bound
     assert error(model.head(model.hidden(ids_BT)), expected) < 1e-5  # the model itself works on as before
 
 
@@ -113,13 +119,33 @@ def test_every_way_to_read_a_text_gives_the_same_bits(name: str, quant: str | No
     model = make(CONFIGS[name], quant)
     ids_BT = torch.randint(model.config.vocab_size, (2, 600), generator=torch.Generator().manual_seed(2))
     compiled = fast(model)
-    expected, slots = read(compiled, ids_BT, step=600, threads=1)
-    for step, threads in ((600, 2), (7, 2), (100, 1)):
-        hidden, other = read(compiled, ids_BT, step=step, threads=threads)
-        assert torch.equal(hidden, expected) and torch.equal(other, slots)
-    for threads in (1, 2):
-        hidden, other = read(compiled, ids_BT[1:], step=1, threads=threads)
-        assert torch.equal(hidden, expected[1:]) and torch.equal(other, slots[:, 1:])
+    for dtype in (None, torch.int8):
+        expected, rows = read(compiled, ids_BT, step=600, threads=1, dtype=dtype)
+        for step, threads in ((600, 2), (7, 2), (100, 1)):
+            hidden, other = read(compiled, ids_BT, step=step, threads=threads, dtype=dtype)
+            assert torch.equal(hidden, expected) and torch.equal(other, rows)
+        for threads in (1, 2):
+            hidden, other = read(compiled, ids_BT[1:], step=1, threads=threads, dtype=dtype)
+            assert torch.equal(hidden, expected[1:]) and torch.equal(other, rows[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd", "qwen3", "llama"])
+@torch.inference_mode()
+def test_a_cache_in_int8_is_the_reference_rounded(name: str) -> None:
+    """The first layer's rows do not depend on the cache: there they are those of `Pages.write`, to the bit. Further on
+    only the rounding of the rows separates it from a cache of floats.
+    """
+    model = make(CONFIGS[name], None)
+    compiled = fast(model)
+    ids_BT = torch.randint(model.config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(2))
+    exact, rows = read(compiled, ids_BT, step=150, threads=1)
+    rounded, few = read(compiled, ids_BT, step=150, threads=1, dtype=torch.int8)
+    codes, scale = ops.quantize_int8(rows[0], BLOCK)
+    assert torch.equal(few[0], ops.dequantize_int8(codes, scale, BLOCK, torch.float32))
+    plain = PlainModel(model)
+    cache = Cache.of(model.config, 2, 150, dtype=torch.int8)
+    expected = plain.hidden(tokens(ids_BT, 0), cache).view_as(exact)
+    assert 0 < error(rounded, exact) < 0.05 and error(rounded, expected) < error(rounded, exact)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -145,16 +171,16 @@ def test_training_is_seen() -> None:
 
 def test_what_it_leaves_to_torch() -> None:
     assert compile_model(Transformer(SMALL).double()).dtype == torch.float64
-    assert isinstance(compile_model(Transformer(SMALL).bfloat16()), Transformer)
+    assert isinstance(compile_model(Transformer(SMALL).bfloat16()), PlainModel)
     dynamic = SMALL.replace(rope=RopeConfig(rope_type="dynamic", factor=2.0))
-    assert isinstance(compile_model(Transformer(dynamic)), Transformer)
+    assert isinstance(compile_model(Transformer(dynamic)), PlainModel)
 
 
 def test_a_position_beyond_the_cache() -> None:
     compiled = fast(make(SMALL, None))
-    cache = Cache(SMALL, 1, 4, dtype=torch.float32)
-    with pytest.raises(UserError, match="position 4 is beyond the cache's 4 slots"):
-        compiled.hidden(torch.zeros(1, 1, dtype=torch.long), cache=cache, positions_BT=torch.tensor([[4]]))
+    cache = Cache.of(SMALL, 1, 64, dtype=torch.float32)
+    with pytest.raises(UserError, match="position 64 is beyond the cache's 64 rows"):
+        compiled.hidden(tokens(torch.zeros(1, 1, dtype=torch.long), 64), cache)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:

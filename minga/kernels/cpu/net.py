@@ -13,7 +13,8 @@ from minga.kernels.cpu.build import call
 
 FLOAT32, INT8, INT4 = 1, 2, 3
 LATENT, GROUPED = 0, 1
-STRETCH = 64  # cache rows of one partial result
+FLOAT_CACHE, HALF_CACHE, INT8_CACHE = 0, 1, 2
+PAGE, CACHE_BLOCK = 64, 64  # rows of a page of the cache; numbers of a row in int8 that share a scale
 
 
 class Structure(ctypes.Structure):
@@ -126,12 +127,20 @@ class Call(Structure):
     """MingaCall: one forward pass over N tokens."""
 
     _fields_ = [
-        *_numbers("N", "threads", "mtp", "half"),
-        *_pointers("ids", "positions", "sequence", "slots"),
-        *_numbers("layer_stride", "sequence_stride", "width"),
+        *_numbers("N", "threads", "mtp"),
+        *_pointers("ids", "positions", "sequence", "tables"),
+        *_numbers("table_width"),
+        *_pointers("slots"),
+        *_numbers("cached", "layer_stride", "page_stride", "row_stride", "width"),
         *_pointers("cos", "sin", "hidden", "out", "logits", "wanted"),
         *_numbers("num_wanted"),
     ]
+
+
+class Sampling(ctypes.Structure):
+    """MingaSampling: how one sequence draws its tokens."""
+
+    _fields_ = [*((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p")), *_numbers("top_k", "seed")]
 
 
 def forward(net: Net, step: Call) -> None:
@@ -139,28 +148,35 @@ def forward(net: Net, step: Call) -> None:
     call("minga_net_forward", net, step)
 
 
-def greedy(net: Net, step: Call, ids_N: Tensor, positions_N: Tensor, steps: int) -> Tensor:
-    """Tokens (steps, N), each the likeliest after the one before; `ids_N` and `positions_N` go on with them."""
-    tokens_SN = torch.empty(steps, len(ids_N), dtype=torch.int64)
-    logits_NV = torch.empty(len(ids_N), net.head.rows)
-    step.logits = logits_NV.data_ptr()
-    call("minga_net_greedy", net, step, steps, ids_N, positions_N, tokens_SN)
-    step.logits = None
-    return tokens_SN
+def choose(logits_NV: Tensor, how: ctypes.Array[Sampling], rows_N: Tensor, positions_N: Tensor) -> Tensor:
+    """The tokens that take the places `positions_N`, (N); -1 where the logits are no numbers. rows_N: which of `how`."""
+    tokens_N = torch.empty_like(positions_N)
+    call("minga_net_choose", logits_NV, *logits_NV.shape, how, rows_N, positions_N, tokens_N, torch.get_num_threads())
+    return tokens_N
 
 
-def speculate(
-    net: Net, step: Call, new_BT: Tensor, count_B: Tensor, hidden_BTD: Tensor, positions_B: Tensor, steps: int
+def decode(
+    net: Net,
+    step: Call,
+    new_BT: Tensor,
+    count_B: Tensor,
+    hidden_BTD: Tensor | None,
+    positions_B: Tensor,
+    rows_B: Tensor,
+    how: ctypes.Array[Sampling],
+    *,
+    num_drafts: int,
+    steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy steps with T - 1 guesses each: tokens (steps, B, T) and how many of them came, (steps, B).
+    """Steps with guesses, fewer than T: tokens (steps, B, T) and how many of them came, (steps, B).
 
     new_BT: the tokens of the last step, count_B of them; hidden_BTD: the states that chose them; positions_B: where the
-    last of them is. All four go on with the steps.
+    last of them is; these four go on with the steps. rows_B: of the tables.
     """
     B, T = new_BT.shape
     tokens_SBT, counts_SB = new_BT.new_empty(steps, B, T), new_BT.new_empty(steps, B)
-    state = (new_BT, count_B, hidden_BTD, positions_B, torch.arange(B))
-    call("minga_net_speculate", net, step, steps, B, T - 1, *state, tokens_SBT, counts_SB)
+    state = (new_BT, count_B, hidden_BTD, positions_B, rows_B, how)
+    call("minga_net_decode", net, step, steps, B, T, num_drafts, *state, tokens_SBT, counts_SB)
     return tokens_SBT, counts_SB
 
 
@@ -173,4 +189,6 @@ def head(net: Net, x_ND: Tensor) -> Tensor:
 
 def check() -> None:
     """That both sides of this file mean the same."""
-    assert call("minga_net_size") == sum(map(ctypes.sizeof, (Net, Layer, Call))) + STRETCH
+    assert (
+        call("minga_net_size") == sum(ctypes.sizeof(each) for each in (Net, Layer, Call, Sampling)) + PAGE + CACHE_BLOCK
+    )
