@@ -77,9 +77,9 @@ def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer 
 def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """The files of `save`, into a folder that the caller makes durable."""
     config = model.config.to_hf()
-    stored = blocks.format_of(model)
-    if stored is not None:
-        config["quantization_config"] = {"quant_method": stored.method, "weight_block_size": [1, stored.block]}
+    rounded = next((format for format in blocks.formats_of(model) if format.name in blocks.FORMATS), None)
+    if rounded is not None:
+        config["quantization_config"] = {"quant_method": rounded.method, "weight_block_size": [1, rounded.block]}
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,

@@ -19,7 +19,7 @@ def product(kind: str, weight_OI: Tensor, x_ND: Tensor, block: int) -> tuple[Ten
     """The kernel's x @ W.T, and in float64 that of the operands as they are rounded."""
     rows, cols = weight_OI.shape
     if kind == "float32":
-        matrix = net.matrix(weight_OI, rows=rows, cols=cols, kind=net.FLOAT32)
+        matrix = net.matrix(weight_OI, rows=rows, cols=cols, kind="float32")
         exact = x_ND.double() @ weight_OI.double().T
     else:
         bits = int(kind[-1])
@@ -29,9 +29,8 @@ def product(kind: str, weight_OI: Tensor, x_ND: Tensor, block: int) -> tuple[Ten
         else:
             stored, scale = ops.quantize_int4(weight_OI, block)
             wide = ops.dequantize_int4(stored, scale, block, cols, torch.float64)
-        words, scales = panels.from_rows(stored, scale, bits=bits)
-        kinds = {8: net.INT8, 4: net.INT4}
-        matrix = net.matrix(words, scale=scales, rows=rows, cols=cols, kind=kinds[bits], block=block)
+        words, scales = panels.from_rows(stored, scale)
+        matrix = net.matrix(words, scale=scales, rows=rows, cols=cols, kind=kind, block=block)
         exact = reference.round_to(x_ND, "int8", -1, run=block).double() @ wide.T
     ours = net.head(net.Net(D=cols, head=matrix), x_ND)
     return ours, exact
@@ -73,9 +72,9 @@ def test_a_row_does_not_depend_on_its_neighbours(kind, threads):
 def test_rows_come_back_from_panels(shape, bits):
     weight = torch.randn(shape)
     stored, scale = (ops.quantize_int8 if bits == 8 else ops.quantize_int4)(weight, 32)
-    words, scales = panels.from_rows(stored, scale, bits=bits)
+    words, scales = panels.from_rows(stored, scale)
     assert words.shape[-1] == scales.shape[-1] == panels.ROWS
-    back, scale_back = panels.to_rows(words, scales, shape, bits=bits)
+    back, scale_back = panels.to_rows(words, scales, shape, stored.dtype)
     assert torch.equal(back, stored) and torch.equal(scale_back, scale)
 
 
