@@ -189,18 +189,21 @@ def dequantize_codes(
     return wide if minimum_OG is None else wide + minimum_OG.to(dtype).repeat_interleave(block, -1)[..., :columns]
 
 
-def round_as_llama(x: Tensor, block: int) -> Tensor:
-    """What a product sees of its activations beside GGUF's types, as in llama.cpp: int8 in blocks of 32 with a float16 scale
-    (its Q8_0), or of 256 (Q8_K), where the number of largest magnitude becomes -127."""
+def round_as_llama(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """What a product sees of its activations beside GGUF's types, as in llama.cpp (quantize_row_q8_0, _q8_1, _q8_K).
+
+    Returns them rounded to int8 in blocks of 32 with a float16 scale, or of 256 in which the number of largest magnitude
+    becomes -127, and for every 32 of them, (.., I / 32), what a minimum is multiplied with: their sum, rounded to float16
+    for blocks of 32.
+    """
     blocks = x.unflatten(-1, (-1, block))
     top = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    top = top.abs() / 127 if block == 32 else top / -127
+    codes = torch.where(top == 0, 0, blocks / top).round()
+    sums = (codes.unflatten(-1, (-1, 32)).sum(-1) * top).flatten(-2)
     if block == 32:
-        top = top.abs()
-        inverse, scale = torch.where(top == 0, 0, 127 / top), (top / 127).half().to(x.dtype)
-    else:
-        inverse = torch.where(top == 0, 0, -127 / top)
-        scale = torch.where(top == 0, 0, 1 / inverse)
-    return ((blocks * inverse).round() * scale).flatten(-2)
+        return (codes * top.half().to(x.dtype)).flatten(-2), sums.half().to(x.dtype)
+    return (codes * top).flatten(-2), sums
 
 
 RUN = 128  # values along the summed dimension that share a scale when products are computed in int8

@@ -119,15 +119,16 @@ class Stored:
         if format.bits == 8:
             return ops.dequantize_int8(self.data, self.factors, format.block, dtype)
         codes = ops.unpack_codes(self.data, format.bits, format.block)[..., :columns]
-        scale, minimum = self._scales(dtype)
+        scale, minimum = self.scales(dtype)
         return ops.dequantize_codes(codes, scale, minimum, format.zero, format.block, dtype)
 
-    def _scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Of each block, with its minimum, (.., O, G)."""
+    def scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The scale of each block and its minimum, (.., O, G)."""
         assert self.factors is not None
         format, factors = self.format, self.factors
         if not format.nested:
-            return (factors[..., ::2], factors[..., 1::2]) if format.minimum else (factors, None)
+            wide = factors.to(dtype)
+            return (wide[..., ::2], wide[..., 1::2]) if format.minimum else (wide, None)
         outer = 1 + format.minimum
         supers = factors.unflatten(-1, (self.shape[-1] // SUPER, -1))
         shared, inner = supers[..., :outer].view(torch.float16).to(dtype), supers[..., outer:].contiguous()

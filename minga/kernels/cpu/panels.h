@@ -510,21 +510,26 @@ static void float_product(const Matrix& m, const T* w, const Rows& r, const int3
   for (int i = 0; i < NR4; i++) row[i] = w + i * m.cols;
   for (int t = 0; t < NT; t++)
     for (int i = 0; i < NR4; i++) acc[t][i] = vf{};
-  int64_t k = 0;
-  for (; k + VL <= m.cols; k += VL) {
+  auto add = [&](const T* const* from, int64_t step, auto x) {
     vf v[NR4];
-    for (int i = 0; i < NR4; i++) v[i] = wide_v(row[i] + k);
+    for (int i = 0; i < NR4; i++) v[i] = wide_v(from[i] + step);
     for (int t = 0; t < NT; t++) {
-      vf x = load<vf>(r.row(token[t]) + k);
-      for (int i = 0; i < NR4; i++) acc[t][i] += x * v[i];
+      vf xs = load<vf>(x(t));
+      for (int i = 0; i < NR4; i++) acc[t][i] += xs * v[i];
     }
+  };
+  int64_t k = 0;
+  for (; k + VL <= m.cols; k += VL) add(row, k, [&](int t) { return r.row(token[t]) + k; });
+  if (size_t n = (size_t)(m.cols - k)) {  // filled up with zeros, so that compilers cannot add what is left in other ways
+    T last[NR4][VL] = {};
+    float x[NT][VL] = {};
+    const T* from[NR4];
+    for (int i = 0; i < NR4; i++) from[i] = (const T*)std::memcpy(last[i], row[i] + k, n * sizeof(T));
+    for (int t = 0; t < NT; t++) std::memcpy(x[t], r.row(token[t]) + k, n * 4);
+    add(from, 0, [&](int t) { return x[t]; });
   }
   for (int t = 0; t < NT; t++)
-    for (int i = 0; i < NR4; i++) {
-      float total = sum_v(acc[t][i]);
-      for (int64_t j = k; j < m.cols; j++) total += r.row(token[t])[j] * wide(row[i][j]);
-      out[t][i] = total;
-    }
+    for (int i = 0; i < NR4; i++) out[t][i] = sum_v(acc[t][i]);
 }
 
 template <class T>
