@@ -54,8 +54,7 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     else:
         config, stored = _read_config(source)
         tensors = hf.read_tensors(source, config, dtype=dtype)
-    with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
-        model = Transformer(config)
+    model = _empty(config)
     if stored is not None:
         blocks.quantize(model, stored)
     model.load_state_dict(tensors, assign=True)
@@ -66,6 +65,41 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     if quant is not None and stored is None:
         blocks.quantize(model, blocks.FORMATS[quant])
     return model.eval()
+
+
+def load_stored(path: str | PathLike[str], *, quant: str | None = None) -> Transformer:
+    """A model to generate with, its matrices in memory as the file has them: GGUF's types, bfloat16, float16.
+
+    quant: as for `load`, which does what is to be done where it is given. Norms, biases and routers are float32. Raises
+    `UserError` as `load` does.
+    """
+    source = resolve(path)
+    if quant is not None:
+        return load(source, quant=quant)
+    if source.is_file():
+        opened = gguf.open_gguf(source)
+        config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
+        tensors, stored = gguf.read_stored(opened, config)
+    else:
+        config, rounded = _read_config(source)
+        if rounded is not None:
+            return load(source)
+        tensors, stored = hf.read_tensors(source, config), {}
+        for name in names.matrices(config) & tensors.keys():
+            if tensors[name].dtype in (torch.bfloat16, torch.float16):
+                stored[name] = blocks.Stored.keep(tensors.pop(name))
+    model = _empty(config)
+    left = {name: tensor.float() for name, tensor in tensors.items()}
+    missing = model.load_state_dict(left, strict=False, assign=True).missing_keys
+    assert set(missing) == stored.keys()
+    blocks.put(model, stored)
+    return model.eval()
+
+
+def _empty(config: ModelConfig) -> Transformer:
+    """Without memory, and without time for weights that are about to be replaced."""
+    with torch.device("meta"), _SkipInit():
+        return Transformer(config)
 
 
 def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
