@@ -164,6 +164,26 @@ def test_quantised_tensors(tmp_path, configs, random_tensors, write_gguf, kind, 
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_matrices_stay_as_they_are(tmp_path, configs, random_tensors, write_gguf, same, family):
+    """Rows in the public order, experts in their stacks, and the very numbers that widening gives; in the file's bytes."""
+    config = configs[family]
+    metadata, tensors = to_gguf(config, random_tensors(config))
+    fits = {name: tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 for name, tensor in tensors.items()}
+    kinds = {name: "Q8_0" if fits[name] else "BF16" for name, tensor in tensors.items() if tensor.ndim > 1}
+    kinds |= {name: "BF16" for name in tensors if name.startswith("blk.2.ffn_up_exps")}  # beside gates in Q8_0
+    opened = gguf.open_gguf(write_gguf(tmp_path / "m.gguf", metadata, tensors, kinds))
+    expected = gguf.read_tensors(opened, config)
+    rest, stored = gguf.read_stored(opened, config)
+    same({**rest, **{name: matrix.dense() for name, matrix in stored.items()}}, expected)
+    assert stored.keys() <= names.matrices(config)
+    left = names.matrices(config) - stored.keys()  # put together from two tensors
+    assert all("kv_b" in name or name == "model.layers.2.mlp.experts.gate_up_proj" for name in left)
+    kept = sum(opened.tensors[name].num_bytes for name in kinds if name.startswith("token_embd"))
+    embedding = stored["model.embed_tokens.weight"]
+    assert embedding.data.nbytes + embedding.factors.nbytes == kept
+
+
 @pytest.mark.parametrize(("version", "alignment"), [(2, 32), (3, 8), (3, 256)])
 def test_versions_and_alignments(tmp_path, llama_file, write_gguf, same, version, alignment):
     _, config, internal = llama_file

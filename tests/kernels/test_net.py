@@ -5,6 +5,7 @@ The whole pass against the model is in tests/engine/test_compiled.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -23,27 +24,25 @@ FLOAT = ["float32", "bfloat16", "float16"]
 TYPES = {kind.name: kind for kind in ggml_types.TYPES.values()}
 
 
-def random_raw(name: str, rows: int, cols: int) -> Tensor:
-    """Blocks of a GGUF type with random bytes, but for factors that are between 2^-11 and 2^-7 of either sign."""
-    kind = TYPES[name]
-    raw = torch.randint(0, 256, (rows * cols // kind.numbers, kind.num_bytes), dtype=torch.uint8)
-    starts = {"Q6_K": [208]}.get(name, [0, 2] if GGUF[name].minimum else [0])
-    for at in starts:
-        raw[:, at + 1] = raw[:, at + 1] & 0x8F | 0x10
-    return raw.flatten()
+Formats = Callable[[str, Tensor], tuple[Stored, Tensor]]
 
 
-def stored_as(name: str, weight_OI: Tensor) -> tuple[Stored, Tensor]:
-    """A matrix of that shape in the format, and what its definition makes of it, in float64."""
-    if name in FORMATS:
-        stored = Stored.round(weight_OI, FORMATS[name])
-        return stored, stored.dense(torch.float64)
-    if name in GGUF:
-        raw = random_raw(name, *weight_OI.shape)
-        stored = ggml_types.keep(raw, TYPES[name], tuple(weight_OI.shape))
-        return stored, ggml_types.dequantise(raw, TYPES[name]).view_as(weight_OI).double()
-    weight_OI = weight_OI.to(getattr(torch, name))
-    return Stored.keep(weight_OI), weight_OI.double()
+@pytest.fixture
+def stored_as(random_blocks) -> Formats:
+    """stored_as(format, matrix): it in that format (of GGUF's types only the shape), and the definition's float64 numbers."""
+
+    def make(name: str, weight_OI: Tensor) -> tuple[Stored, Tensor]:
+        if name in FORMATS:
+            stored = Stored.round(weight_OI, FORMATS[name])
+            return stored, stored.dense(torch.float64)
+        if name in GGUF:
+            raw = random_blocks(name, weight_OI.numel())
+            stored = ggml_types.keep(raw, TYPES[name], tuple(weight_OI.shape))
+            return stored, ggml_types.dequantise(raw, TYPES[name]).view_as(weight_OI).double()
+        weight_OI = weight_OI.to(getattr(torch, name))
+        return Stored.keep(weight_OI), weight_OI.double()
+
+    return make
 
 
 def matrix_of(stored: Stored) -> net.Matrix:
@@ -65,7 +64,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("kind", [*FLOAT, "int8", "int4"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_product_is_that_of_the_rounded_operands(sizes, kind, block):
+def test_a_product_is_that_of_the_rounded_operands(sizes, kind, block, stored_as):
     assert cpu.load()
     torch.manual_seed(0)
     O, I, N = sizes  # noqa: E741
@@ -82,7 +81,7 @@ def test_a_product_is_that_of_the_rounded_operands(sizes, kind, block):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (16, 2), (17, 3), (100, 1), (33, 5)], ids=str)
 @pytest.mark.parametrize("name", GGUF)
-def test_a_product_with_a_type_of_gguf(name, sizes):
+def test_a_product_with_a_type_of_gguf(name, sizes, stored_as):
     """One to eight tokens. Activations are rounded as llama.cpp rounds them, sums that meet minima to float16 besides."""
     assert cpu.load()
     torch.manual_seed(0)
@@ -105,7 +104,7 @@ def test_a_product_with_a_type_of_gguf(name, sizes):
 
 @pytest.mark.parametrize("kind", [*FLOAT, *FORMATS, *GGUF])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_its_neighbours(kind, threads):
+def test_a_row_does_not_depend_on_its_neighbours(kind, threads, stored_as):
     """To the bit: what makes greedy text the same whatever else is computed beside it."""
     assert cpu.load()
     torch.manual_seed(0)
@@ -132,7 +131,7 @@ def test_half_width_floats_are_what_they_widen_to(kind):
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in (*FLOATS.values(), *FORMATS.values(), *GGUF.values())])
-def test_a_model_has_it_in_a_module(name):
+def test_a_model_has_it_in_a_module(name, stored_as):
     """torch's own form, in rows and in panels."""
     torch.manual_seed(0)
     stored, wide = stored_as(name, torch.randn(40, 256))
