@@ -156,13 +156,14 @@ def pack_codes(codes_OI: Tensor, bits: int, block: int) -> Tensor:
     What is above them follows each block as four bytes more: byte j has that of columns j, j + 4, j + 8, .., from its
     lowest bits on, so that the block has as many columns as find room.
     """
-    eights = (codes_OI & 15).unflatten(-1, (-1, 2, 4))
-    low = eights[..., 0, :] | eights[..., 1, :] << 4
+    eights = codes_OI.contiguous().view(torch.int32).unflatten(-1, (-1, 2))  # four codes to a word: fewer numbers
+    low = eights & 0x0F0F0F0F
+    low = low[..., 0] | low[..., 1] << 4
     if bits == 4:
-        return low.flatten(-2)
-    fours = (codes_OI >> 4).unflatten(-1, (-1, block // 4, 4)) << _places(bits, block)
-    high = fours.sum(-2, keepdim=True, dtype=torch.uint8)
-    return torch.cat([low.unflatten(-2, (-1, block // 8)), high], -2).flatten(-3)
+        return low.view(torch.uint8)
+    above = (eights >> 4 & 0x01010101 * ((1 << bits - 4) - 1)).flatten(-2).unflatten(-1, (-1, block // 4))
+    high = (above << torch.arange(block // 4, dtype=torch.int32) * (bits - 4)).sum(-1, keepdim=True, dtype=torch.int32)
+    return torch.cat([low.unflatten(-1, (-1, block // 8)), high], -1).flatten(-2).view(torch.uint8)
 
 
 def unpack_codes(stored: Tensor, bits: int, block: int) -> Tensor:
@@ -172,12 +173,9 @@ def unpack_codes(stored: Tensor, bits: int, block: int) -> Tensor:
         return torch.stack([fours & 15, fours >> 4], -2).flatten(-3)
     words = stored.unflatten(-1, (-1, block // 8 + 1, 4))
     low, high = unpack_codes(words[..., :-1, :].flatten(-2), 4, block), words[..., -1:, :]
-    above = high >> _places(bits, block) & (1 << bits - 4) - 1
+    places = (torch.arange(block // 4) * (bits - 4)).to(torch.uint8)[:, None]
+    above = high >> places & (1 << bits - 4) - 1
     return (low | above.flatten(-2) << 4).flatten(-2)
-
-
-def _places(bits: int, block: int) -> Tensor:
-    return (torch.arange(block // 4) * (bits - 4)).to(torch.uint8)[:, None]
 
 
 def dequantize_codes(

@@ -276,14 +276,14 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
     if (L.high)
       for (int p = 0; p < NP; p++) top[p] = _mm512_loadu_si512(from + p * panel_bytes + block * 8);
     // the second plane's bits of words f of the block, at bit 4
-    auto above = [&](int p, int f) {
+    auto above = [&](int p, int f) __attribute__((always_inline)) {
       int up = 4 - f * L.high;
       words_512 v = (words_512)top[p];
       return _mm512_and_si512(up > 0 ? (__m512i)(v << up) : (__m512i)(v >> -up), high);
     };
     const int8_t* columns[NT];
     for (int t = 0; t < NT; t++) columns[t] = q[t] + b * block;
-    auto step = [&](int k, int i) {
+    auto step = [&](int k, int i) __attribute__((always_inline)) {
       __m512i v[NP], second[NP];
       for (int p = 0; p < NP; p++) {
         const uint8_t* at = from + p * panel_bytes + (FOUR ? k * 8 : k * 16);
@@ -353,7 +353,7 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
       const uint8_t* from = w + p * panel_bytes + b * block_bytes;
       if (L.high)
         for (int half = 0; half < 2; half++) top[half] = _mm256_loadu_si256((const __m256i*)(from + block * 8 + half * 32));
-      auto above = [&](int half, int f) {
+      auto above = [&](int half, int f) __attribute__((always_inline)) {
         int up = 4 - f * L.high;
         words_256 v = (words_256)top[half];
         return _mm256_and_si256(up > 0 ? (__m256i)(v << up) : (__m256i)(v >> -up), high);
