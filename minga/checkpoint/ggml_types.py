@@ -55,20 +55,18 @@ def keep(raw: Tensor, kind: GGMLType, shape: tuple[int, ...]) -> Stored:
         dtype = {4: torch.float32, 2: torch.bfloat16 if kind.name == "BF16" else torch.float16}[kind.num_bytes]
         return Stored(FLOATS[dtype], size, raw.view(dtype).view(size))
     format, blocks = GGUF[kind.name], raw.view(-1, kind.num_bytes)
-    lead, num_rows = size[:-1], size[:-1].numel()
-    data = torch.empty(num_rows, size[-1] * format.bits // 8, dtype=format.dtype)
-    factors = torch.empty(num_rows, blocks.shape[0] // max(1, num_rows) * _num_factors(format), dtype=torch.int16)
-    data_NB, factors_NF = data.view(blocks.shape[0], -1), factors.view(blocks.shape[0], -1)
+    num_rows, in_row = size[:-1].numel(), size[-1] // kind.numbers  # blocks
+    data = torch.empty(num_rows * in_row, kind.numbers * format.bits // 8, dtype=format.dtype)
+    factors = torch.empty(num_rows * in_row, _num_factors(format), dtype=torch.int16)
     step = _CHUNK // kind.numbers
     codes = torch.empty(step, kind.numbers, dtype=format.dtype)
     for i in range(0, blocks.shape[0], step):
         part = blocks[i : i + step]
         out = codes[: part.shape[0]]
-        factors_NF[i : i + step] = kind.split(part, out)
-        data_NB[i : i + step] = out if format.bits == 8 else pack_codes(out, format.bits, format.block)
-    return Stored(
-        format, size, data.view(*lead, -1), (factors if format.nested else factors.view(torch.float16)).view(*lead, -1)
-    )
+        factors[i : i + step] = kind.split(part, out)
+        data[i : i + step] = out if format.bits == 8 else pack_codes(out, format.bits, format.block)
+    data, factors = (x.view(*size[:-1], in_row * x.shape[1]) for x in (data, factors))
+    return Stored(format, size, data, factors if format.nested else factors.view(torch.float16))
 
 
 def _num_factors(format: Format) -> int:
