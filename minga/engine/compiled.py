@@ -53,6 +53,7 @@ class CompiledModel:
             module.to_panels(memory.empty)
         if stored:
             _leave_the_file(model)
+            net.give_back()
         self._net, self._call = _describe(model, memory), net.Call()
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
         self.config, self.dtype, self.device = model.config, torch.float32, torch.device("cpu")

@@ -17,6 +17,7 @@
 #include <omp.h>
 #endif
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -777,6 +778,13 @@ void minga_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   uintptr_t page = 4096, from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + bytes) / page * page;
   if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+}
+
+// Gives back what was freed: the rows that panels were made from would else stay in the allocator's hands.
+void minga_give_back() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
 #endif
 }
 

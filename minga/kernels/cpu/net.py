@@ -190,6 +190,11 @@ def head(net: Net, x_ND: Tensor) -> Tensor:
     return out
 
 
+def give_back() -> None:
+    """Hands freed memory back to the system."""
+    call("minga_give_back")
+
+
 def check() -> None:
     """That both sides of this file mean the same."""
     assert call("minga_net_size") == sum(map(ctypes.sizeof, (Net, Layer, Call))) + STRETCH + len(KINDS)
