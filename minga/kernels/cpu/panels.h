@@ -279,7 +279,7 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
     auto above = [&](int p, int f) __attribute__((always_inline)) {
       int up = 4 - f * L.high;
       words_512 v = (words_512)top[p];
-      return _mm512_and_si512(up > 0 ? (__m512i)(v << up) : (__m512i)(v >> -up), high);
+      return _mm512_and_si512(up > 0 ? (__m512i)(v << (uint16_t)up) : (__m512i)(v >> (uint16_t)-up), high);
     };
     const int8_t* columns[NT];
     for (int t = 0; t < NT; t++) columns[t] = q[t] + b * block;
@@ -356,7 +356,7 @@ static void panel_product(const Matrix& m, const uint8_t* w, const uint16_t* s, 
       auto above = [&](int half, int f) __attribute__((always_inline)) {
         int up = 4 - f * L.high;
         words_256 v = (words_256)top[half];
-        return _mm256_and_si256(up > 0 ? (__m256i)(v << up) : (__m256i)(v >> -up), high);
+        return _mm256_and_si256(up > 0 ? (__m256i)(v << (uint16_t)up) : (__m256i)(v >> (uint16_t)-up), high);
       };
       const int n = L.block ? L.block : (int)std::min(padded - b * block, block);
       for (int k = 0; k < n; k += FOUR ? 8 : 4)
