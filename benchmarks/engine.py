@@ -3,6 +3,7 @@
     minga bench engine [--quick] [--only decode/b] [--threads 2] [--model runs/demo] [--data shards]
 
   decode/MODEL/FORMAT/CONTEXT/threadsN   tokens/s of one sequence behind a prompt of so many tokens; llama.cpp has Q8_0, Q4_0
+  decode/smollm2/int8/ctx0/threads2      the same of a GGUF file, in the types it has, which the note names (--smollm2)
   prefill/b/int8/512/threadsN            tokens/s of reading 512 tokens
   roofline/b/int8                        weights read a second, of what a plain reader of memory reaches
   decode-vs-transformers/b               transformers' DeepseekV3 in float32, experts by grouped_mm
@@ -37,6 +38,7 @@ from minga.data.tokenizer import DecodeStream
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers grouped_mm"
 KINDS = {"int8": "Q8_0", "int4": "Q4_0"}
+SMOLLM2 = "decode/smollm2/int8/ctx0/threads2"
 PAUSE = 0.2  # seconds between two sides: each leaves its threads spinning for a while
 PROMPTS = ["ROMEO:\n", "KING HENRY V\t", "\n", "Enter HAMLET and HORATIO\n"]
 
@@ -128,7 +130,25 @@ def measure_decode(model: str, format: str, context: int, rounds: int, tokens: i
     floats = _floats(model)
     peer = _peer(floats, KINDS[format], threads=threads, context=context + tokens + 16)
     ours = _compiled(floats, format)
-    prompt = _prompt(config, max(1, context))
+    return _alternate(ours, peer, _prompt(config, max(1, context)), rounds, tokens)
+
+
+def measure_file(path: str, rounds: int, tokens: int) -> dict[str, Any]:
+    """The same of a GGUF file behind one token, both sides from the file's own bits; and the types of its matrices."""
+    import peers
+    import torch
+
+    from minga import store
+    from minga.engine.compiled import compile_model
+    from minga.quant.blocks import formats_of
+
+    model = store.load_stored(path)
+    peer = peers.Llama(Path(path), threads=torch.get_num_threads(), context=tokens + 16)
+    found: dict[str, Any] = _alternate(compile_model(model, say), peer, [1], rounds, tokens)
+    return found | {"kinds": sorted(format.name for format in formats_of(model))}
+
+
+def _alternate(ours: Any, peer: Any, prompt: list[int], rounds: int, tokens: int) -> dict[str, list[float]]:
     peer.prefill(prompt)
     result: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(rounds + 1):
@@ -374,8 +394,11 @@ def measure_first_token(model: str) -> float:
 
 
 class Bench:
-    def __init__(self, *, threads: int, quick: bool, only: str, model: str | None, data: str | None):
+    def __init__(
+        self, *, threads: int, quick: bool, only: str, model: str | None, data: str | None, smollm2: str | None
+    ):
         self.threads, self.quick, self.only, self.model, self.data = threads, quick, only, model, data
+        self.smollm2 = smollm2
         self.rounds = 3 if quick else 7
 
     def measure(self, name: str, *, threads: int | None = None, **arguments: Any) -> Any:
@@ -393,6 +416,8 @@ class Bench:
                             f"decode/{model}/{format}/ctx{context}/threads{threads}",
                             lambda id, a=arguments, t=threads: self.decode(id, t, **a),
                         )
+        if self.smollm2 is not None:
+            yield SMOLLM2, self.file
         yield f"prefill/b/int8/512/threads{self.threads}", self.prefill
         yield "roofline/b/int8", self.roofline
         yield "decode-vs-transformers/b", self.transformers
@@ -418,6 +443,11 @@ class Bench:
             "decode", threads=threads, model=model, format=format, context=context, rounds=self.rounds, tokens=tokens
         )
         return self._pairs(id, found, f"{LLAMA} {KINDS[format]}")
+
+    def file(self, id: str) -> Row:
+        found = self.measure("file", threads=2, path=self.smollm2, rounds=self.rounds, tokens=96)
+        kinds = " and ".join(found["kinds"])
+        return self._pairs(id, found, LLAMA, note=f"{Path(self.smollm2 or '').name}: {kinds}, as in the file")
 
     def prefill(self, id: str) -> Row:
         found = self.measure("prefill", model="b", format="int8", length=512, rounds=self.rounds)
@@ -480,9 +510,19 @@ def main() -> int:
         return 0
     parser = common.parser(__doc__)
     parser.add_argument("--data", help="shards that `minga data` wrote, in the model's tokens")
+    parser.add_argument("--smollm2", metavar="FILE", help="a GGUF file of SmolLM2-135M, such as `make demo` leaves")
     parser.add_argument("model", nargs="?", help="a trained model or run folder, such as the one of `make demo`")
     args = parser.parse_args()
-    bench = Bench(threads=args.threads, quick=args.quick, only=args.only, model=args.model, data=args.data)
+    bench = Bench(
+        threads=args.threads,
+        quick=args.quick,
+        only=args.only,
+        model=args.model,
+        data=args.data,
+        smollm2=args.smollm2,
+    )
+    if args.smollm2 is None and SMOLLM2.startswith(args.only):
+        say(f"{SMOLLM2} is left out: give its file with --smollm2")
     all_rows = dict(bench.all())
     rows, failures = [], []
     for id in common.wanted(parser, args.only, all_rows):

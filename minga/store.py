@@ -54,8 +54,7 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     else:
         config, stored = _read_config(source)
         tensors = hf.read_tensors(source, config, dtype=dtype)
-    with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
-        model = Transformer(config)
+    model = _empty(config)
     if stored is not None:
         blocks.quantize(model, stored)
     model.load_state_dict(tensors, assign=True)
@@ -68,6 +67,41 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     return model.eval()
 
 
+def load_stored(path: str | PathLike[str], *, quant: str | None = None) -> Transformer:
+    """A model to generate with, its matrices in memory as the file has them: GGUF's types, bfloat16, float16.
+
+    quant: as for `load`, which does what is to be done where it is given. Norms, biases and routers are float32. Raises
+    `UserError` as `load` does.
+    """
+    source = resolve(path)
+    if quant is not None:
+        return load(source, quant=quant)
+    if source.is_file():
+        opened = gguf.open_gguf(source)
+        config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
+        tensors, stored = gguf.read_stored(opened, config)
+    else:
+        config, rounded = _read_config(source)
+        if rounded is not None:
+            return load(source)
+        tensors, stored = hf.read_tensors(source, config), {}
+        for name in names.matrices(config) & tensors.keys():
+            if tensors[name].dtype in (torch.bfloat16, torch.float16):
+                stored[name] = blocks.Stored.keep(tensors.pop(name))
+    model = _empty(config)
+    left = {name: tensor.float() for name, tensor in tensors.items()}
+    missing = model.load_state_dict(left, strict=False, assign=True).missing_keys
+    assert set(missing) == stored.keys()
+    blocks.put(model, stored)
+    return model.eval()
+
+
+def _empty(config: ModelConfig) -> Transformer:
+    """Without memory, and without time for weights that are about to be replaced."""
+    with torch.device("meta"), _SkipInit():
+        return Transformer(config)
+
+
 def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model folder in the public format, MTP and router bias included; whole or not at all."""
     with durable_folder(path) as folder:
@@ -77,9 +111,9 @@ def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer 
 def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """The files of `save`, into a folder that the caller makes durable."""
     config = model.config.to_hf()
-    stored = blocks.format_of(model)
-    if stored is not None:
-        config["quantization_config"] = {"quant_method": stored.method, "weight_block_size": [1, stored.block]}
+    rounded = next((format for format in blocks.formats_of(model) if format.name in blocks.FORMATS), None)
+    if rounded is not None:
+        config["quantization_config"] = {"quant_method": rounded.method, "weight_block_size": [1, rounded.block]}
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,

@@ -24,18 +24,19 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minga.checkpoint import names
-from minga.checkpoint.ggml_types import OTHER_NAMES, TYPES, GGMLType, dequantise
+from minga.checkpoint.ggml_types import OTHER_NAMES, TYPES, GGMLType, dequantise, keep
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.quant.blocks import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -256,43 +257,85 @@ def read_tensors(gguf: GGUF, config: ModelConfig, *, dtype: torch.dtype = torch.
 
     Raises `UserError` if they are not those of a model with this config.
     """
-    where = str(gguf.path)
-    sources = _sources(gguf, config)
-    names.check_size(config, len(sources), where=where, experts_apart=False)
-    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype)
-    collector.check_names(sources)
-    for name, read in sources.items():
-        collector.add(name, read())
+    collector, sources = _collector(gguf, config, dtype)
+    for name, source in sources.items():
+        collector.add(name, source.read())
     return collector.finish()
 
 
-def _sources(gguf: GGUF, config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
-    """What to call for each tensor, in the public layout."""
-    sources: dict[str, Callable[[], Tensor]] = {name: partial(gguf.read, name) for name in gguf.tensors}
+def read_stored(gguf: GGUF, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Stored]]:
+    """The same without widening: matrices as they are stored, and the other tensors in float32.
+
+    Float32 besides are routers, what is put together from two tensors (kv_b from k_b and v_b), and experts whose gates
+    and ups are in different types.
+    """
+    collector, sources = _collector(gguf, config, torch.float32)
+    table, matrices = names.gguf_table(config), names.matrices(config)
+    kinds: dict[str, set[str]] = {}
+    for name in gguf.tensors.keys() & table.keys():
+        kinds.setdefault(table[name].internal, set()).add(gguf.tensors[name].kind.name)
+    for name, source in sources.items():
+        internal = table[name].internal if name in table and table[name].role is names.Role.PART else ""
+        if source.order is None or internal not in matrices or len(kinds[internal]) > 1 or kinds[internal] == {"F32"}:
+            collector.add(name, source.read())
+            continue
+        stored = keep(gguf.raw(name), gguf.tensors[name].kind, gguf.tensors[name].shape)
+        factors = None if stored.factors is None else source.order(stored.factors)
+        collector.add_stored(name, replace(stored, data=source.order(stored.data), factors=factors))
+    taken = collector.take_stored()
+    return collector.finish(), taken
+
+
+class _Source(NamedTuple):
+    """A tensor of the public layout. `order`: what brings the rows of the one in the file, whose name is the same, into
+    that layout; None if there is no such one."""
+
+    read: Callable[[], Tensor]
+    order: Callable[[Tensor], Tensor] | None
+
+
+def _collector(gguf: GGUF, config: ModelConfig, dtype: torch.dtype) -> tuple[names.Collector, dict[str, _Source]]:
+    """Names and numbers checked, nothing read."""
+    sources, where = _sources(gguf, config), str(gguf.path)
+    names.check_size(config, len(sources), where=where, experts_apart=False)
+    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype)
+    collector.check_names(sources)
+    return collector, sources
+
+
+def _sources(gguf: GGUF, config: ModelConfig) -> dict[str, _Source]:
+    sources = {name: _Source(partial(gguf.read, name), _as_they_are) for name in gguf.tensors}
     sources.pop("rope_freqs.weight", None)  # in the config by now
     if gguf.metadata.get("general.architecture") == "llama":
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         for name in sources:
             if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name):
-                sources[name] = partial(_read_halves, gguf, name, heads[match[1]])
+                order = partial(_in_halves, num_heads=heads[match[1]], name=name, where=gguf.path)
+                sources[name] = _Source(partial(_read_in_order, gguf, name, order), order)
     for name in [name for name in sources if name.endswith(".attn_k_b.weight")]:
         layer = name.removesuffix("attn_k_b.weight")
         if f"{layer}attn_v_b.weight" in sources:
-            joined = partial(_read_kv_b, gguf, layer, config)
+            joined = _Source(partial(_read_kv_b, gguf, layer, config), None)
             sources.setdefault(f"{layer}attn_kv_b.weight", joined)  # some files hold both forms
             del sources[f"{layer}attn_k_b.weight"], sources[f"{layer}attn_v_b.weight"]
     return sources
 
 
-def _read_halves(gguf: GGUF, name: str, num_heads: int) -> Tensor:
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _read_in_order(gguf: GGUF, name: str, order: Callable[[Tensor], Tensor]) -> Tensor:
+    return order(gguf.read(name))
+
+
+def _in_halves(rows: Tensor, num_heads: int, name: str, where: Path) -> Tensor:
     """q or k of a `llama` file: within each head, rows 0, half, 1, half + 1, .. become 0, 1, .., half, half + 1, .."""
-    stored = gguf.read(name)
-    if stored.shape[0] % (2 * num_heads):
-        rows = stored.shape[0]
+    if rows.shape[0] % (2 * num_heads):
         raise UserError(
-            f"{name} has {rows} rows, which {num_heads} heads cannot share ({gguf.path}). download the file again"
+            f"{name} has {rows.shape[0]} rows, which {num_heads} heads cannot share ({where}). download the file again"
         )
-    return stored.view(num_heads, -1, 2, *stored.shape[1:]).transpose(1, 2).reshape(stored.shape)
+    return rows.view(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _read_kv_b(gguf: GGUF, layer: str, config: ModelConfig) -> Tensor:

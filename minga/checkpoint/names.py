@@ -31,6 +31,7 @@ from torch import Tensor
 
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.quant.blocks import Format, Stored
 
 SCALE = "_scale"  # what the name of a weight's scale adds to the weight's
 _FEW_BITS = (torch.int8, torch.uint8)
@@ -212,6 +213,12 @@ def gguf_table(config: ModelConfig) -> dict[str, Entry]:
     return table
 
 
+def matrices(config: ModelConfig) -> set[str]:
+    """Our names of what may be stored in few bits: all matrices but the routers'."""
+    parts = {row.internal for row in rows(config) if row.role is Role.PART and len(row.shape) > 1}
+    return {name for name in parts if not name.endswith(".mlp.gate.weight")}
+
+
 def count_mtp(public_names: Iterable[str], num_hidden_layers: int) -> int:
     """How many MTP modules a file really holds: transformers drops them on save and leaves the config's promise."""
     names, count = set(public_names), 0
@@ -258,7 +265,7 @@ def to_public(internal: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         tensor = internal[entry.internal]
         shape = _stored_shape(entry.whole or entry.shape, tensor)
         if tuple(tensor.shape) != shape:
-            raise UserError(_shape_message(entry.internal, tensor, shape, "state dict"))
+            raise UserError(_shape_message(entry.internal, tensor.shape, shape, "state dict"))
         public[name] = tensor[entry.place] if entry.place else tensor
         scale = internal.get(entry.internal + SCALE)
         if scale is not None:
@@ -302,6 +309,7 @@ class Collector:
         self._where = where
         self._dtype = dtype
         self._tensors: dict[str, Tensor] = {}
+        self._formats: dict[str, Format] = {}  # of what `add_stored` took
         self._scales: set[str] = set()  # table names, one for each scale
         self._quantised: set[str] = set()  # and for each weight in few bits
 
@@ -330,7 +338,7 @@ class Collector:
         entry, is_scale = self._table[base], name != base
         shape, expected = tuple(tensor.shape), _stored_shape(entry.shape, tensor)
         if shape[:1] != expected[:1] if is_scale else shape != expected:
-            raise UserError(_shape_message(name, tensor, expected[:1] if is_scale else expected, self._where))
+            raise UserError(_shape_message(name, shape, expected[:1] if is_scale else expected, self._where))
         if tensor.dtype not in _FLOATS and (is_scale or tensor.dtype not in _FEW_BITS or len(shape) < 2):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{name} holds {kind} numbers ({self._where}). convert the model to bfloat16 or float32")
@@ -345,6 +353,28 @@ class Collector:
             self._quantised.add(base)
         if entry.role is Role.PART:
             self._place(entry, tensor if is_scale else self._cast(name, tensor), SCALE if is_scale else "")
+
+    def add_stored(self, name: str, stored: Stored) -> None:
+        """Takes a matrix under its public name as it is stored. Raises `UserError` for a wrong shape.
+
+        Those that share a stack must be in one format, and the table must know the name.
+        """
+        entry = self._table[name]
+        if tuple(stored.shape) != entry.shape:
+            raise UserError(_shape_message(name, stored.shape, entry.shape, self._where))
+        self._formats[entry.internal] = stored.format
+        self._place(entry, stored.data, "")
+        if stored.factors is not None:
+            self._place(entry, stored.factors, SCALE)
+
+    def take_stored(self) -> dict[str, Stored]:
+        """What `add_stored` took, whole stacks together, by our names; `finish` gives the rest."""
+        taken = {}
+        whole = {entry.internal: entry.whole or entry.shape for entry in self._table.values()}
+        for name, format in self._formats.items():
+            data, factors = self._tensors.pop(name), self._tensors.pop(name + SCALE, None)
+            taken[name] = Stored(format, torch.Size(whole[name]), data, factors)
+        return taken
 
     def finish(self) -> dict[str, Tensor]:
         """The state dict. Raises `UserError` if a weight in few bits and its scale do not come together."""
@@ -425,10 +455,10 @@ def _stored_shape(shape: tuple[int, ...], tensor: Tensor) -> tuple[int, ...]:
     return (*shape[:-1], -(-shape[-1] // 8) * 4) if tensor.dtype == torch.uint8 else shape
 
 
-def _shape_message(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> str:
-    given = " x ".join(map(str, tensor.shape)) or "no dimensions"
+def _shape_message(name: str, given: Iterable[int], shape: tuple[int, ...], where: str) -> str:
+    found = " x ".join(map(str, given)) or "no dimensions"
     asked = " x ".join(map(str, shape))
-    return f"{name} is {given}, but the config asks for {asked} ({where}). the two are not of one model"
+    return f"{name} is {found}, but the config asks for {asked} ({where}). the two are not of one model"
 
 
 def _first_three(names: list[str]) -> str:

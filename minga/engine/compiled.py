@@ -26,12 +26,11 @@ from minga.model.cache import BLOCK, PAGE, Cache
 from minga.model.experts import MLP, MoE
 from minga.model.mtp import MTPModule
 from minga.model.transformer import Transformer
-from minga.quant.blocks import Format, Quantized, dense_weight, format_of
+from minga.quant.blocks import FLOATS, FORMATS, Format, Quantized, dense_weight, formats_of
 
 if TYPE_CHECKING:
     from minga.engine.scheduler import Entry
 
-_KINDS = {8: net.INT8, 4: net.INT4}
 _CACHED = {torch.float32: net.FLOAT_CACHE, torch.float16: net.HALF_CACHE, torch.int8: net.INT8_CACHE}
 _MAX_TOKENS, _PARTIAL = 256, 2**24  # of one call: tokens, and numbers of partial results of attention
 
@@ -49,7 +48,7 @@ def compile_model(model: Transformer, note: Callable[[str], None] = lambda line:
 
 
 class CompiledModel:
-    """Weights in few bits are laid out anew, in place; floats are used where they lie."""
+    """Stored weights are laid out anew, in place; parameters are used where they lie."""
 
     exact = True  # a token's numbers depend on its own sequence alone
 
@@ -63,11 +62,13 @@ class CompiledModel:
             module.to_panels(memory.empty)
         if stored:
             _leave_the_file(model)
+            net.give_back()
         self._net, self._call = _describe(model, memory), net.Call()
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
         self.config, self.dtype, self.device = model.config, torch.float32, torch.device("cpu")
         # weights in few bits are less exact than a cache in float16, and half the bytes are half the time
-        self.cache_dtype = torch.float32 if format_of(model) is None else torch.float16
+        few_bits = any(not format.is_float for format in formats_of(model))
+        self.cache_dtype = torch.float16 if few_bits else torch.float32
 
     def hidden(self, tokens: Tokens, cache: Cache) -> Tensor:
         """The states after the last norm, (N, D); the tokens' rows are in the cache then."""
@@ -175,6 +176,8 @@ def _leave_the_file(model: Transformer) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     for module in model.modules():
+        if isinstance(module, Quantized):
+            continue  # copied as it was laid out
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.dtype == torch.float32:
                 setattr(module, name, buffer.clone())
@@ -187,7 +190,8 @@ def _describe(model: Transformer, memory: net.Memory) -> net.Net:
     c, modules = model.config, [cast(MTPModule, module) for module in model.mtp][:1]
     blocks = [cast(Block, block) for block in model.model.layers] + [module.block for module in modules]
     layers = (net.Layer * len(blocks))()
-    described = [_layer(block, format_of(model), memory) for block in blocks]
+    few_bits = next((format for format in formats_of(model) if not format.is_float), None)
+    described = [_layer(block, few_bits, memory) for block in blocks]
     for index, layer in enumerate(described):
         layers[index] = layer
     result = net.Net(
@@ -246,7 +250,9 @@ def _latent(layer: net.Layer, attention: LatentAttention, format: Format | None,
         layer.set("q", _linear(attention.q_b_proj))
     layer.set("kv", _linear(attention.kv_a_proj_with_mqa))
     layer.set("latent_norm", attention.kv_a_layernorm.weight.detach())
-    w_HOC = dense_weight(attention.kv_b_proj).detach().view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
+    kv_b = attention.kv_b_proj
+    kept = kv_b.format("weight").dtype if isinstance(kv_b, Quantized) and format is None else torch.float32
+    w_HOC = dense_weight(kv_b).detach().to(kept).view(c.num_attention_heads, -1, c.kv_lora_rank or 0)
     w_uk_HKC, w_uv_HVC = w_HOC.split([c.qk_nope_head_dim, c.v_head_dim], 1)
     for name, weight in (("uk", w_uk_HKC.transpose(1, 2)), ("uv", w_uv_HVC)):
         layer.set(name, _rounded(weight.contiguous(), format, memory))
@@ -272,16 +278,16 @@ def _linear(module: nn.Module) -> net.Matrix:
 def _stored(module: nn.Module, name: str, bias: Tensor | None = None) -> net.Matrix:
     if not isinstance(module, Quantized):
         return _float_matrix(module.get_parameter(name).detach())
-    rows, cols = module.shape(name)[-2:]
+    (rows, cols), format = module.shape(name)[-2:], module.format(name)
+    scale = None if format.is_float else module.get_buffer(f"{name}_scale")
     return net.matrix(
-        module.get_buffer(name), scale=module.get_buffer(f"{name}_scale"), bias=bias, rows=rows, cols=cols,
-        kind=_KINDS[module.format.bits], block=module.format.block,
-    )  # fmt: skip
+        module.get_buffer(name), scale=scale, bias=bias, rows=rows, cols=cols, kind=format.name, block=format.span
+    )
 
 
 def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> net.Matrix:
     rows, cols = weight.shape[-2:]
-    return net.matrix(weight.contiguous(), rows=rows, cols=cols, kind=net.FLOAT32, bias=bias)
+    return net.matrix(weight.contiguous(), rows=rows, cols=cols, kind=FLOATS[weight.dtype].name, bias=bias)
 
 
 def _rounded(weight: Tensor, format: Format | None, memory: net.Memory) -> net.Matrix:
@@ -289,5 +295,6 @@ def _rounded(weight: Tensor, format: Format | None, memory: net.Memory) -> net.M
     if format is None:
         return _float_matrix(weight)
     rows, cols = weight.shape[-2:]
-    words, scale = panels.from_rows(*ops.quantize_int8(weight, format.block), bits=8, empty=memory.empty)
-    return net.matrix(words, scale=scale, rows=rows, cols=cols, kind=net.INT8, block=format.block)
+    block = format.block if format.name in FORMATS else FORMATS["int8"].block
+    words, scale = panels.from_rows(*ops.quantize_int8(weight, block), memory.empty)
+    return net.matrix(words, scale=scale, rows=rows, cols=cols, kind="int8", block=block)

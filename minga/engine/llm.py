@@ -37,7 +37,7 @@ from minga.model.cache import PAGE, Pages
 from minga.model.transformer import Transformer
 from minga.quant.blocks import format_of
 from minga.runtime.machine import free_memory
-from minga.store import load, load_tokenizer
+from minga.store import load_stored, load_tokenizer
 
 MAX_DRAFTS = 4
 _CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -70,7 +70,7 @@ class LLM:
         cache: str | None = None,
         max_memory: int | str | None = None,
     ):
-        self._set_up(load(path, quant=quant), load_tokenizer(path), speculate, num_drafts, cache, max_memory)
+        self._set_up(load_stored(path, quant=quant), load_tokenizer(path), speculate, num_drafts, cache, max_memory)
         self._weights_stay = True
 
     @classmethod

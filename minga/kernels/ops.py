@@ -17,17 +17,20 @@ from minga.kernels import cpu, fp8, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
+    dequantize_codes,
     dequantize_int4,
     dequantize_int8,
     quantize_int4,
     quantize_int8,
     swiglu,
+    unpack_codes,
 )
 
 __all__ = [
     "attend",
     "attend_latent_absorbed",
     "compiled",
+    "dequantize_codes",
     "dequantize_int4",
     "dequantize_int8",
     "experts",
@@ -38,6 +41,7 @@ __all__ = [
     "quantize_int8",
     "rms_norm",
     "swiglu",
+    "unpack_codes",
 ]
 
 _WORTH_A_CALL = 2**14  # elements of the input below which torch's own operations are as quick

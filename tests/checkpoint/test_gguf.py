@@ -164,6 +164,26 @@ def test_quantised_tensors(tmp_path, configs, random_tensors, write_gguf, kind, 
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_matrices_stay_as_they_are(tmp_path, configs, random_tensors, write_gguf, same, family):
+    """Rows in the public order, experts in their stacks, and the very numbers that widening gives; in the file's bytes."""
+    config = configs[family]
+    metadata, tensors = to_gguf(config, random_tensors(config))
+    fits = {name: tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 for name, tensor in tensors.items()}
+    kinds = {name: "Q8_0" if fits[name] else "BF16" for name, tensor in tensors.items() if tensor.ndim > 1}
+    kinds |= {name: "BF16" for name in tensors if name.startswith("blk.2.ffn_up_exps")}  # beside gates in Q8_0
+    opened = gguf.open_gguf(write_gguf(tmp_path / "m.gguf", metadata, tensors, kinds))
+    expected = gguf.read_tensors(opened, config)
+    rest, stored = gguf.read_stored(opened, config)
+    same({**rest, **{name: matrix.dense() for name, matrix in stored.items()}}, expected)
+    assert stored.keys() <= names.matrices(config)
+    left = names.matrices(config) - stored.keys()  # put together from two tensors
+    assert all("kv_b" in name or name == "model.layers.2.mlp.experts.gate_up_proj" for name in left)
+    kept = sum(opened.tensors[name].num_bytes for name in kinds if name.startswith("token_embd"))
+    embedding = stored["model.embed_tokens.weight"]
+    assert embedding.data.nbytes + embedding.factors.nbytes == kept
+
+
 @pytest.mark.parametrize(("version", "alignment"), [(2, 32), (3, 8), (3, 256)])
 def test_versions_and_alignments(tmp_path, llama_file, write_gguf, same, version, alignment):
     _, config, internal = llama_file
@@ -406,9 +426,10 @@ def test_damaged_files_never_surprise(tmp_path, configs, random_tensors, write_g
     config, dice = configs[family], random.Random(0)
     metadata, tensors = to_gguf(config, random_tensors(config))
     metadata |= {"tokenizer.ggml.tokens": [f"token{i}" for i in range(30)], "tokenizer.ggml.scores": [0.5] * 30}
-    path = write_gguf(tmp_path / "m.gguf", metadata, tensors)
+    kinds = {name: "Q8_0" for name in tensors if "attn_q" in name and name.endswith(".weight")}
+    path = write_gguf(tmp_path / "m.gguf", metadata, tensors, kinds)
     raw = path.read_bytes()
-    size_of_header = len(raw) - sum(-(-tensor.nbytes // 32) * 32 for tensor in tensors.values())
+    size_of_header = min(info.offset for info in gguf.open_gguf(path).tensors.values())
     refused = 0
     for i in range(300):
         damaged = bytearray(raw[: dice.randrange(len(raw))] if i % 5 == 0 else raw)
@@ -418,7 +439,8 @@ def test_damaged_files_never_surprise(tmp_path, configs, random_tensors, write_g
         refused += 1
         with contextlib.suppress(UserError):
             file = gguf.open_gguf(path)
-            gguf.read_tensors(file, ModelConfig.from_hf(gguf.config_from_gguf(file)))
+            read = gguf.read_stored if i % 2 else gguf.read_tensors
+            read(file, ModelConfig.from_hf(gguf.config_from_gguf(file)))
             refused -= 1
     assert 100 < refused < 300
 

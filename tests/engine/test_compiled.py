@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle, islice
 
 import pytest
 import torch
 from torch import Tensor
 
+from minga.checkpoint import ggml_types, names
 from minga.config import ModelConfig, RopeConfig
 from minga.config.presets import tiny
 from minga.engine.compiled import CompiledModel, compile_model
@@ -67,6 +69,26 @@ def make(config: ModelConfig, quant: str | None) -> Transformer:
             value.data.uniform_(-0.1, 0.1, generator=generator)
     if quant is not None:
         blocks.quantize(model, blocks.FORMATS[quant])
+    return model
+
+
+def put_mixed(model: Transformer, random_blocks) -> Transformer:
+    """Every matrix whose width allows it in one of GGUF's types, in turn, the others in half-width floats."""
+    torch.manual_seed(5)
+    kinds, stored = cycle(blocks.GGUF), {}
+    by_name = {kind.name: kind for kind in ggml_types.TYPES.values()}
+    for name in sorted(names.matrices(model.config)):
+        weight = model.get_parameter(name)
+        fitting = next(
+            kind for kind in [*islice(kinds, 9), None] if kind is None or weight.shape[-1] % by_name[kind].numbers == 0
+        )
+        if fitting is None:
+            stored[name] = blocks.Stored.keep(weight.detach().to(torch.bfloat16 if len(stored) % 2 else torch.float16))
+        else:
+            stored[name] = ggml_types.keep(
+                random_blocks(fitting, weight.numel()), by_name[fitting], tuple(weight.shape)
+            )
+    blocks.put(model, stored)
     return model
 
 
@@ -156,6 +178,56 @@ def test_a_model_in_panels_is_saved_in_rows(quant: str) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+MIXED = {
+    "latent": SMALL.replace(
+        hidden_size=256, intermediate_size=512, moe_intermediate_size=264, kv_lora_rank=64, q_lora_rank=100
+    ),
+    "grouped": CONFIGS["qwen3"].replace(hidden_size=256, intermediate_size=288),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@torch.inference_mode()
+def test_it_computes_with_many_formats_in_one_model(name: str, random_blocks) -> None:
+    """GGUF's types and half-width floats side by side; and every way to read a text gives the same bits."""
+    model = put_mixed(make(MIXED[name], None), random_blocks)
+    assert {*blocks.GGUF, *(("bfloat16", "float16") if name == "latent" else ())} == {
+        f.name for f in blocks.formats_of(model)
+    }
+    ids_BT = torch.randint(model.config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(2))
+    expected = model.head(model.hidden(ids_BT))
+    compiled = fast(model)
+    ours, slots = read(compiled, ids_BT, step=70, threads=1)
+    assert error(compiled.head(ours.flatten(0, 1)).view_as(expected), expected) < 0.1
+    torch.testing.assert_close(model.head(model.hidden(ids_BT)), expected)
+    for step, threads in ((70, 2), (7, 2), (1, 2), (1, 1)):
+        hidden, other = read(compiled, ids_BT, step=step, threads=threads)
+        assert torch.equal(hidden, ours) and torch.equal(other, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["tiny", "odd", "dense", "llama"])
+@torch.inference_mode()
+def test_half_width_floats_compute_what_they_widen_to(name: str, dtype: torch.dtype) -> None:
+    """To the bit, in half the memory."""
+    model = make(CONFIGS[name], None)
+    matrices = names.matrices(model.config)
+    for key in matrices:
+        model.get_parameter(key).data = model.get_parameter(key).to(dtype).float()
+    ids_BT = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
+    wide = fast(model)
+    expected, slots = read(wide, ids_BT, step=40, threads=1)
+    logits = wide.head(expected)
+    blocks.put(model, {key: blocks.Stored.keep(model.get_parameter(key).to(dtype)) for key in matrices})
+    narrow = fast(model)
+    hidden, other = read(narrow, ids_BT, step=11, threads=2)
+    assert torch.equal(hidden, expected) and torch.equal(other, slots)
+    assert torch.equal(narrow.head(hidden), logits)
+    assert sum(buffer.nbytes for buffer in model.buffers()) < 1.2 * 2 * sum(
+        p.numel() for p in make(CONFIGS[name], None).parameters()
+    )
 
 
 def test_training_is_seen() -> None:

@@ -192,7 +192,7 @@ def test_nothing_leaks_between_steps_of_a_stream(llm):
 
 def test_a_path_is_opened_as_asked(model, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr("minga.engine.llm.load", lambda path, *, quant: asked.append((path, quant)) or model)
+    monkeypatch.setattr("minga.engine.llm.load_stored", lambda path, *, quant: asked.append((path, quant)) or model)
     monkeypatch.setattr("minga.engine.llm.load_tokenizer", lambda path: asked.append(path) or tokenizer)
     llm = LLM("a-model", quant="int8", num_drafts=2)
     assert asked == [("a-model", "int8"), "a-model"]

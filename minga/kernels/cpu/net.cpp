@@ -9,6 +9,7 @@
 
 #include "panels.h"
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <thread>
@@ -16,6 +17,7 @@
 #include <omp.h>
 #endif
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -339,6 +341,22 @@ struct Own {
   Rows normed, q_a, absorbed, context, attended, act, shared_act, joined, last;
 };
 
+// All that is multiplied with one input. They may be stored in different kinds.
+using Readers = std::array<const Matrix*, 5>;
+Readers of_attention(const MingaLayer& L) { return {&L.kv, L.q_a.kind == NONE ? &L.q : &L.q_a, &L.k, &L.v}; }
+Readers of_feed_forward(const MingaLayer& L) { return {&L.expert_gate_up, &L.gate, &L.up, &L.router}; }
+
+using Blocks = std::array<int64_t, ROUNDINGS>;  // of each rounding that an input needs; 0: it needs it not
+void add_blocks(Blocks& to, const Readers& readers) {
+  for (const Matrix* m : readers)
+    if (m && m->is_rounded()) to[m->rounding()] = m->block;
+}
+Blocks blocks_of(const Matrix& m) {
+  Blocks result = {};
+  add_blocks(result, {&m});
+  return result;
+}
+
 class Forward {
  public:
   Forward(const MingaNet& net, const MingaCall& call, Team& team)
@@ -365,7 +383,8 @@ class Forward {
     return c_.slots + l * c_.layer_stride + page * c_.page_stride + position % PAGE * c_.row_stride;
   }
   void keep(int64_t l, int64_t i, const float* row) const;
-  Rows rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x = true);
+  template <class F>
+  Blocks blocks(F readers) const;
 
   // f(i) for all rows: by every thread for itself, or split, with a wait at the end.
   template <class F>
@@ -374,9 +393,16 @@ class Forward {
     for (int64_t i = from; i < to; i++) f(i);
     if (!solo_) team_.wait();
   }
-  static void round(Rows& r, int64_t i, const Matrix& m) {
-    if (m.is_rounded()) round_row(r, i, m.block);
+  // Once for each way in which the readers want it.
+  static void round(Rows& r, int64_t i, const Readers& readers) {
+    bool done[ROUNDINGS] = {};
+    for (const Matrix* m : readers) {
+      if (!m || !m->is_rounded() || done[m->rounding()]) continue;
+      round_row(r, i, m->rounding());
+      done[m->rounding()] = true;
+    }
   }
+  static void round(Rows& r, int64_t i, const Matrix& m) { round(r, i, Readers{&m}); }
   void products(int t, const std::vector<Job>& jobs);
   void attention(int t, Own& me, int64_t l);
   template <class T>
@@ -399,39 +425,30 @@ class Forward {
   std::vector<std::pair<const uint8_t*, int64_t>> held_;  // what each thread's part of wide_ holds: a page, its first rows
 };
 
-Rows Forward::rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x) {
+Rows make_rows(Arena& arena, int64_t n, int64_t width, const Blocks& blocks, bool has_x = true) {
   Rows r;
-  r.width = width;
+  for (int how = 0; how < ROUNDINGS; how++) r.rounded[how].block = blocks[how];
+  r.set_width(width);
   if (has_x) r.x = arena.take<float>(n * width);
-  if (m.is_rounded()) {
-    r.padded = m.padded();
-    r.blocks = m.blocks();
-    r.q = arena.take<int8_t>(n * r.padded);
-    r.scale = arena.take<float>(n * r.blocks);
-    r.sum = arena.take<int32_t>(n * r.blocks);
+  for (Rounded& to : r.rounded) {
+    if (!to.block) continue;
+    to.q = arena.take<int8_t>(n * to.padded);
+    to.scale = arena.take<float>(n * to.blocks);
+    to.sum = arena.take<int32_t>(n * to.sums);
+    to.shift = arena.take<float>(n * to.blocks);
   }
   return r;
 }
 
-// The first matrix of `of` in whose blocks its input must be rounded; all that share an input share the block.
-const Matrix& rounding(std::initializer_list<const Matrix*> of) {
-  for (const Matrix* m : of)
-    if (m->is_rounded()) return *m;
-  return **of.begin();
+// Of all layers, where readers(layer) are those of one.
+template <class F>
+Blocks Forward::blocks(F readers) const {
+  Blocks result = {};
+  for (int64_t l = first_layer(); l < last_layer(); l++) add_blocks(result, readers(layer(l)));
+  return result;
 }
-const Matrix& of_attention(const MingaLayer& L) { return rounding({&L.kv, &L.q_a, &L.q, &L.k, &L.v}); }
-const Matrix& of_feed_forward(const MingaLayer& L) { return rounding({&L.expert_gate_up, &L.gate, &L.up, &L.router}); }
 
 void Forward::lay_out(Arena& arena) {
-  // Layers may differ in what they are stored in (and dense ones in width): room for the largest of each.
-  auto widest = [&](auto of) {
-    const Matrix* best = &of(layer(first_layer()));
-    for (int64_t l = first_layer(); l < last_layer(); l++) {
-      const Matrix& m = of(layer(l));
-      if (m.kind != NONE && (best->kind == NONE || m.is_rounded() > best->is_rounded() || m.cols > best->cols)) best = &m;
-    }
-    return *best;
-  };
   auto most = [&](auto of) {
     int64_t result = 0;
     for (int64_t l = first_layer(); l < last_layer(); l++) result = std::max(result, (int64_t)of(layer(l)));
@@ -445,21 +462,20 @@ void Forward::lay_out(Arena& arena) {
     o.scores = arena.take<float>(N_ * E);
     o.weight = arena.take<float>(N_ * n_.A);
     o.chosen = arena.take<int64_t>(N_ * n_.A);
-    Matrix a = widest(of_attention), f = widest(of_feed_forward);
-    o.normed = rows(arena, N_, D, a.is_rounded() ? a : f);
+    Blocks normed = blocks(of_attention);
+    for (int64_t l = first_layer(); l < last_layer(); l++) add_blocks(normed, of_feed_forward(layer(l)));
+    o.normed = make_rows(arena, N_, D, normed);
     if (latent()) {
-      Matrix q = widest([](const MingaLayer& L) -> const Matrix& { return L.q; });
-      o.q_a = rows(arena, N_, q.cols, q);
-      o.absorbed = rows(arena, N_ * H, n_.K, widest([](const MingaLayer& L) -> const Matrix& { return L.uk; }));
-      o.context = rows(arena, N_ * H, n_.C, widest([](const MingaLayer& L) -> const Matrix& { return L.uv; }), false);
+      int64_t width = most([](const MingaLayer& L) { return L.q.cols; });
+      o.q_a = make_rows(arena, N_, width, blocks([](const MingaLayer& L) { return Readers{&L.q}; }));
+      o.absorbed = make_rows(arena, N_ * H, n_.K, blocks([](const MingaLayer& L) { return Readers{&L.uk}; }));
+      o.context = make_rows(arena, N_ * H, n_.C, blocks([](const MingaLayer& L) { return Readers{&L.uv}; }), false);
     }
-    o.attended = rows(arena, N_, H * n_.V, widest([](const MingaLayer& L) -> const Matrix& { return L.o; }), false);
-    Matrix down = widest([](const MingaLayer& L) -> const Matrix& { return L.expert_down; });
-    Matrix shared = widest([](const MingaLayer& L) -> const Matrix& { return L.down; });
-    if (E) o.act = rows(arena, N_ * n_.A, n_.active_width, down);
-    if (hidden) o.shared_act = rows(arena, N_, hidden, shared);
-    if (c_.mtp) o.joined = rows(arena, N_, 2 * D, n_.eh_proj);
-    if (c_.logits) o.last = rows(arena, num_logits(), D, n_.head);
+    o.attended = make_rows(arena, N_, H * n_.V, blocks([](const MingaLayer& L) { return Readers{&L.o}; }), false);
+    if (E) o.act = make_rows(arena, N_ * n_.A, n_.active_width, blocks([](const MingaLayer& L) { return Readers{&L.expert_down}; }));
+    if (hidden) o.shared_act = make_rows(arena, N_, hidden, blocks([](const MingaLayer& L) { return Readers{&L.down}; }));
+    if (c_.mtp) o.joined = make_rows(arena, N_, 2 * D, blocks_of(n_.eh_proj));
+    if (c_.logits) o.last = make_rows(arena, num_logits(), D, blocks_of(n_.head));
   }
   q_a_ = arena.take<float>(N_ * most([](const MingaLayer& L) { return L.q_a.rows; }));
   query_ = arena.take<float>(N_ * H * (n_.K + (latent() ? n_.R : 0)));
@@ -717,8 +733,7 @@ void Forward::feed_forward(int t, Own& me, const MingaLayer& L) {
     swiglu_row(gate_up, width, 1.0f, act.row(row));
     round(act, row, down);
   };
-  me.shared_act.width = S;
-  if (S && L.down.is_rounded()) me.shared_act.padded = L.down.padded(), me.shared_act.blocks = L.down.blocks();
+  me.shared_act.set_width(S);  // dense layers are wider than shared experts
   each(t, N_, [&](int64_t i) {
     if (S) activate(me.shared_act, i, dense_ + i * 2 * S, S, L.down);
     for (int64_t a = 0; E && a < A; a++) activate(me.act, i * A + a, gate_up_ + (i * A + a) * 2 * F, F, L.expert_down);
@@ -943,7 +958,14 @@ void minga_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + sizeof(MingaSampling) + PAGE + CACHE_BLOCK; }
+// Gives back what was freed: the rows that panels were made from would else stay in the allocator's hands.
+void minga_give_back() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + sizeof(MingaSampling) + PAGE + CACHE_BLOCK + KINDS; }
 
 void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   Team team{(int)call->threads};
@@ -1043,10 +1065,7 @@ void minga_net_head(const MingaNet* net, const float* x, int64_t N, float* out, 
   Rows r;
   for (int turn = 0; turn < 2; turn++) {
     memory.begin();
-    r.width = net->D, r.padded = m.padded(), r.blocks = m.blocks();
-    r.q = memory.take<int8_t>(N * r.padded);
-    r.scale = memory.take<float>(N * r.blocks);
-    r.sum = memory.take<int32_t>(N * r.blocks);
+    r = make_rows(memory, N, net->D, blocks_of(m), false);
     if (memory.fits()) break;
   }
   r.x = const_cast<float*>(x);
@@ -1055,7 +1074,7 @@ void minga_net_head(const MingaNet* net, const float* x, int64_t N, float* out, 
   for (int64_t i = 0; i < N; i++) {
     token[i] = (int32_t)i;
     to[i] = out + i * m.rows;
-    if (m.is_rounded()) round_row(r, i, m.block);
+    if (m.is_rounded()) round_row(r, i, m.rounding());
   }
   int64_t parts = threads;
 #pragma omp parallel for num_threads((int)threads) schedule(static)

@@ -11,7 +11,23 @@ from torch import Tensor
 
 from minga.kernels.cpu.build import call
 
-FLOAT32, INT8, INT4 = 1, 2, 3
+# What matrices are stored in, `Kind` in panels.h: floats, Minga's own formats, and GGUF's types.
+KINDS = (
+    "",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int4",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 LATENT, GROUPED = 0, 1
 FLOAT_CACHE, HALF_CACHE, INT8_CACHE = 0, 1, 2
 PAGE, CACHE_BLOCK = 64, 64  # rows of a page of the cache; numbers of a row in int8 that share a scale
@@ -48,13 +64,16 @@ def matrix(
     *,
     rows: int,
     cols: int,
-    kind: int,
-    block: int = 32,
+    kind: str,
+    block: int = 0,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Matrix:
-    """`data` as `kind` asks: float32 (.., rows, cols), or the words of `minga.kernels.panels.from_rows`."""
-    values: dict[str, Any] = {"kind": kind, "block": block, "rows": rows, "cols": cols, "data": data}
+    """`data` as `kind` asks: floats (.., rows, cols), or words and factors of `minga.kernels.panels.from_rows`.
+
+    block: columns of activations that share a scale, as many as share a float16 factor of the weights.
+    """
+    values: dict[str, Any] = {"kind": KINDS.index(kind), "block": block, "rows": rows, "cols": cols, "data": data}
     return Matrix(**values, count=data.shape[0] if data.ndim in (3, 5) else 1, scale=scale, bias=bias)
 
 
@@ -187,8 +206,12 @@ def head(net: Net, x_ND: Tensor) -> Tensor:
     return out
 
 
+def give_back() -> None:
+    """Hands freed memory back to the system."""
+    call("minga_give_back")
+
+
 def check() -> None:
     """That both sides of this file mean the same."""
-    assert (
-        call("minga_net_size") == sum(ctypes.sizeof(each) for each in (Net, Layer, Call, Sampling)) + PAGE + CACHE_BLOCK
-    )
+    sizes = sum(ctypes.sizeof(each) for each in (Net, Layer, Call, Sampling))
+    assert call("minga_net_size") == sizes + PAGE + CACHE_BLOCK + len(KINDS)
