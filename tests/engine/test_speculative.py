@@ -135,7 +135,7 @@ def test_sampled_text_is_the_same_with_guesses_and_without(tokenizer, num_drafts
 
 
 def test_speculative_sampling_follows_the_model_itself(tokenizer, forward_pass):
-    """Whole engine, two guesses a step: 20,000 answers (6,400 in torch) of three tokens against the exact probabilities of all 125."""
+    """Two guesses a step: 20,000 answers (6,400 in torch) of three tokens against the exact probabilities of all 125."""
     model = sharp_model(vocab_size=5)
     params = SamplingParams(temperature=1.5, top_p=0.95, max_tokens=3, ignore_eos=True)
     prompt, draws = [1, 2, 3], 20_000 if forward_pass == "compiled" else 6_400
