@@ -8,8 +8,9 @@
   roofline/b/int8                        weights read a second, of what a plain reader of memory reaches
   decode-vs-transformers/b               transformers' DeepseekV3 in float32, experts by grouped_mm
   throughput/b/32                        32 requests of 256 + 128 tokens; transformers answers one after the other
-  throughput-vs-llamacpp/b/32            the same in llama.cpp, 32 sequences in each of its batches
-  speculate/demo/batch1                  MTP drafts against none, greedy, same text (--model)
+  throughput-vs-llamacpp-server/b/32     the same in llama.cpp as its server does it, 32 sequences a batch; no HTTP on either side
+  speculate/demo/batch1                  guesses against none, greedy, same text (--model)
+  speculate/dense/batch1                 the same of a model without experts (--dense)
   memory/b/FORMAT                        weights in memory, of float32; what the process holds besides is in the note
   bits-per-byte/FORMAT                   rise of held-out bits a byte over float32 (--model and --data); cache-int8: floats
                                          whose attention cache alone is in int8
@@ -35,6 +36,7 @@ from common import Failed, Row, measure, row, say
 
 from minga.config import ModelConfig, presets
 from minga.data.tokenizer import DecodeStream
+from minga.planner.counts import speculation_limit
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers grouped_mm"
 KINDS = {"int8": "Q8_0", "int4": "Q4_0"}
@@ -368,6 +370,7 @@ def measure_speculation(path: str, quant: str | None, rounds: int, tokens: int) 
                 raise Failed(f"speculation changed the text of {prompt!r}")
             if turn:
                 result["acceptance"].append(llms["always"].stats.acceptance or 0.0)
+    result["limit"] = speculation_limit(llms["plain"].config, statistics.median(result["acceptance"]))
     return result
 
 
@@ -380,7 +383,7 @@ def measure_first_token(model: str) -> float:
         )
         code = (
             "import torch; from minga import store; from minga.engine.compiled import compile_model; import engine; "
-            f"engine._answer(compile_model(store.load({folder!r})), [[1, 2, 3]], 1)"
+            f"engine._answer(compile_model(store.load_stored({folder!r})), [[1, 2, 3]], 1)"
         )
         times = []
         for _ in range(3):
@@ -395,10 +398,18 @@ def measure_first_token(model: str) -> float:
 
 class Bench:
     def __init__(
-        self, *, threads: int, quick: bool, only: str, model: str | None, data: str | None, smollm2: str | None
+        self,
+        *,
+        threads: int,
+        quick: bool,
+        only: str,
+        model: str | None,
+        data: str | None,
+        smollm2: str | None,
+        dense: str | None,
     ):
         self.threads, self.quick, self.only, self.model, self.data = threads, quick, only, model, data
-        self.smollm2 = smollm2
+        self.smollm2, self.dense = smollm2, dense
         self.rounds = 3 if quick else 7
 
     def measure(self, name: str, *, threads: int | None = None, **arguments: Any) -> Any:
@@ -422,8 +433,10 @@ class Bench:
         yield "roofline/b/int8", self.roofline
         yield "decode-vs-transformers/b", self.transformers
         yield "throughput/b/32", lambda id: self.throughput(id, one_by_one=True)
-        yield "throughput-vs-llamacpp/b/32", lambda id: self.throughput(id, one_by_one=False)
+        yield "throughput-vs-llamacpp-server/b/32", lambda id: self.throughput(id, one_by_one=False)
         yield "speculate/demo/batch1", self.speculation
+        if self.dense is not None:
+            yield "speculate/dense/batch1", self.speculation
         for format in KINDS:
             yield f"memory/b/{format}", lambda id, f=format: self.memory(id, f)
         for format in (*KINDS, "cache-int8"):
@@ -479,12 +492,17 @@ class Bench:
         return row(id, found["ours"], theirs, unit="tokens/s", peer=peer, ratio=found["ours"] / theirs, note=note)
 
     def speculation(self, id: str) -> Row:
-        if self.model is None:
-            raise Failed("it needs a trained model with MTP. run `make demo` once, or give --model")
-        found = self.measure("speculation", path=self.model, quant="int8", rounds=self.rounds, tokens=64)
+        path = self.dense if "dense" in id else self.model
+        if path is None:
+            raise Failed("it needs a trained model with MTP. run `make demo` once, or give --model (--dense)")
+        found = self.measure("speculation", path=path, quant="int8", rounds=self.rounds, tokens=64)
         pair = {"ours": found["ahead"], "theirs": found["plain"]}
         forced = statistics.median(a / b for a, b in zip(found["always"], found["plain"], strict=True))
-        note = f"never given up: {forced:.2f}x, {statistics.median(found['acceptance']):.0%} of the drafts accepted; same text"
+        acceptance = statistics.median(found["acceptance"])
+        note = (
+            f"one guess always: {forced:.2f}x, {acceptance:.0%} accepted, of which bytes allow "
+            f"{found['limit']:.2f}x; same text"
+        )
         return self._pairs(id, pair, "minga without speculation", note=note)
 
     def memory(self, id: str, format: str) -> Row:
@@ -510,6 +528,7 @@ def main() -> int:
         return 0
     parser = common.parser(__doc__)
     parser.add_argument("--data", help="shards that `minga data` wrote, in the model's tokens")
+    parser.add_argument("--dense", metavar="RUN", help="a trained model without experts, with MTP")
     parser.add_argument("--smollm2", metavar="FILE", help="a GGUF file of SmolLM2-135M, such as `make demo` leaves")
     parser.add_argument("model", nargs="?", help="a trained model or run folder, such as the one of `make demo`")
     args = parser.parse_args()
@@ -520,6 +539,7 @@ def main() -> int:
         model=args.model,
         data=args.data,
         smollm2=args.smollm2,
+        dense=args.dense,
     )
     if args.smollm2 is None and SMOLLM2.startswith(args.only):
         say(f"{SMOLLM2} is left out: give its file with --smollm2")

@@ -16,7 +16,14 @@ from minga.config.presets import tiny, v2_lite, v3
 from minga.kernels import cpu
 from minga.model.cache import Cache, Pages
 from minga.model.transformer import Transformer
-from minga.planner.counts import cache_bytes_per_token, count_parameters, forward_flops, muon_flops
+from minga.planner.counts import (
+    cache_bytes_per_token,
+    count_parameters,
+    forward_flops,
+    muon_flops,
+    parameters_read,
+    speculation_limit,
+)
 from minga.train.optim import Optimizer
 
 _LLAMA = ModelConfig(
@@ -152,3 +159,23 @@ def test_muon_flops_equal_those_counted_in_a_step(name: str, monkeypatch: pytest
     with FlopCounterMode(display=False) as counted:
         optimizer.step()
     assert counted.get_total_flops() == muon_flops(CONFIGS[name], mtp=True)
+
+
+def test_what_a_step_reads():
+    """One token reads the active parameters but the embedding; very many read all; more tokens wake more experts."""
+    for config in CONFIGS.values():
+        counts = count_parameters(config)
+        head = config.vocab_size * config.hidden_size
+        without = counts.total - counts.embedding - counts.head + head
+        assert parameters_read(config, 1e9) == pytest.approx(without)
+        assert parameters_read(config, 1) == pytest.approx(counts.active - counts.embedding - counts.head + head)
+        assert parameters_read(config, 1) <= parameters_read(config, 2) <= without
+        if config.num_nextn_predict_layers:
+            assert parameters_read(config, 1e9, mtp=True) == counts.mtp / config.num_nextn_predict_layers + head
+
+
+def test_guesses_gain_more_where_no_experts_wake():
+    dense = CONFIGS["no-experts"].replace(num_hidden_layers=60)
+    experts = v3()
+    assert speculation_limit(experts, 0.8) < 1.4 < speculation_limit(dense, 0.8) < 1.8
+    assert speculation_limit(dense, 0.0) < 1
