@@ -8,15 +8,15 @@ import random
 import struct
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from minga.checkpoint import gguf, names
+from minga.checkpoint import gguf
 from minga.config.model import ModelConfig, RopeConfig
 from minga.errors import UserError
+from tests.checkpoint.models import to_gguf
 
 GGUF_FAMILIES = [
     "v3",
@@ -31,72 +31,6 @@ GGUF_FAMILIES = [
     "qwen2",
     "qwen3",
 ]
-ARCH = {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
-
-
-def to_gguf(config: ModelConfig, internal: dict[str, Tensor], *, split: bool = True) -> tuple[dict, dict[str, Tensor]]:
-    """Metadata and tensors as llama.cpp's converter writes them. `split`: kv_b in two parts, as since 2025."""
-    arch = ARCH.get(config.model_type, config.model_type)
-    tensors = {}
-    for name, entry in names.gguf_table(config).items():
-        tensor = internal[entry.internal]
-        tensor = tensor[entry.place] if entry.place else tensor
-        if arch == "llama" and ("attn_q." in name or "attn_k." in name):
-            heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
-            # LlamaModel.permute of convert_hf_to_gguf.py
-            rows = tensor.shape[0]
-            tensor = (
-                tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-            )
-        if split and name.endswith("attn_kv_b.weight"):
-            per_head = tensor.view(config.num_attention_heads, -1, tensor.shape[-1])
-            k, v = per_head.split([config.qk_nope_head_dim, config.v_head_dim], 1)
-            tensors[name.replace("kv_b", "k_b")] = k.transpose(1, 2)
-            tensors[name.replace("kv_b", "v_b")] = v
-        else:
-            tensors[name] = tensor
-    return metadata_of(config, arch, split=split), tensors
-
-
-def metadata_of(config: ModelConfig, arch: str, *, split: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers + config.num_nextn_predict_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope.rope_theta,
-        "rope.dimension_count": config.rope_dim,
-    }
-    if config.is_mla:
-        plain = {"attention.key_length": config.qk_head_dim, "attention.value_length": config.v_head_dim}
-        absorbed = {
-            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
-            "attention.value_length": config.kv_lora_rank,
-            "attention.key_length_mla": config.qk_head_dim,
-            "attention.value_length_mla": config.v_head_dim,
-        }
-        values |= (absorbed | {"attention.head_count_kv": 1}) if split else plain
-        values |= {
-            "attention.kv_lora_rank": config.kv_lora_rank,
-            "leading_dense_block_count": config.first_k_dense_replace,
-            "expert_count": config.n_routed_experts,
-            "expert_used_count": config.num_experts_per_tok,
-            "expert_shared_count": config.n_shared_experts,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_weights_scale": config.routed_scaling_factor,
-            "expert_weights_norm": config.norm_topk_prob,
-            "expert_group_count": config.n_group,
-            "expert_group_used_count": config.topk_group,
-        }
-        values |= {"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {}
-        values |= {"expert_gating_func": 2} if config.scoring_func == "sigmoid" else {}
-        values |= {"nextn_predict_layers": config.num_nextn_predict_layers} if config.num_nextn_predict_layers else {}
-    elif config.head_dim * config.num_attention_heads != config.hidden_size:
-        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in values.items()}}
 
 
 @pytest.fixture
