@@ -12,7 +12,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in _shortened(message))))
+        line = " ".join(_shortened(message).splitlines())
+        super().__init__(_shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line)))
 
 
 def _shortened(text: str) -> str:

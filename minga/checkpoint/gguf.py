@@ -270,8 +270,9 @@ def read_tensors(gguf: GGUF, config: ModelConfig, *, dtype: torch.dtype = torch.
     names.check_size(config, len(sources), where=where, experts_apart=False)
     collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype)
     collector.check_names(sources)
-    for name in gguf.tensors.keys() & sources.keys():
-        collector.check(name, gguf.tensors[name].shape, torch.float32)
+    for name in sources:
+        if name in gguf.tensors:  # the others are made of two, and checked as they are read
+            collector.check(name, gguf.tensors[name].shape, torch.float32)
     for name, read in sources.items():
         collector.add(name, read())
     return collector.finish()
@@ -297,12 +298,7 @@ def _sources(gguf: GGUF, config: ModelConfig) -> dict[str, Callable[[], Tensor]]
 
 def _read_halves(gguf: GGUF, name: str, num_heads: int) -> Tensor:
     """q or k of a `llama` file: within each head, rows 0, half, 1, half + 1, .. become 0, 1, .., half, half + 1, .."""
-    stored = gguf.read(name)
-    if stored.shape[0] % (2 * num_heads):
-        rows = stored.shape[0]
-        raise UserError(
-            f"{name} has {rows} rows, which {num_heads} heads cannot share ({gguf.path}). download the file again"
-        )
+    stored = gguf.read(name)  # rows that the heads share, or `check` would have refused them
     return stored.view(num_heads, -1, 2, *stored.shape[1:]).transpose(1, 2).reshape(stored.shape)
 
 

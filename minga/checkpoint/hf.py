@@ -107,6 +107,7 @@ class _Shard:
         if file.exists() and not file.is_file():  # opening a pipe would wait for its other end
             raise UserError(f"this is no file ({file}). download it again")
         try:
+            file.open("rb").close()  # safetensors calls all that cannot be opened missing
             self._handle = stack.enter_context(safe_open(file, "pt"))
             self.names: list[str] = self._handle.offset_keys()
         except (SafetensorError, OSError) as error:
@@ -130,6 +131,10 @@ class _Shard:
     def _damaged(self, error: Exception) -> UserError:
         if isinstance(error, FileNotFoundError):
             return UserError(f"a file of the model is missing ({self.file}). download it again")
+        if isinstance(error, OSError) and error.strerror:
+            return UserError(f"cannot be opened: {error.strerror} ({self.file}). check the file's permissions")
+        if os.fsencode(self.file).decode(errors="replace") != str(self.file):
+            return UserError(f"the path is not UTF-8, and safetensors opens no such file ({self.file}). rename it")
         reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:160]
         return UserError(f"cut short or damaged: {reason} ({self.file}). download the file again")
 

@@ -278,9 +278,10 @@ def check_size(config: ModelConfig, num_tensors: int, *, where: str, experts_apa
         if row.role is Role.PART:
             asked += row.experts if row.experts and experts_apart else 1
         if asked > 2 * num_tensors + 100:  # a file that lacks a few is told which ones
+            experts = f" and n_routed_experts is {config.n_routed_experts}" if config.n_routed_experts else ""
             raise UserError(
-                f"num_hidden_layers is {config.num_hidden_layers} and n_routed_experts is {config.n_routed_experts}, "
-                f"but there are only {num_tensors} tensors ({where}). check the config, or download the files again"
+                f"num_hidden_layers is {config.num_hidden_layers}{experts}, but there are only {num_tensors} tensors "
+                f"({where}). check the config, or download the files again"
             )
 
 

@@ -144,12 +144,15 @@ def backend_for_text(spec: Mapping[str, Any], added: Container[str]) -> tokenize
             merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]
         }
     vocab = {token: id for token, id in model["vocab"].items() if token not in control}
-    text_only = {**spec, "added_tokens": [], "truncation": None, "padding": None, "model": {**model, "vocab": vocab}}
+    unknown = model.get("unk_token")
+    kept = {**model, "vocab": vocab, "unk_token": unknown if isinstance(unknown, str) and unknown in vocab else None}
+    text_only = {**spec, "added_tokens": [], "truncation": None, "padding": None, "model": kept}
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(text_only, ensure_ascii=False))
-    except Exception as error:
-        # the library raises this class itself, nothing narrower, for a faulty file
-        if type(error) is not Exception and not isinstance(error, (UnicodeEncodeError, RecursionError)):
+    except BaseException as error:
+        # For a faulty file the library raises Exception itself, nothing narrower, or panics, which is no Exception.
+        faulty = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not faulty and not isinstance(error, (UnicodeEncodeError, RecursionError)):
             raise
         raise UserError(
             f"the tokenizer cannot be built ({' '.join(str(error).split())}). its file is damaged"

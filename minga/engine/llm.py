@@ -85,8 +85,8 @@ class LLM:
         num_drafts: int,
         max_memory: int | str | None,
     ) -> None:
-        if not 1 <= num_drafts <= MAX_DRAFTS:
-            raise UserError(f"num_drafts is {num_drafts} (LLM). it must be from 1 to {MAX_DRAFTS}")
+        if type(num_drafts) is not int or not 1 <= num_drafts <= MAX_DRAFTS:
+            raise UserError(f"num_drafts is {num_drafts!r} (LLM). it must be a whole number from 1 to {MAX_DRAFTS}")
         self.model, self.tokenizer = model, tokenizer
         self._payoff = None if speculate == "always" else Payoff()
         self.num_drafts = num_drafts if speculate and self.config.num_nextn_predict_layers else 0
@@ -236,7 +236,7 @@ class LLM:
 
 
 def _parse_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
     if match is None:
         raise UserError(f"max_memory is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])

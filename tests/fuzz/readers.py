@@ -52,8 +52,8 @@ class Finding(AssertionError):
     """An input that broke the rule."""
 
 
-def check(reader: Reader, data: bytes) -> None:
-    """Opens one input. Raises `Finding` if the rule above does not hold of it."""
+def check(reader: Reader, data: bytes) -> bool:
+    """Opens one input and says whether it was refused. Raises `Finding` if the rule above does not hold of it."""
     said = None
     with _measured() as used:
         try:
@@ -72,6 +72,7 @@ def check(reader: Reader, data: bytes) -> None:
             raise Finding(f"{size:,} bytes ({kind}) for files of {len(data):,} bytes: {said}")
     if used["seconds"] > SECONDS:
         raise Finding(f"{used['seconds']:.1f} s: {said}")
+    return said is not None
 
 
 def warm_up(reader: Reader) -> None:
