@@ -211,6 +211,25 @@ def test_other_divisors(tmp_path, llama_file, write_gguf, divisors):
         rope_of(write_gguf(tmp_path / "n.gguf", metadata, tensors))
 
 
+@pytest.mark.parametrize(
+    ("theta", "divisors", "message"),
+    [
+        (-10000.0, [1.0, 2.0, 8.0, 8.0], "base frequency of -10000"),
+        (1e-30, [1.0, 2.0, 8.0, 8.0], "base frequency of 1e-30"),
+        (1.0, [1.0, 2.0, 3.0, 8.0], "base frequency of 1.0"),
+        (1e4, [1.0] * 5000, "5000 numbers"),
+        (1e4, [8.0, 2.0, 2.0, 8.0], "no Llama-3 scaling"),  # a ramp without a slope
+    ],
+)
+def test_divisors_that_no_arithmetic_can_be_done_with(tmp_path, llama_file, write_gguf, theta, divisors, message):
+    _, config, internal = llama_file
+    metadata, tensors = to_gguf(config, internal)
+    metadata["llama.rope.freq_base"] = theta
+    tensors["rope_freqs.weight"] = torch.tensor(divisors)
+    with pytest.raises(UserError, match=message):
+        rope_of(write_gguf(tmp_path / "n.gguf", metadata, tensors))
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -259,6 +278,7 @@ def info(name: bytes, dims: list[int], kind: int, offset: int) -> bytes:
         (header(0, 1, text(b"split.count") + struct.pack("<II", 4, 3)), "one part of several", None),
         (header(1, 0, info(b"t", [], 0, 0) + bytes(64)), "'t' has 0 dimensions", 24),
         (header(1, 0, text(b"t") + struct.pack("<I", 4_000_000_000) + bytes(64)), "has 4000000000 dimensions", 24),
+        (header(1, 0, info(b"t", [2**63, 0], 0, 0) + bytes(64)), "'t' is empty", 24),
         (header(1, 0, info(b"t", [2**40, 2**40], 0, 0) + bytes(64)), "'t' ends at byte", 24),
         (header(1, 0, info(b"t", [8], 0, 2**63) + bytes(64)), "'t' ends at byte", 24),
         (header(1, 0, info(b"t", [8], 0, 4) + bytes(99)), "offset of 't' is no multiple of 32", 24),
