@@ -100,6 +100,11 @@ def parse_spec(text: str) -> dict[str, Any]:
             f"the tokenizer is no byte-level BPE (tokenizer.json, model {model.get('type')}). Minga opens those of the "
             "GPT-2 kind: Llama 3, Qwen, DeepSeek, SmolLM and what it trains itself"
         )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):  # with a prefix that a token does not have, the library may abort the whole process
+            raise UserError(
+                f"{key} is set, and byte-level BPE has none (tokenizer.json). take a tokenizer of the GPT-2 kind"
+            )
     entries = spec.get("added_tokens") or []
     well_formed = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
     well_formed = well_formed and all(map(_is_merge, model["merges"]))

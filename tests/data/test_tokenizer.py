@@ -6,6 +6,7 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -324,7 +325,8 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, message: str)
         ({"model": {"merges": [[1, 2]]}}, "damaged"),
         ({"model": {"merges": [5]}}, "damaged"),
         ({"model": {"vocab": {"\ud800": 0}}}, "cannot be built"),
-        ({"model": {"continuing_subword_prefix": "x" * 40}}, "cannot be built"),  # panics inside the library
+        ({"model": {"continuing_subword_prefix": "x" * 40}}, "continuing_subword_prefix is set"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix is set"),
         ({"version": "\n\x00"}, "cannot be built"),
         ({"added_tokens": [{"id": -1, "content": "a"}]}, "damaged"),
         ({"added_tokens": [{"id": 10**30, "content": "a"}]}, "damaged"),
@@ -344,6 +346,19 @@ def test_a_tokenizer_json_with_one_thing_wrong(
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.from_folder(tmp_path)
     assert str(caught.value).isprintable()
+
+
+def test_a_panic_of_the_library(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pyo3 makes of one is no Exception, and its class cannot be imported."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def from_str(_: str) -> None:
+        raise panic("range end index\nout of range")
+
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr("minga.data.tokenizer_json.tokenizers.Tokenizer", SimpleNamespace(from_str=from_str))
+    with pytest.raises(UserError, match=r"cannot be built \(range end index out of range\)"):
+        Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("depth", [50, 150, 400, 900, 990])
