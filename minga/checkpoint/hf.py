@@ -151,7 +151,7 @@ def _model_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_json(file: Path, most: int) -> dict[str, Any]:
-    """The object in a file of at most `most` bytes: as Python objects, text may take 30 times its length."""
+    """The object in a file of at most `most` bytes: as Python objects, text may take 35 times its length."""
     try:
         size = file.stat().st_size
         raw = file.read_bytes() if size <= most else b""

@@ -33,7 +33,7 @@ from tests.checkpoint.models import CONFIGS, random_tensors, to_gguf, write_gguf
 from tests.fuzz.mutations import Mutation, json_mutation, mutate_gguf, mutate_safetensors
 
 SECONDS = 10.0  # of CPU; the slowest refusal takes hundredths, the rest is for a busy machine
-ROOM = 64_000_000  # bytes; text costs up to 30 times its length as Python objects, and these files have a megabyte
+ROOM = 64_000_000  # bytes; text costs up to 35 times its length as Python objects, and these files have a megabyte
 MAX_LINE = 1000  # characters of a refusal, its path included
 _VOCABULARY = 300
 _FEW_EXPERTS = {"num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
