@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     model = _empty(config)
     if stored is not None:
         blocks.quantize(model, stored)
+    _check_format(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
     if quant is not None and stored is not None and quant != stored.name:
         raise UserError(
@@ -102,6 +104,19 @@ def _empty(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
+def _check_format(model: Transformer, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Refuses weights in few bits that config.json does not promise, and floats where it does. Shapes of weights fit."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name in expected and name in tensors and expected[name].shape == tensors[name].shape:
+            asked, given = expected[name].dtype, tensors[name].dtype
+            if asked == given or (asked.is_floating_point and given.is_floating_point):
+                continue
+        raise UserError(
+            f"{name} is not stored as quantization_config says ({source}). copy the model's own config.json there"
+        )
+
+
 def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model folder in the public format, MTP and router bias included; whole or not at all."""
     with durable_folder(path) as folder:
@@ -145,7 +160,16 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 def resolve(path: str | PathLike[str]) -> Path:
     """The model folder or `.gguf` file that a path stands for."""
-    source = Path(path)
+    try:
+        return _resolve(Path(path))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero character, which no path may have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot be opened: {reason} ({path}). check the path and its permissions") from error
+
+
+def _resolve(source: Path) -> Path:
     if not source.exists() and source.parent.is_dir():
         recover(source)  # a save that replaced this folder may have been killed between its two renames
     if source.is_file():
@@ -201,7 +225,12 @@ def _read_config(folder: Path) -> tuple[ModelConfig, blocks.Format | None]:
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not isinstance(layers, bool) and raw.get("num_nextn_predict_layers"):
         raw["num_nextn_predict_layers"] = names.count_mtp(hf.tensor_names(folder), layers)
-    method = (raw.get("quantization_config") or {}).get("quant_method")
+    quantization = raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise UserError(
+            f"quantization_config is {quantization!r} ({folder / 'config.json'}). it must be an object or null"
+        )
+    method = quantization.get("quant_method")
     stored = next((known for known in blocks.FORMATS.values() if known.method == method), None)
     if method not in (None, "fp8") and stored is None:
         raise UserError(f"quantisation {method!r} is not supported ({folder}). use the unquantised or the FP8 weights")

@@ -106,6 +106,30 @@ def _saved(model: Transformer, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("promise", [None, {"quant_method": "minga-int4"}])
+def test_int8_folder_whose_config_says_otherwise(
+    model: Transformer, tmp_path: Path, promise: dict[str, str] | None
+) -> None:
+    minga.save(minga.load(_saved(model, tmp_path / "m"), quant="int8"), tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config | {"quantization_config": promise}))
+    with pytest.raises(UserError, match=r"is not stored as quantization_config says"):
+        minga.load(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is not stored as quantization_config says"):
+        minga.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [["fp8"], "fp8", 3])
+def test_a_quantization_config_that_is_no_object(model: Transformer, tmp_path: Path, value: object) -> None:
+    minga.save(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    with pytest.raises(UserError, match=r"quantization_config is .* must be an object or null"):
+        minga.load(tmp_path / "m")
+
+
 def test_a_promise_of_mtp_without_tensors_is_not_believed(model: Transformer, tmp_path: Path) -> None:
     """transformers drops the MTP tensors on save and leaves num_nextn_predict_layers in config.json."""
     minga.save(model, tmp_path / "m")

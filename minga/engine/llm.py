@@ -98,8 +98,8 @@ class LLM:
         cache: str | None,
         max_memory: int | str | None,
     ) -> None:
-        if num_drafts is not None and not 1 <= num_drafts <= MAX_DRAFTS:
-            raise UserError(f"num_drafts is {num_drafts} (LLM). it must be from 1 to {MAX_DRAFTS}")
+        if num_drafts is not None and (type(num_drafts) is not int or not 1 <= num_drafts <= MAX_DRAFTS):
+            raise UserError(f"num_drafts is {num_drafts!r} (LLM). it must be a whole number from 1 to {MAX_DRAFTS}")
         if cache is not None and cache not in _CACHE_DTYPES:
             raise UserError(f"cache is {cache!r} (LLM). it must be one of {', '.join(_CACHE_DTYPES)}")
         self.model, self.tokenizer = model, tokenizer
@@ -298,7 +298,7 @@ class LLM:
 
 
 def _parse_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
     if match is None:
         raise UserError(f"max_memory is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
