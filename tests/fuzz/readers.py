@@ -156,9 +156,10 @@ _STATUS = Path("/proc/self/status")
 
 def use_model(path: Path) -> None:
     """Opens the weights and computes with them: views that reach too far would show here."""
-    model = store.load(path)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, dtype=torch.int64))
+    for load in (store.load, store.load_stored):
+        model = load(path)
+        with torch.no_grad():
+            model(torch.zeros(1, 3, dtype=torch.int64))
 
 
 def use_tokenizer(path: Path) -> None:
