@@ -22,6 +22,7 @@ from minga.checkpoint.durable import durable_folder, find_problems, recover
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
+from minga.kernels.panels import Empty
 from minga.model.transformer import Transformer
 from minga.quant import blocks
 
@@ -55,11 +56,7 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     else:
         config, stored = _read_config(source)
         tensors = hf.read_tensors(source, config, dtype=dtype)
-    model = _empty(config)
-    if stored is not None:
-        blocks.quantize(model, stored)
-    _check_format(model, tensors, source)
-    model.load_state_dict(tensors, assign=True)
+    model = _filled(config, stored, tensors, source)
     if quant is not None and stored is not None and quant != stored.name:
         raise UserError(
             f"the weights are stored in {stored.name}, not {quant} ({source}). take the float model for that"
@@ -69,10 +66,11 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
     return model.eval()
 
 
-def load_stored(path: str | PathLike[str], *, quant: str | None = None) -> Transformer:
+def load_stored(path: str | PathLike[str], *, quant: str | None = None, empty: Empty = torch.empty) -> Transformer:
     """A model to generate with, its matrices in memory as the file has them: GGUF's types, bfloat16, float16.
 
-    quant: as for `load`, which does what is to be done where it is given. Norms, biases and routers are float32. Raises
+    quant: as for `load`, which does what is to be done where it is given. empty: gives the memory of what cannot stay in
+    the file. Norms, biases and routers are float32. Raises
     `UserError` as `load` does.
     """
     source = resolve(path)
@@ -81,12 +79,12 @@ def load_stored(path: str | PathLike[str], *, quant: str | None = None) -> Trans
     if source.is_file():
         opened = gguf.open_gguf(source)
         config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
-        tensors, stored = gguf.read_stored(opened, config)
+        tensors, stored = gguf.read_stored(opened, config, empty=empty)
     else:
         config, rounded = _read_config(source)
+        tensors, stored = hf.read_tensors(source, config, dtype=torch.float32 if rounded else None, empty=empty), {}
         if rounded is not None:
-            return load(source)
-        tensors, stored = hf.read_tensors(source, config), {}
+            return _filled(config, rounded, tensors, source).eval()
         for name in names.matrices(config) & tensors.keys():
             if tensors[name].dtype in (torch.bfloat16, torch.float16):
                 stored[name] = blocks.Stored.keep(tensors.pop(name))
@@ -96,6 +94,23 @@ def load_stored(path: str | PathLike[str], *, quant: str | None = None) -> Trans
     assert set(missing) == stored.keys()
     blocks.put(model, stored)
     return model.eval()
+
+
+def _filled(
+    config: ModelConfig, rounded: blocks.Format | None, tensors: dict[str, torch.Tensor], source: Path
+) -> Transformer:
+    model = _empty(config)
+    if rounded is not None:
+        blocks.quantize(model, rounded)
+    _check_format(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def weight_files(path: str | PathLike[str]) -> list[Path]:
+    """The files that hold a model's weights."""
+    source = resolve(path)
+    return [source] if source.is_file() else sorted(source.glob("*.safetensors"))
 
 
 def _empty(config: ModelConfig) -> Transformer:

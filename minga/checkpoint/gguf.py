@@ -38,6 +38,7 @@ from minga.checkpoint import names
 from minga.checkpoint.ggml_types import OTHER_NAMES, TYPES, GGMLType, dequantise, keep
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.kernels.panels import Empty
 from minga.quant.blocks import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
@@ -266,19 +267,21 @@ def read_tensors(gguf: GGUF, config: ModelConfig, *, dtype: torch.dtype = torch.
 
     Raises `UserError` if they are not those of a model with this config.
     """
-    collector, sources = _collector(gguf, config, dtype)
+    collector, sources = _collector(gguf, config, dtype, torch.empty)
     for name, source in sources.items():
         collector.add(name, source.read())
     return collector.finish()
 
 
-def read_stored(gguf: GGUF, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Stored]]:
-    """The same without widening: matrices as they are stored, and the other tensors in float32.
+def read_stored(
+    gguf: GGUF, config: ModelConfig, *, empty: Empty = torch.empty
+) -> tuple[dict[str, Tensor], dict[str, Stored]]:
+    """The same without widening: matrices as they are stored, in memory from `empty`, and the other tensors in float32.
 
     Float32 besides are routers, what is put together from two tensors (kv_b from k_b and v_b), and experts whose gates
     and ups are in different types.
     """
-    collector, sources = _collector(gguf, config, torch.float32)
+    collector, sources = _collector(gguf, config, torch.float32, empty)
     table, matrices = names.gguf_table(config), names.matrices(config)
     kinds: dict[str, set[str]] = {}
     for name in gguf.tensors.keys() & table.keys():
@@ -303,11 +306,13 @@ class _Source(NamedTuple):
     order: Callable[[Tensor], Tensor] | None
 
 
-def _collector(gguf: GGUF, config: ModelConfig, dtype: torch.dtype) -> tuple[names.Collector, dict[str, _Source]]:
+def _collector(
+    gguf: GGUF, config: ModelConfig, dtype: torch.dtype, empty: Empty
+) -> tuple[names.Collector, dict[str, _Source]]:
     """Names and numbers checked, nothing read."""
     sources, where = _sources(gguf, config), str(gguf.path)
     names.check_size(config, len(sources), where=where, experts_apart=False)
-    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype)
+    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype, empty=empty)
     collector.check_names(sources)
     for name in sources:
         if name in gguf.tensors:  # the others are made of two, and checked as they are read

@@ -29,6 +29,7 @@ from minga.checkpoint import durable, names
 from minga.config.model import ModelConfig
 from minga.errors import UserError
 from minga.kernels import fp8
+from minga.kernels.panels import Empty
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE_INV = "_scale_inv"  # what the name of an FP8 weight's scale adds to the weight's
@@ -75,9 +76,13 @@ def tensor_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_tensors(
-    path: str | os.PathLike[str], config: ModelConfig, *, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    empty: Empty = torch.empty,
 ) -> dict[str, Tensor]:
-    """All tensors of a model folder under our names (see `names`).
+    """All tensors of a model folder under our names (see `names`). empty: gives the memory of stacked experts.
 
     dtype: what floating tensors become; None keeps each as stored, and makes bfloat16 of block-FP8. Tensors that need
     no change are views of the memory-mapped files: private, so that writing to them changes no file.
@@ -88,7 +93,7 @@ def read_tensors(
         weights = _open_weights(folder, stack)
         plain = [name for name in weights if not (name.endswith(SCALE_INV) and name.removesuffix(SCALE_INV) in weights)]
         names.check_size(config, len(plain), where=str(folder))
-        collector = names.Collector(names.hf_table(config), config, where=str(folder), dtype=dtype)
+        collector = names.Collector(names.hf_table(config), config, where=str(folder), dtype=dtype, empty=empty)
         collector.check_names(plain)
         for name in plain:  # nothing is allocated before all shapes are known to be the config's
             shape, stored = weights[name].describe(name)

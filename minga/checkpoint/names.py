@@ -31,6 +31,7 @@ from torch import Tensor
 
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.kernels.panels import Empty
 from minga.quant.blocks import Format, Stored
 
 SCALE = "_scale"  # what the name of a weight's scale adds to the weight's
@@ -296,13 +297,21 @@ class Collector:
     """Gathers tensors, one at a time, into a state dict under internal names.
 
     A stack of experts is allocated when its first expert comes, and each is copied to its place, so that reading from
-    a memory-mapped file never holds two copies of a layer. `dtype`, if given, is what floating tensors become; the
+    a memory-mapped file never holds two copies of a layer. `empty` gives the memory of stacks and of what `add_stored` takes,
+    as torch.empty does. `dtype`, if given, is what floating tensors become; the
     router's bias stays float32 (steps of 0.001 vanish in bfloat16), weights in few bits and their scales stay as they are.
     """
 
     def __init__(
-        self, table: Mapping[str, Entry], config: ModelConfig, *, where: str, dtype: torch.dtype | None = None
+        self,
+        table: Mapping[str, Entry],
+        config: ModelConfig,
+        *,
+        where: str,
+        dtype: torch.dtype | None = None,
+        empty: Empty = torch.empty,
     ) -> None:
+        self._empty = empty
         self._table = table
         self._config = config
         self._where = where
@@ -384,9 +393,10 @@ class Collector:
         if tuple(stored.shape) != entry.shape:
             raise UserError(_shape_message(name, stored.shape, entry.shape, self._where))
         self._formats[entry.internal] = stored.format
-        self._place(entry, stored.data, "")
-        if stored.factors is not None:
-            self._place(entry, stored.factors, SCALE)
+        for suffix, part in (("", stored.data), (SCALE, stored.factors)):
+            if part is not None:
+                whole = entry.place or self._empty is torch.empty
+                self._place(entry, part if whole else self._empty(*part.shape, dtype=part.dtype).copy_(part), suffix)
 
     def take_stored(self) -> dict[str, Stored]:
         """What `add_stored` took, whole stacks together, by our names; `finish` gives the rest."""
@@ -431,7 +441,7 @@ class Collector:
         stack = self._tensors.get(internal)
         if stack is None:
             tail = tensor.shape[len(entry.shape) - 1 :]
-            stack = self._tensors[internal] = torch.empty(*entry.whole[:2], *tail, dtype=tensor.dtype)
+            stack = self._tensors[internal] = self._empty(*entry.whole[:2], *tail, dtype=tensor.dtype)
         stack[entry.place] = tensor
 
     def _likely_key(self, name: str) -> str:

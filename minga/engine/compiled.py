@@ -20,6 +20,7 @@ from minga.engine.sampler import SamplingParams, not_numbers
 from minga.errors import UserError
 from minga.kernels import cpu, ops, panels
 from minga.kernels.cpu import net
+from minga.kernels.panels import Empty
 from minga.model.attention import GroupedQueryAttention, LatentAttention
 from minga.model.block import Block
 from minga.model.cache import BLOCK, PAGE, Cache
@@ -35,8 +36,12 @@ _CACHED = {torch.float32: net.FLOAT_CACHE, torch.float16: net.HALF_CACHE, torch.
 _MAX_TOKENS, _PARTIAL = 256, 2**24  # of one call: tokens, and numbers of partial results of attention
 
 
-def compile_model(model: Transformer, note: Callable[[str], None] = lambda line: None) -> PlainModel | CompiledModel:
-    """The plain form where the compiled forward pass cannot be had: another device or dtype, or no compiler."""
+def compile_model(
+    model: Transformer, note: Callable[[str], None] = lambda line: None, *, empty: Empty = torch.empty
+) -> PlainModel | CompiledModel:
+    """The plain form where the compiled forward pass cannot be had: another device or dtype, or no compiler. empty: gives the
+    memory for stored weights.
+    """
     config, floats = model.config, {p.dtype for p in model.parameters()}
     can_run = (
         model.device.type == "cpu"
@@ -44,7 +49,7 @@ def compile_model(model: Transformer, note: Callable[[str], None] = lambda line:
         and config.rope.rope_type != "dynamic"
         and config.hidden_act == "silu"
     )
-    return CompiledModel(model) if can_run and cpu.load(note, keep_memory=False) else PlainModel(model)
+    return CompiledModel(model, empty) if can_run and cpu.load(note, keep_memory=False) else PlainModel(model)
 
 
 class CompiledModel:
@@ -52,12 +57,12 @@ class CompiledModel:
 
     exact = True  # a token's numbers depend on its own sequence alone
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, empty: Empty = torch.empty):
         net.check()
         assert (PAGE, BLOCK) == (net.PAGE, net.CACHE_BLOCK)
         self.model = model.eval()
         stored = [module for module in model.modules() if isinstance(module, Quantized)]
-        memory = net.Memory(sum(tensor.nbytes for module in stored for tensor in module.buffers()))
+        memory = net.Memory(sum(tensor.nbytes for module in stored for tensor in module.buffers()), empty)
         for module in stored:
             module.to_panels(memory.empty)
         if stored:

@@ -17,6 +17,7 @@ from collections import abc
 from collections.abc import Generator, Iterator
 from itertools import chain
 from os import PathLike
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -35,11 +36,14 @@ from minga.engine.sequence import Completion, Delta, Sequence
 from minga.errors import UserError
 from minga.model.cache import PAGE, Pages
 from minga.model.transformer import Transformer
+from minga.planner.counts import count_parameters, parameters_read
 from minga.quant.blocks import format_of
+from minga.runtime.disk import DiskMemory, read_speed
 from minga.runtime.machine import free_memory
-from minga.store import load_stored, load_tokenizer
+from minga.store import load_stored, load_tokenizer, weight_files
 
 MAX_DRAFTS = 4
+_SHARE_FOR_WEIGHTS = 0.8  # of free memory; what is larger stays on the disk
 _CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 DEFAULT_PARAMS = SamplingParams()
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -70,7 +74,9 @@ class LLM:
         cache: str | None = None,
         max_memory: int | str | None = None,
     ):
-        self._set_up(load_stored(path, quant=quant), load_tokenizer(path), speculate, num_drafts, cache, max_memory)
+        disk = None if quant is not None else _disk_for(weight_files(path))
+        model = load_stored(path, quant=quant, **({} if disk is None else {"empty": disk.empty}))
+        self._set_up(model, load_tokenizer(path), speculate, num_drafts, cache, max_memory, disk)
         self._weights_stay = True
 
     @classmethod
@@ -86,7 +92,7 @@ class LLM:
     ) -> LLM:
         """An engine around a model in memory, such as one in training. Generating leaves the model in `eval` mode."""
         llm = cls.__new__(cls)
-        llm._set_up(model, tokenizer, speculate, num_drafts, cache, max_memory)
+        llm._set_up(model, tokenizer, speculate, num_drafts, cache, max_memory, None)
         return llm
 
     def _set_up(
@@ -97,6 +103,7 @@ class LLM:
         num_drafts: int | None,
         cache: str | None,
         max_memory: int | str | None,
+        disk: DiskMemory | None,
     ) -> None:
         if num_drafts is not None and (type(num_drafts) is not int or not 1 <= num_drafts <= MAX_DRAFTS):
             raise UserError(f"num_drafts is {num_drafts!r} (LLM). it must be a whole number from 1 to {MAX_DRAFTS}")
@@ -105,7 +112,7 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
         self._stop_ids = frozenset({*self.config.eos_token_ids, *tokenizer.eos_ids})
         self._weights_stay = format_of(model) is not None  # floats may be in training
-        fast = compile_model(model, _LOG.warning)
+        fast = compile_model(model, _LOG.warning, empty=torch.empty if disk is None else disk.empty)
         self.num_drafts = 0
         if speculate and self.config.num_nextn_predict_layers:
             self.num_drafts = num_drafts or (MAX_DRAFTS if speculate is True and fast.exact else 1)
@@ -115,6 +122,8 @@ class LLM:
         self._cache_dtype = fast.cache_dtype if cache is None else _CACHE_DTYPES[cache]
         self._max_memory = None if max_memory is None else _parse_bytes(max_memory)
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+        if disk is not None:
+            _LOG.warning("%s", _expected_pace(self.config, self._weight_bytes, disk))
         one = Pages(model.config, 1, dtype=self._cache_dtype, device="meta")
         self._page_bytes = one.bytes_per_token * PAGE
         num_pages = self._num_pages()
@@ -295,6 +304,24 @@ class LLM:
                 f"a text of {length} tokens needs {needed}, and max_memory is {_in_words(self._max_memory)} (LLM). "
                 "raise it, ask for fewer tokens, or take quant='int8'"
             )
+
+
+def _disk_for(files: list[Path]) -> DiskMemory | None:
+    """Room for weights that memory does not hold, twice over: as they come, and as the kernels read them."""
+    size = sum(file.stat().st_size for file in files)
+    if size < _SHARE_FOR_WEIGHTS * free_memory(torch.device("cpu")):
+        return None
+    return DiskMemory(int(2.2 * size) + 2**23, read_speed(files[0]))
+
+
+def _expected_pace(config: ModelConfig, size: int, disk: DiskMemory) -> str:
+    free = free_memory(torch.device("cpu"))
+    a_token = parameters_read(config, 1) / count_parameters(config).total_with_mtp * size
+    missing = max(0.05, 1 - free / size)
+    return (
+        f"the weights take {_in_words(size)} and {_in_words(free)} of memory are free: they stay on the disk, and what is "
+        f"used most in memory. expect about {disk.read_speed / (a_token * missing):.1f} tokens/s"
+    )
 
 
 def _parse_bytes(size: int | str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
 import pytest
 import torch
 
+from minga import store
 from minga.config import ModelConfig
 from minga.config.presets import tiny
 from minga.data.tokenizer import Tokenizer, train_bpe
@@ -16,6 +18,9 @@ from minga.engine.llm import LLM, _parse_bytes
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.model.transformer import Transformer
+from minga.quant import blocks
+from minga.runtime.disk import DiskMemory
+from tests.checkpoint.models import to_gguf, write_gguf
 
 VOCABULARY = 259
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -193,12 +198,49 @@ def test_nothing_leaks_between_steps_of_a_stream(llm):
 def test_a_path_is_opened_as_asked(model, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr("minga.engine.llm.load_stored", lambda path, *, quant: asked.append((path, quant)) or model)
+    monkeypatch.setattr("minga.engine.llm.weight_files", lambda path: [])
     monkeypatch.setattr("minga.engine.llm.load_tokenizer", lambda path: asked.append(path) or tokenizer)
     llm = LLM("a-model", quant="int8", num_drafts=2)
     assert asked == [("a-model", "int8"), "a-model"]
     assert (llm.model, llm.config, llm.max_context, llm.num_drafts) == (model, model.config, 512, 2)
     with pytest.raises(UserError, match="cache is 'int3'.*float32, float16, int8"):
         LLM("a-model", cache="int3")
+
+
+@pytest.mark.parametrize("kind", ["int8", "gguf"])
+def test_weights_that_memory_does_not_hold_stay_on_the_disk(model, tokenizer, monkeypatch, tmp_path, caplog, kind):
+    path = tmp_path / "model"
+    if kind == "int8":
+        few = blocks.quantize(copy.deepcopy(model), blocks.FORMATS["int8"])
+        store.save(few, path, tokenizer=tokenizer)
+    else:
+        path = path.with_suffix(".gguf")
+        metadata, tensors = to_gguf(model.config, model.state_dict())
+        kinds = {name: "Q8_0" for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.shape[-1] % 32 == 0}
+        write_gguf(path, metadata, tensors, kinds)
+        monkeypatch.setattr("minga.engine.llm.load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected = LLM(path).generate(mixed_prompts(3), GREEDY)
+    assert caplog.text == "" and not list((tmp_path / "cache").glob("minga/*"))
+    taken, plain = [], DiskMemory.empty
+
+    def noted(self, *shape, dtype):
+        taken.append(shape)
+        return plain(self, *shape, dtype=dtype)
+
+    monkeypatch.setattr("minga.engine.llm.free_memory", lambda device: 50_000)
+    monkeypatch.setattr(DiskMemory, "empty", noted)
+    llm = LLM(path, max_memory="1GB")
+    assert llm.generate(mixed_prompts(3), GREEDY) == expected and taken
+    assert "they stay on the disk" in caplog.text and "tokens/s" in caplog.text
+    assert not list((tmp_path / "cache").glob("minga/*"))  # nothing has a name
+
+
+def test_a_disk_that_is_too_full_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"3\.0 GB of disk.*No space left"):
+        DiskMemory(3 * 10**9, 1e9)
 
 
 # ---------------------------------------------------------------------------------------------- prompts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minga.kernels.cpu.build import call
+from minga.kernels.panels import Empty
 
 # What matrices are stored in, `Kind` in panels.h: floats, Minga's own formats, and GGUF's types.
 KINDS = (
@@ -84,11 +85,15 @@ class Memory:
 
     PAGE = 2 << 20
 
-    def __init__(self, expected: int):
-        """expected: bytes; what does not fit comes from elsewhere."""
-        self._bytes = torch.empty(expected + expected // 16 + 2 * self.PAGE, dtype=torch.uint8)
+    def __init__(self, expected: int, empty: Empty = torch.empty):
+        """expected: bytes; what does not fit comes from elsewhere. empty: gives the piece."""
+        self._bytes = empty(self.size_for(expected), dtype=torch.uint8)
         self._used = -self._bytes.data_ptr() % self.PAGE
         call("minga_large_pages", self._bytes, self._bytes.nbytes)
+
+    @classmethod
+    def size_for(cls, expected: int) -> int:
+        return expected + expected // 16 + 2 * cls.PAGE
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """As torch.empty."""
