@@ -18,11 +18,13 @@ from minga.kernels import cpu, fp8, gpu, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
+    dequantize_codes,
     dequantize_int4,
     dequantize_int8,
     quantize_int4,
     quantize_int8,
     swiglu,
+    unpack_codes,
 )
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "attend_latent_absorbed",
     "attend_latent_paged",
     "compiled",
+    "dequantize_codes",
     "dequantize_int4",
     "dequantize_int8",
     "experts",
@@ -44,6 +47,7 @@ __all__ = [
     "rms_norm",
     "route",
     "swiglu",
+    "unpack_codes",
 ]
 
 _WORTH_A_CALL = 2**14  # elements of the input below which torch's own operations are as quick

@@ -91,14 +91,16 @@ class LatentAttention(nn.Module):
         q_rope_BTHR = rotate(q_rope_BTHR, context.cos_BTP, context.sin_BTP, style=c.rope_style)
         k_rope_BTHR = rotate(k_rope_BTR[:, :, None], context.cos_BTP, context.sin_BTP, style=c.rope_style)
         row_BTW = torch.cat([self.kv_a_layernorm(latent_BTC), k_rope_BTHR.squeeze(2)], -1)
-        row_BSW = context.through_cache(self.layer, row_BTW)
         if absorb is None:
-            absorb = self._absorbing_is_cheaper(T, row_BSW.shape[1])
-        if absorb and context.cache is not None and ops.on_gpu(q_nope_BTHK, row_BSW):
-            out_BTHV = self._attend_pages(q_nope_BTHK, q_rope_BTHR, row_BSW, context.positions_BT)
+            absorb = self._absorbing_is_cheaper(T, T if context.cache is None else context.length)
+        if absorb and (cache := context.cache) and cache.dtype == row_BTW.dtype and ops.on_gpu(row_BTW):
+            cache.write(self.layer, context.positions_BT, row_BTW)
+            out_BTHV = self._attend_pages(q_nope_BTHK, q_rope_BTHR, cache, context.positions_BT)
         else:
+            latent_BSC, rope_BSR = context.through_cache(self.layer, row_BTW).split(
+                [c.kv_lora_rank, c.qk_rope_head_dim], -1
+            )
             attend = self._attend_absorbed if absorb else self._attend_naive
-            latent_BSC, rope_BSR = row_BSW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
             out_BTHV = attend(q_nope_BTHK, q_rope_BTHR, latent_BSC, rope_BSR, context.mask_BTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
 
@@ -147,13 +149,13 @@ class LatentAttention(nn.Module):
             q_nope, q_rope, latent_BSC, rope_BSR, mask, w_uk_HKC=w_uk, w_uv_HVC=w_uv, scale=self.config.attention_scale
         )
 
-    def _attend_pages(self, q_nope: Tensor, q_rope: Tensor, row_BSW: Tensor, positions_BT: Tensor) -> Tensor:
-        """`_attend_absorbed` over the cache as it lies: one page for each sequence."""
+    def _attend_pages(self, q_nope: Tensor, q_rope: Tensor, cache: Cache, positions_BT: Tensor) -> Tensor:
+        """`_attend_absorbed` over the pages as they lie: no row is copied."""
         w_uk, w_uv = (w.to(q_nope.dtype) for w in self._up_projections())
         q_latent_BTHC = einsum("bthk,hkc->bthc", q_nope, w_uk)
-        table_B1 = torch.arange(len(row_BSW), device=row_BSW.device)[:, None]
+        pages_NPW = cache.pages.slots[self.layer]
         out_BTHC = ops.attend_latent_paged(
-            q_latent_BTHC, q_rope, row_BSW, table_B1, positions_BT, scale=self.config.attention_scale
+            q_latent_BTHC, q_rope, pages_NPW, cache.table_BP, positions_BT, scale=self.config.attention_scale
         )
         return einsum("bthc,hvc->bthv", out_BTHC, w_uv)
 

@@ -4,8 +4,7 @@ A cached token is one row [latent C | rope R] that all heads share, key and valu
 reads each row once. Few sequences would leave most of the GPU idle, so a sequence's tokens are split among programs
 (Flash-Decoding): `_partial` has the attention over each part and the logarithm of its sum, `_combine` weighs the parts.
 
-A sequence's tokens lie in pages of P rows, in the order of its row of the table. The engine's cache has one page for each
-sequence, as long as its capacity, which is how `LatentAttention` calls this; smaller pages have no caller yet.
+A sequence's tokens lie in pages of P rows, in the order of its row of the table: `minga.model.cache` as it is.
 
   B sequences, T query tokens of each, H heads, C latent, R rope dim, M = T·H rows of queries, S cached tokens, P rows of
   a page, W = C + R, L parts
