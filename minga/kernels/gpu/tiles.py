@@ -82,6 +82,7 @@ def dot_arguments(tensor: Tensor) -> dict[str, Any]:
     """DOT and PRECISION for tiles of this tensor.
 
     E4M3 is multiplied as it is where tensor cores take it, from 8.9 on, and else as float16, which holds all its values.
+    float32 is three products of its halves in TF32, nearly as exact and on the tensor cores, or one if torch is allowed that.
     """
     dtype = tensor.dtype
     if dtype == torch.float8_e4m3fn:
@@ -90,7 +91,7 @@ def dot_arguments(tensor: Tensor) -> dict[str, Any]:
         dot = tl.float32 if INTERPRETED else tl.bfloat16  # the interpreter multiplies bf16 as if it were uint16
     else:
         dot = {torch.float32: tl.float32, torch.float16: tl.float16, torch.int8: tl.int8}[dtype]
-    return {"DOT": dot, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
+    return {"DOT": dot, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"}
 
 
 def multiplies_e4m3(device: torch.device) -> bool:
