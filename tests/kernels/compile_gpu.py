@@ -45,9 +45,9 @@ def compile_kernel(
 def main(capability: int) -> None:
     native = capability >= 89
     e4m3, in_e4m3 = ("*fp8e4nv", tl.float8e4nv) if native else ("*u8", tl.float16)
-    kinds = [  # operand, scale, type of the product, columns of a block, rows that share a weight's scale
+    kinds = [  # operand, scale of a weight, type of the product, columns of a block, rows that share a weight's scale
         (e4m3, "*fp32", in_e4m3, 128, 128),
-        ("*i8", "*fp32", tl.int8, 64, 1),
+        ("*i8", "*fp16", tl.int8, 64, 1),
         ("*bf16", None, tl.bfloat16, 64, 1),
         ("*fp32", None, tl.float32, 32, 1),
     ]
@@ -55,7 +55,8 @@ def main(capability: int) -> None:
     for operand, scale, dot, columns, rows in kinds:
         operands = {
             **dict.fromkeys(("x_ptr", "hidden_ptr", "weight_ptr"), operand),
-            **dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "weight_scale_ptr"), scale or operand),
+            **dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr"), "*fp32" if scale else operand),
+            "weight_scale_ptr": scale or operand,
             **{"out_ptr": "*fp32" if operand == "*fp32" else "*bf16", "order_ptr": "*i64", "plan_ptr": "*i64"},
             "route_ptr": "*bf16",
         }
@@ -82,6 +83,8 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    if not triton.knobs.nvidia.ptxas.path:
-        sys.exit("no assembler (ptxas) came with this Triton")
+    try:
+        triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell  # noqa: B018
+    except RuntimeError as missing:
+        sys.exit(f"no assembler came with this Triton: {missing}")
     main(int(sys.argv[1]))
