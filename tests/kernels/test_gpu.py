@@ -222,7 +222,8 @@ def test_route(sizes, rule, normalize):
     kept = sizes.randint(1, groups)
     active = sizes.randint(1, min(8, kept * size))
     logits = torch.randn(sizes.randint(1, 9), groups * size)
-    bias = torch.randn(groups * size) - 3 if rule == "v3" else None  # most sums are below 0: a masked group's must not win
+    # most sums are below 0: those of a group that was left out must not win
+    bias = torch.randn(groups * size) - 3 if rule == "v3" else None
     rules = {"num_active": active, "sigmoid": rule == "v3", "num_groups": groups, "groups_kept": kept}
     rules |= {"group_top": 2 if rule == "v3" else 1, "normalize": normalize, "scale": 2.5}
     index, weight, score = router.route(logits, bias, **rules)
