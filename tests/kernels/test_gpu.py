@@ -262,7 +262,7 @@ def taken(device, monkeypatch) -> None:
 
 def decode(model: Transformer, ids_BT: Tensor) -> Tensor:
     """Logits of a prompt and of the two tokens after it, through the cache."""
-    cache = Cache(model.config, len(ids_BT), 9, dtype=torch.float32, device=ids_BT.device)
+    cache = Cache.of(model.config, len(ids_BT), 9, dtype=torch.float32, device=ids_BT.device)
     positions = torch.arange(ids_BT.shape[1])
     parts = [positions[:-3], positions[-3:-1], positions[-1:]]
     with torch.inference_mode():
