@@ -22,8 +22,9 @@ from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
-from minga.quant import blocks
+from minga.quant import blocks, fp8
 
+QUANTS = (*blocks.FORMATS, "fp8")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_ASIDE = re.compile(r"\.(checkpoint-\d+)\.old-\d+")  # being replaced (minga/checkpoint/durable.py)
 _LOG = logging.getLogger("minga")
@@ -39,13 +40,14 @@ class _SkipInit(TorchFunctionMode):
 
 
 def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None) -> Transformer:
-    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" or "int4" holds them in few bits.
+    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8", "int4" or "fp8" holds them in few bits.
 
+    A folder in block FP8 is widened to `dtype` unless `quant` is "fp8", which holds its very bytes.
     Raises `UserError` for what is no model, is damaged, or is of a family that Minga does not open.
     """
-    if quant is not None and quant not in blocks.FORMATS:
-        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(blocks.FORMATS)}")
-    source = resolve(path)
+    if quant not in (None, *QUANTS):
+        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(QUANTS)}")
+    source, fp8_block = resolve(path), None
     if source.is_file():
         opened = gguf.open_gguf(source)
         config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
@@ -53,19 +55,31 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
         stored = None
     else:
         config, stored = _read_config(source)
-        tensors = hf.read_tensors(source, config, dtype=dtype)
+        fp8_block = hf.fp8_block(source) if quant == "fp8" and stored is None else None
+        tensors = hf.read_tensors(source, config, dtype=dtype, keep_fp8=fp8_block is not None)
     with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
         model = Transformer(config)
     if stored is not None:
         blocks.quantize(model, stored)
+    if fp8_block is not None:
+        fp8.expect(model, tensors, fp8_block)
     model.load_state_dict(tensors, assign=True)
     if quant is not None and stored is not None and quant != stored.name:
         raise UserError(
             f"the weights are stored in {stored.name}, not {quant} ({source}). take the float model for that"
         )
-    if quant is not None and stored is None:
-        blocks.quantize(model, blocks.FORMATS[quant])
+    if quant is not None and stored is None and fp8_block is None:
+        quantize(model, quant)
     return model.eval()
+
+
+def quantize(model: Transformer, name: str) -> Transformer:
+    """Holds the weights of a model in one of `QUANTS`, in place."""
+    if name == "fp8":
+        fp8.quantize(model)
+    else:
+        blocks.quantize(model, blocks.FORMATS[name])
+    return model
 
 
 def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
@@ -79,14 +93,15 @@ def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) ->
     config = model.config.to_hf()
     stored = blocks.format_of(model)
     if stored is not None:
-        config["quantization_config"] = {"quant_method": stored.method, "weight_block_size": [1, stored.block]}
+        config["quantization_config"] = stored.describe()
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
-    hf.write_model(folder, config, model.state_dict(), files=files)
+    dtype = torch.bfloat16 if isinstance(stored, fp8.BlockFP8) else None  # whatever they are held in here
+    hf.write_model(folder, config, model.state_dict(), dtype=dtype, files=files)
     if tokenizer is not None:
         tokenizer.save(folder, max_length=model.config.max_position_embeddings)
 

@@ -25,19 +25,21 @@ from minga.model.experts import MLP, MoE
 from minga.model.mtp import MTPModule
 from minga.model.transformer import Transformer
 from minga.quant.blocks import Format, Quantized, dense_weight, format_of
+from minga.quant.fp8 import BlockFP8
 
 _KINDS = {8: net.INT8, 4: net.INT4}
 _MAX_TOKENS, _PARTIAL = 256, 2**24  # of one call: tokens, and numbers of partial results of attention
 
 
 def compile_model(model: Transformer, note: Callable[[str], None] = lambda line: None) -> Transformer | CompiledModel:
-    """The model itself where the compiled forward pass cannot be had: another device or dtype, or no compiler."""
+    """The model itself where the compiled forward pass cannot be had: another device or dtype, FP8, or no compiler."""
     config, floats = model.config, {p.dtype for p in model.parameters()}
     can_run = (
         model.device.type == "cpu"
         and floats <= {torch.float32}
         and config.rope.rope_type != "dynamic"
         and config.hidden_act == "silu"
+        and not isinstance(format_of(model), BlockFP8)
     )
     return CompiledModel(model) if can_run and cpu.load(note, keep_memory=False) else model
 

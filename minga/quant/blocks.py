@@ -35,6 +35,10 @@ class Format:
         """What `quantization_config.quant_method` of a saved folder says."""
         return f"minga-{self.name}"
 
+    def describe(self) -> dict[str, Any]:
+        """`quantization_config` of a saved folder."""
+        return {"quant_method": self.method, "weight_block_size": [1, self.block]}
+
 
 FORMATS = {kind.name: kind for kind in (Format("int8", 8, 64), Format("int4", 4, 32))}
 
@@ -132,10 +136,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def quantize(module: nn.Module, format: Format) -> nn.Module:
-    """Replaces every linear, embedding and expert layer inside `module` by its form in few bits, in place.
-
-    Experts are recognised by their two stacked parameters, so that this layer needs to know no model.
-    """
+    """Replaces every linear, embedding and expert layer inside `module` by its form in few bits, in place."""
     for name, child in list(module.named_children()):
         replacement = _quantized(child, format)
         if replacement is None:
@@ -143,6 +144,11 @@ def quantize(module: nn.Module, format: Format) -> nn.Module:
         else:
             setattr(module, name, replacement)
     return module
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Known by their two stacked parameters, so that this layer needs to know no model."""
+    return {name for name, _ in module.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
 
 
 def format_of(module: nn.Module) -> Format | None:
@@ -155,7 +161,7 @@ def _quantized(module: nn.Module, format: Format) -> nn.Module | None:
         return QuantLinear(module.weight, None if module.bias is None else module.bias.detach(), format)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding(module.weight, format)
-    if {name for name, _ in module.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}:
+    if is_experts(module):
         return QuantExperts(module.get_parameter("gate_up_proj"), module.get_parameter("down_proj"), format)
     return None
 
