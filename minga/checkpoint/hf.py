@@ -217,9 +217,7 @@ def _read_scale(weights: Mapping[str, _Shard], name: str, tensor: Tensor, block:
     """The scale of a weight in FP8, one number for each of its blocks."""
     scale_name = name + names.SCALE_INV
     if block is None or scale_name not in weights or tensor.ndim != 2:
-        raise UserError(
-            f"{name} is FP8 without a scale for each block ({weights[name].file}). use a bfloat16 release"
-        )
+        raise UserError(f"{name} is FP8 without a scale for each block ({weights[name].file}). use a bfloat16 release")
     scale = weights[scale_name].read(scale_name)
     grid = tuple(-(-side // step) for side, step in zip(tensor.shape, block, strict=True))
     if tuple(scale.shape) != grid or not scale.dtype.is_floating_point:

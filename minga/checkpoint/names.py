@@ -349,7 +349,11 @@ class Collector:
         shape, expected = tuple(tensor.shape), _stored_shape(entry.shape, tensor)
         if suffix != SCALE_INV and (shape[:1] != expected[:1] if suffix else shape != expected):
             raise UserError(_shape_message(name, tensor, expected[:1] if suffix else expected, self._where))
-        if not (tensor.dtype in _SCALES if suffix else tensor.dtype in _FLOATS or (tensor.dtype in _FEW_BITS and len(shape) > 1)):
+        if not (
+            tensor.dtype in _SCALES
+            if suffix
+            else tensor.dtype in _FLOATS or (tensor.dtype in _FEW_BITS and len(shape) > 1)
+        ):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{name} holds {kind} numbers ({self._where}). convert the model to bfloat16 or float32")
         if entry.role is Role.FILLER and tensor.any():

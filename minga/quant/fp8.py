@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minga.kernels import fp8
-from minga.quant.blocks import Format, Quantized, QuantExperts, QuantLinear, is_experts
+from minga.quant.blocks import Format, QuantExperts, Quantized, QuantLinear, is_experts
 
 KEPT = ("lm_head", "eh_proj")  # linear layers that stay in bfloat16
 SCALE = "_scale_inv"  # the public name, though it is multiplied
