@@ -19,9 +19,11 @@ from minga.kernels.reference import (
     attend_latent_absorbed,
     dequantize_int4,
     dequantize_int8,
+    pack_int4,
     quantize_int4,
     quantize_int8,
     swiglu,
+    to_int4,
 )
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mlp",
+    "pack_int4",
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
     "swiglu",
+    "to_int4",
 ]
 
 _WORTH_A_CALL = 2**14  # elements of the input below which torch's own operations are as quick
