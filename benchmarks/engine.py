@@ -3,14 +3,17 @@
     minga bench engine [--quick] [--only decode/b] [--threads 2] [--model runs/demo] [--data shards]
 
   decode/MODEL/FORMAT/CONTEXT/threadsN   tokens/s of one sequence behind a prompt of so many tokens; llama.cpp has Q8_0, Q4_0
+  decode/smollm2/int8/ctx0/threads2      the same of a GGUF file, in the types it has, which the note names (--smollm2)
   prefill/b/int8/512/threadsN            tokens/s of reading 512 tokens
   roofline/b/int8                        weights read a second, of what a plain reader of memory reaches
   decode-vs-transformers/b               transformers' DeepseekV3 in float32, experts by grouped_mm
   throughput/b/32                        32 requests of 256 + 128 tokens; transformers answers one after the other
-  throughput-vs-llamacpp/b/32            the same in llama.cpp, 32 sequences in each of its batches
-  speculate/demo/batch1                  MTP drafts against none, greedy, same text (--model)
+  throughput-vs-llamacpp-server/b/32     the same in llama.cpp as its server does it, 32 sequences a batch; no HTTP on either side
+  speculate/demo/batch1                  guesses against none, greedy, same text (--model)
+  speculate/dense/batch1                 the same of a model without experts (--dense)
   memory/b/FORMAT                        weights in memory, of float32; what the process holds besides is in the note
-  bits-per-byte/FORMAT                   rise of held-out bits a byte over float32 (--model and --data)
+  bits-per-byte/FORMAT                   rise of held-out bits a byte over float32 (--model and --data); cache-int8: floats
+                                         whose attention cache alone is in int8
   start/first-token/b                    seconds from the command to its first token, all imports included
 
 Models: a (29 M parameters), b (394 M, 98 M of them a token), 1b (1.1 B). Our side goes through the whole engine: scheduler,
@@ -33,9 +36,11 @@ from common import Failed, Row, measure, row, say
 
 from minga.config import ModelConfig, presets
 from minga.data.tokenizer import DecodeStream
+from minga.planner.counts import speculation_limit
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers grouped_mm"
 KINDS = {"int8": "Q8_0", "int4": "Q4_0"}
+SMOLLM2 = "decode/smollm2/int8/ctx0/threads2"
 PAUSE = 0.2  # seconds between two sides: each leaves its threads spinning for a while
 PROMPTS = ["ROMEO:\n", "KING HENRY V\t", "\n", "Enter HAMLET and HORATIO\n"]
 
@@ -85,19 +90,23 @@ def _compiled(model: Any, format: str) -> Any:
 
 def _answer(model: Any, prompts: list[list[int]], tokens: int) -> Any:
     """Runs prompts side by side through the engine; its statistics."""
-    from minga.engine.runner import Runner, Stats
+    from minga.engine.runner import Runner
     from minga.engine.sampler import SamplingParams
+    from minga.engine.scheduler import Entry
     from minga.engine.sequence import Sequence
+    from minga.model.cache import PAGE, Pages
 
-    params, stats = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), Stats()
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     sequences = [
         Sequence(ids, params, stop_ids=frozenset(), max_length=len(ids) + tokens, decoder=_Silent()) for ids in prompts
     ]
-    runner = Runner(model, sequences, num_drafts=0, stats=stats)
-    runner.prefill()
-    while runner.running:
+    num_pages = sum((len(ids) + tokens) // PAGE + 1 for ids in prompts)
+    runner = Runner(model, Pages(model.config, num_pages, dtype=model.cache_dtype))
+    for sequence in sequences:
+        runner.scheduler.add(Entry(sequence))
+    while runner.scheduler.busy:
         runner.step()
-    return stats
+    return runner.stats
 
 
 def _prompt(config: ModelConfig, length: int, seed: int = 0) -> list[int]:
@@ -123,7 +132,25 @@ def measure_decode(model: str, format: str, context: int, rounds: int, tokens: i
     floats = _floats(model)
     peer = _peer(floats, KINDS[format], threads=threads, context=context + tokens + 16)
     ours = _compiled(floats, format)
-    prompt = _prompt(config, max(1, context))
+    return _alternate(ours, peer, _prompt(config, max(1, context)), rounds, tokens)
+
+
+def measure_file(path: str, rounds: int, tokens: int) -> dict[str, Any]:
+    """The same of a GGUF file behind one token, both sides from the file's own bits; and the types of its matrices."""
+    import peers
+    import torch
+
+    from minga import store
+    from minga.engine.compiled import compile_model
+    from minga.quant.blocks import formats_of
+
+    model = store.load_stored(path)
+    peer = peers.Llama(Path(path), threads=torch.get_num_threads(), context=tokens + 16)
+    found: dict[str, Any] = _alternate(compile_model(model, say), peer, [1], rounds, tokens)
+    return found | {"kinds": sorted(format.name for format in formats_of(model))}
+
+
+def _alternate(ours: Any, peer: Any, prompt: list[int], rounds: int, tokens: int) -> dict[str, list[float]]:
     peer.prefill(prompt)
     result: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(rounds + 1):
@@ -298,7 +325,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> float:
+def measure_bits(path: str, data: str, format: str | None, cached: str | None, max_tokens: int) -> float:
     """Held-out bits a byte through the engine's own forward pass."""
     import math
 
@@ -308,6 +335,7 @@ def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> f
     from minga.data.loader import evaluation_batches
     from minga.data.shards import open_shards
     from minga.engine.compiled import compile_model
+    from minga.engine.plain import Tokens
     from minga.model.cache import Cache
     from minga.train.losses import cross_entropy
 
@@ -315,9 +343,9 @@ def measure_bits(path: str, data: str, format: str | None, max_tokens: int) -> f
     nats, num_bytes = 0.0, 0
     with torch.inference_mode():
         for batch in evaluation_batches(open_shards(data), batch_size=8, seq_len=256, max_tokens=max_tokens):
-            cache = Cache(model.config, *batch.ids_BT.shape, dtype=model.cache_dtype)
-            at = torch.arange(batch.ids_BT.shape[1]).expand(len(batch.ids_BT), -1)
-            logits = model.head(model.hidden(batch.ids_BT, cache=cache, positions_BT=at))
+            cache = Cache.of(model.config, *batch.ids_BT.shape, dtype=getattr(torch, cached or "", model.cache_dtype))
+            tokens = Tokens.of([(ids, 0, row) for row, ids in enumerate(batch.ids_BT.tolist())])
+            logits = model.head(model.hidden(tokens, cache)).unflatten(0, batch.ids_BT.shape)
             nats += float(cross_entropy(logits, batch.targets_KBT[0], reduction="sum").double())
             num_bytes += batch.num_bytes or 0
     return nats / math.log(2) / num_bytes
@@ -342,6 +370,7 @@ def measure_speculation(path: str, quant: str | None, rounds: int, tokens: int) 
                 raise Failed(f"speculation changed the text of {prompt!r}")
             if turn:
                 result["acceptance"].append(llms["always"].stats.acceptance or 0.0)
+    result["limit"] = speculation_limit(llms["plain"].config, statistics.median(result["acceptance"]))
     return result
 
 
@@ -354,7 +383,7 @@ def measure_first_token(model: str) -> float:
         )
         code = (
             "import torch; from minga import store; from minga.engine.compiled import compile_model; import engine; "
-            f"engine._answer(compile_model(store.load({folder!r})), [[1, 2, 3]], 1)"
+            f"engine._answer(compile_model(store.load_stored({folder!r})), [[1, 2, 3]], 1)"
         )
         times = []
         for _ in range(3):
@@ -368,8 +397,19 @@ def measure_first_token(model: str) -> float:
 
 
 class Bench:
-    def __init__(self, *, threads: int, quick: bool, only: str, model: str | None, data: str | None):
+    def __init__(
+        self,
+        *,
+        threads: int,
+        quick: bool,
+        only: str,
+        model: str | None,
+        data: str | None,
+        smollm2: str | None,
+        dense: str | None,
+    ):
         self.threads, self.quick, self.only, self.model, self.data = threads, quick, only, model, data
+        self.smollm2, self.dense = smollm2, dense
         self.rounds = 3 if quick else 7
 
     def measure(self, name: str, *, threads: int | None = None, **arguments: Any) -> Any:
@@ -387,15 +427,19 @@ class Bench:
                             f"decode/{model}/{format}/ctx{context}/threads{threads}",
                             lambda id, a=arguments, t=threads: self.decode(id, t, **a),
                         )
+        if self.smollm2 is not None:
+            yield SMOLLM2, self.file
         yield f"prefill/b/int8/512/threads{self.threads}", self.prefill
         yield "roofline/b/int8", self.roofline
         yield "decode-vs-transformers/b", self.transformers
         yield "throughput/b/32", lambda id: self.throughput(id, one_by_one=True)
-        yield "throughput-vs-llamacpp/b/32", lambda id: self.throughput(id, one_by_one=False)
+        yield "throughput-vs-llamacpp-server/b/32", lambda id: self.throughput(id, one_by_one=False)
         yield "speculate/demo/batch1", self.speculation
+        if self.dense is not None:
+            yield "speculate/dense/batch1", self.speculation
         for format in KINDS:
             yield f"memory/b/{format}", lambda id, f=format: self.memory(id, f)
-        for format in KINDS:
+        for format in (*KINDS, "cache-int8"):
             yield f"bits-per-byte/{format}", lambda id, f=format: self.bits(id, f)
         yield "start/first-token/b", self.first_token
 
@@ -412,6 +456,11 @@ class Bench:
             "decode", threads=threads, model=model, format=format, context=context, rounds=self.rounds, tokens=tokens
         )
         return self._pairs(id, found, f"{LLAMA} {KINDS[format]}")
+
+    def file(self, id: str) -> Row:
+        found = self.measure("file", threads=2, path=self.smollm2, rounds=self.rounds, tokens=96)
+        kinds = " and ".join(found["kinds"])
+        return self._pairs(id, found, LLAMA, note=f"{Path(self.smollm2 or '').name}: {kinds}, as in the file")
 
     def prefill(self, id: str) -> Row:
         found = self.measure("prefill", model="b", format="int8", length=512, rounds=self.rounds)
@@ -443,12 +492,17 @@ class Bench:
         return row(id, found["ours"], theirs, unit="tokens/s", peer=peer, ratio=found["ours"] / theirs, note=note)
 
     def speculation(self, id: str) -> Row:
-        if self.model is None:
-            raise Failed("it needs a trained model with MTP. run `make demo` once, or give --model")
-        found = self.measure("speculation", path=self.model, quant="int8", rounds=self.rounds, tokens=64)
+        path = self.dense if "dense" in id else self.model
+        if path is None:
+            raise Failed("it needs a trained model with MTP. run `make demo` once, or give --model (--dense)")
+        found = self.measure("speculation", path=path, quant="int8", rounds=self.rounds, tokens=64)
         pair = {"ours": found["ahead"], "theirs": found["plain"]}
         forced = statistics.median(a / b for a, b in zip(found["always"], found["plain"], strict=True))
-        note = f"never given up: {forced:.2f}x, {statistics.median(found['acceptance']):.0%} of the drafts accepted; same text"
+        acceptance = statistics.median(found["acceptance"])
+        note = (
+            f"one guess always: {forced:.2f}x, {acceptance:.0%} accepted, of which bytes allow "
+            f"{found['limit']:.2f}x; same text"
+        )
         return self._pairs(id, pair, "minga without speculation", note=note)
 
     def memory(self, id: str, format: str) -> Row:
@@ -460,8 +514,9 @@ class Bench:
         if self.model is None or self.data is None:
             raise Failed("it needs a trained model and shards of its language. give --model and --data")
         arguments: dict[str, Any] = {"path": self.model, "data": self.data, "max_tokens": 50_000}
-        exact = self.measure("bits", format=None, **arguments)
-        rounded = self.measure("bits", format=format, **arguments)
+        exact = self.measure("bits", format=None, cached=None, **arguments)
+        stored = {"format": None, "cached": "int8"} if format == "cache-int8" else {"format": format, "cached": None}
+        rounded = self.measure("bits", **stored, **arguments)
         return row(id, rounded / exact - 1, unit="of float32's", note=f"{rounded:.4f} against {exact:.4f} bits a byte")
 
     def first_token(self, id: str) -> Row:
@@ -473,9 +528,21 @@ def main() -> int:
         return 0
     parser = common.parser(__doc__)
     parser.add_argument("--data", help="shards that `minga data` wrote, in the model's tokens")
+    parser.add_argument("--dense", metavar="RUN", help="a trained model without experts, with MTP")
+    parser.add_argument("--smollm2", metavar="FILE", help="a GGUF file of SmolLM2-135M, such as `make demo` leaves")
     parser.add_argument("model", nargs="?", help="a trained model or run folder, such as the one of `make demo`")
     args = parser.parse_args()
-    bench = Bench(threads=args.threads, quick=args.quick, only=args.only, model=args.model, data=args.data)
+    bench = Bench(
+        threads=args.threads,
+        quick=args.quick,
+        only=args.only,
+        model=args.model,
+        data=args.data,
+        smollm2=args.smollm2,
+        dense=args.dense,
+    )
+    if args.smollm2 is None and SMOLLM2.startswith(args.only):
+        say(f"{SMOLLM2} is left out: give its file with --smollm2")
     all_rows = dict(bench.all())
     rows, failures = [], []
     for id in common.wanted(parser, args.only, all_rows):

@@ -6,6 +6,7 @@ Needs the extra `bench` (`pip install 'minga[bench]'`); nothing is fetched or in
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +82,35 @@ def write_gguf(model: Transformer, file: Path, kind: str) -> None:
     writer.close()
 
 
-class Llama:
-    """llama.cpp over its C interface, with a cache for `sequences` sequences of `context` tokens."""
+@cache
+def silence() -> Any:
+    """Turns llama.cpp's log off. The result is what it calls instead, which must live as long as the process."""
+    import llama_cpp
 
-    def __init__(self, file: Path, *, threads: int, context: int, sequences: int = 1):
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    return quiet
+
+
+class Llama:
+    """llama.cpp over its C interface, with a cache for `sequences` sequences of `context` tokens.
+
+    exact_attention: in float32, its cache too; else as llama.cpp does by itself, in float16.
+    """
+
+    def __init__(self, file: Path, *, threads: int, context: int, sequences: int = 1, exact_attention: bool = False):
         import llama_cpp
 
         self._c = llama_cpp
-        quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-        self._quiet = quiet  # the callback lives as long as what calls it
+        silence()
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context * sequences, 512, 512
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max = sequences
+        if exact_attention:
+            params.flash_attn_type, params.type_k, params.type_v = 0, llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F32
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         assert self._context, "llama.cpp could not open the model"
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)

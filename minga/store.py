@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from minga.checkpoint.durable import durable_folder, find_problems, recover
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
+from minga.kernels.panels import Empty
 from minga.model.transformer import Transformer
 from minga.quant import blocks, fp8
 
@@ -57,13 +59,7 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
         config, stored = _read_config(source)
         fp8_block = hf.fp8_block(source) if quant == "fp8" and stored is None else None
         tensors = hf.read_tensors(source, config, dtype=dtype, keep_fp8=fp8_block is not None)
-    with torch.device("meta"), _SkipInit():  # no memory and no time for weights that are about to be replaced
-        model = Transformer(config)
-    if stored is not None:
-        blocks.quantize(model, stored)
-    if fp8_block is not None:
-        fp8.expect(model, tensors, fp8_block)
-    model.load_state_dict(tensors, assign=True)
+    model = _filled(config, stored, tensors, source, fp8_block)
     if quant is not None and stored is not None and quant != stored.name:
         raise UserError(
             f"the weights are stored in {stored.name}, not {quant} ({source}). take the float model for that"
@@ -82,6 +78,78 @@ def quantize(model: Transformer, name: str) -> Transformer:
     return model
 
 
+def load_stored(path: str | PathLike[str], *, quant: str | None = None, empty: Empty = torch.empty) -> Transformer:
+    """A model to generate with, its matrices in memory as the file has them: GGUF's types, bfloat16, float16.
+
+    quant: as for `load`, which does what is to be done where it is given. empty: gives the memory of what cannot stay in
+    the file. Norms, biases and routers are float32. Raises
+    `UserError` as `load` does.
+    """
+    source = resolve(path)
+    if quant is not None:
+        return load(source, quant=quant)
+    if source.is_file():
+        opened = gguf.open_gguf(source)
+        config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
+        tensors, stored = gguf.read_stored(opened, config, empty=empty)
+    else:
+        config, rounded = _read_config(source)
+        tensors, stored = hf.read_tensors(source, config, dtype=torch.float32 if rounded else None, empty=empty), {}
+        if rounded is not None:
+            return _filled(config, rounded, tensors, source).eval()
+        for name in names.matrices(config) & tensors.keys():
+            if tensors[name].dtype in (torch.bfloat16, torch.float16):
+                stored[name] = blocks.Stored.keep(tensors.pop(name))
+    model = _empty(config)
+    left = {name: tensor.float() for name, tensor in tensors.items()}
+    missing = model.load_state_dict(left, strict=False, assign=True).missing_keys
+    assert set(missing) == stored.keys()
+    blocks.put(model, stored)
+    return model.eval()
+
+
+def _filled(
+    config: ModelConfig,
+    rounded: blocks.Format | None,
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    fp8_block: tuple[int, int] | None = None,
+) -> Transformer:
+    model = _empty(config)
+    if rounded is not None:
+        blocks.quantize(model, rounded)
+    if fp8_block is not None:
+        fp8.expect(model, tensors, fp8_block)
+    _check_format(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def weight_files(path: str | PathLike[str]) -> list[Path]:
+    """The files that hold a model's weights."""
+    source = resolve(path)
+    return [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+
+
+def _empty(config: ModelConfig) -> Transformer:
+    """Without memory, and without time for weights that are about to be replaced."""
+    with torch.device("meta"), _SkipInit():
+        return Transformer(config)
+
+
+def _check_format(model: Transformer, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Refuses weights in few bits that config.json does not promise, and floats where it does. Shapes of weights fit."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name in expected and name in tensors and expected[name].shape == tensors[name].shape:
+            asked, given = expected[name].dtype, tensors[name].dtype
+            if asked == given or (asked.is_floating_point and given.is_floating_point):
+                continue
+        raise UserError(
+            f"{name} is not stored as quantization_config says ({source}). copy the model's own config.json there"
+        )
+
+
 def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model folder in the public format, MTP and router bias included; whole or not at all."""
     with durable_folder(path) as folder:
@@ -91,16 +159,16 @@ def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer 
 def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """The files of `save`, into a folder that the caller makes durable."""
     config = model.config.to_hf()
-    stored = blocks.format_of(model)
-    if stored is not None:
-        config["quantization_config"] = stored.describe()
+    rounded = next((f for f in blocks.formats_of(model) if f.name in QUANTS), None)
+    if rounded is not None:
+        config["quantization_config"] = rounded.describe()
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
-    dtype = torch.bfloat16 if isinstance(stored, fp8.BlockFP8) else None  # whatever they are held in here
+    dtype = torch.bfloat16 if isinstance(rounded, fp8.BlockFP8) else None  # whatever they are held in here
     hf.write_model(folder, config, model.state_dict(), dtype=dtype, files=files)
     if tokenizer is not None:
         tokenizer.save(folder, max_length=model.config.max_position_embeddings)
@@ -126,7 +194,16 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 def resolve(path: str | PathLike[str]) -> Path:
     """The model folder or `.gguf` file that a path stands for."""
-    source = Path(path)
+    try:
+        return _resolve(Path(path))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero character, which no path may have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot be opened: {reason} ({path}). check the path and its permissions") from error
+
+
+def _resolve(source: Path) -> Path:
     if not source.exists() and source.parent.is_dir():
         recover(source)  # a save that replaced this folder may have been killed between its two renames
     if source.is_file():
@@ -182,7 +259,12 @@ def _read_config(folder: Path) -> tuple[ModelConfig, blocks.Format | None]:
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not isinstance(layers, bool) and raw.get("num_nextn_predict_layers"):
         raw["num_nextn_predict_layers"] = names.count_mtp(hf.tensor_names(folder), layers)
-    method = (raw.get("quantization_config") or {}).get("quant_method")
+    quantization = raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise UserError(
+            f"quantization_config is {quantization!r} ({folder / 'config.json'}). it must be an object or null"
+        )
+    method = quantization.get("quant_method")
     stored = next((known for known in blocks.FORMATS.values() if known.method == method), None)
     if method not in (None, "fp8") and stored is None:
         raise UserError(f"quantisation {method!r} is not supported ({folder}). use the unquantised or the FP8 weights")

@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is loaded
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from minga.config import TrainConfig
 
 
@@ -52,5 +54,27 @@ def make_config(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         values: dict[str, Any] = {"data": str(shards), "out": str(tmp_path / "run"), "model": tiny(), "steps": 16}
         values |= {"batch_size": 2, "accumulate": 2, "seq_len": 32, "eval_every": 0, "checkpoint_every": 0}
         return TrainConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_blocks() -> Callable[[str, int], Tensor]:
+    """random_blocks(type, numbers): blocks of a GGUF type, random but for their float16 factors, which are small; numbers
+    are at most about 1. torch's seed."""
+    import torch
+
+    from minga.checkpoint.ggml_types import TYPES
+    from minga.quant.blocks import GGUF
+
+    kinds = {kind.name: kind for kind in TYPES.values()}
+
+    def make(name: str, numbers: int) -> Tensor:
+        kind, format = kinds[name], GGUF[name]
+        raw = torch.randint(0, 256, (numbers // kind.numbers, kind.num_bytes), dtype=torch.uint8)
+        exponent = 0x04 if format.nested else 0x0C if format.bits == 8 else 0x1C  # 2^-14, 2^-12, 2^-8
+        for at in {"Q6_K": [208]}.get(name, [0, 2] if format.minimum else [0]):
+            raw[:, at + 1] = raw[:, at + 1] & 0x83 | exponent
+        return raw.flatten()
 
     return make

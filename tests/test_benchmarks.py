@@ -77,6 +77,14 @@ def test_engine_beside_llama_cpp(small_models: ModuleType, format: str) -> None:
     assert min(speeds.values()) > 0
 
 
+def test_engine_decodes_a_file_as_it_is(small_models: ModuleType, scripts, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    scripts("peers").write_gguf(small_models._floats("b"), tmp_path / "m.gguf", "Q8_0")
+    found = small_models.measure_file(str(tmp_path / "m.gguf"), rounds=2, tokens=4)
+    assert found["kinds"] == ["Q8_0"]
+    assert all(len(found[side]) == 2 and min(found[side]) > 0 for side in ("ours", "theirs"))
+
+
 def test_engine_peer_computes_the_same(small_models: ModuleType, scripts, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     model, file = small_models._floats("b"), tmp_path / "model.gguf"
@@ -104,9 +112,12 @@ def test_engine_roofline_counts_what_a_token_reads(small_models: ModuleType) -> 
 def test_engine_speculation_and_bits(make_config: Callable[..., TrainConfig], scripts, shards: Path) -> None:
     run = str(pretrain(make_config(steps=2)).run)
     found = scripts("engine").measure_speculation(run, "int8", rounds=1, tokens=8)
+    assert 0 < found["limit"] < 2
     assert len(found["plain"]) == len(found["ahead"]) == len(found["always"]) == len(found["acceptance"]) == 4
-    exact, rounded = (scripts("engine").measure_bits(run, str(shards), format, 500) for format in (None, "int8"))
-    assert rounded == pytest.approx(exact, rel=0.05)
+    bits = scripts("engine").measure_bits
+    exact = bits(run, str(shards), None, None, 500)
+    for format, cached in (("int8", None), (None, "int8")):
+        assert bits(run, str(shards), format, cached, 500) == pytest.approx(exact, rel=0.05)
 
 
 def test_engine_rows_and_failures(scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +138,16 @@ def test_engine_rows_and_failures(scripts, monkeypatch: pytest.MonkeyPatch, caps
     assert [row["id"] for row in rows] == [f"decode/a/int8/ctx0/threads{threads}" for threads in (1, 2)]
     assert rows[0]["ratio"] == 2.5 and set(rows[0]) == KEYS
     assert out.err.count("failed: decode/a/int8/ctx4096") == 2
+    answers["file"] = {"ours": [3.0], "theirs": [2.0], "kinds": ["Q4_1", "Q8_0"]}
+    monkeypatch.setattr(engine, "measure", lambda script, name, **rest: answers[name])
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--only", "decode/smollm2", "--smollm2", "some/m.gguf"])
+    assert engine.main() == 0
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert found["ratio"] == 1.5 and found["note"] == "m.gguf: Q4_1 and Q8_0, as in the file"
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--only", "decode/smollm2"])
+    with pytest.raises(SystemExit):
+        engine.main()
+    assert "decode/smollm2/int8/ctx0/threads2 is left out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- train: measurements

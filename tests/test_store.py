@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -15,10 +16,12 @@ from safetensors.torch import load_file, save_file
 import minga
 from minga import store
 from minga.checkpoint.durable import verify_folder
+from minga.checkpoint.ggml_types import TYPES, dequantise, keep
 from minga.config.presets import tiny
 from minga.data.tokenizer import train_bpe
 from minga.errors import UserError
 from minga.model.transformer import Transformer
+from minga.quant import blocks
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +76,58 @@ def test_int4_folder_and_what_it_is_not(model: Transformer, tmp_path: Path) -> N
         minga.load(tmp_path / "q", quant="int5")
 
 
+def test_half_width_floats_stay_in_memory_for_generation(model: Transformer, tmp_path: Path) -> None:
+    minga.save(copy.deepcopy(model).bfloat16(), tmp_path / "m")
+    kept, wide = store.load_stored(tmp_path / "m"), minga.load(tmp_path / "m")
+    assert {p.dtype for p in kept.parameters()} == {torch.float32} == {p.dtype for p in wide.parameters()}
+    assert {format.name for format in blocks.formats_of(kept)} == {"bfloat16"} and not blocks.formats_of(wide)
+    ids_BT = torch.arange(6)[None]
+    torch.testing.assert_close(kept(ids_BT).logits, wide(ids_BT).logits)
+    assert blocks.formats_of(store.load_stored(tmp_path / "m", quant="int8")) == [blocks.FORMATS["int8"]]
+    minga.save(kept, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert torch.equal(minga.load(tmp_path / "again")(ids_BT).logits, wide(ids_BT).logits)
+
+
+def test_what_is_stored_in_a_type_of_gguf_is_saved_as_floats(model: Transformer, tmp_path: Path, random_blocks) -> None:
+    raw, kind = random_blocks("Q4_1", 256 * 64), next(kind for kind in TYPES.values() if kind.name == "Q4_1")
+    mixed = copy.deepcopy(model)
+    blocks.put(mixed, {"lm_head.weight": keep(raw, kind, (256, 64))})
+    assert mixed.lm_head.get_buffer("weight").dtype == torch.uint8
+    for _ in range(2):
+        minga.save(mixed, tmp_path / "m")
+        again = minga.load(tmp_path / "m")
+        assert torch.equal(again.lm_head.weight, dequantise(raw, kind).view(256, 64))
+        mixed.lm_head.to_panels()
+
+
 def _saved(model: Transformer, folder: Path) -> Path:
     minga.save(model, folder)
     return folder
+
+
+@pytest.mark.parametrize("promise", [None, {"quant_method": "minga-int4"}])
+def test_int8_folder_whose_config_says_otherwise(
+    model: Transformer, tmp_path: Path, promise: dict[str, str] | None
+) -> None:
+    minga.save(minga.load(_saved(model, tmp_path / "m"), quant="int8"), tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config | {"quantization_config": promise}))
+    with pytest.raises(UserError, match=r"is not stored as quantization_config says"):
+        minga.load(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is not stored as quantization_config says"):
+        minga.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [["fp8"], "fp8", 3])
+def test_a_quantization_config_that_is_no_object(model: Transformer, tmp_path: Path, value: object) -> None:
+    minga.save(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    with pytest.raises(UserError, match=r"quantization_config is .* must be an object or null"):
+        minga.load(tmp_path / "m")
 
 
 def test_a_promise_of_mtp_without_tensors_is_not_believed(model: Transformer, tmp_path: Path) -> None:

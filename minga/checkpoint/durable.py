@@ -66,7 +66,7 @@ def durable_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def recover(path: str | os.PathLike[str]) -> None:
     """Finishes a replacement that a crash cut in two. Does nothing if `path` is there, or nothing to recover is."""
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))  # unlike `resolve` it has an answer for links in a circle
     deadline = time.monotonic() + _WAIT_FOR_WRITER
     while not target.exists() and any(_is_live(folder) for folder in _leftovers(target, "partial")):
         if time.monotonic() > deadline:
@@ -90,9 +90,11 @@ def find_problems(folder: str | os.PathLike[str]) -> list[str]:
     try:
         listed = json.loads((folder / CHECKSUMS).read_bytes())["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
+            raise ValueError
     except OSError as error:
         return [f"{CHECKSUMS} cannot be read: {error.strerror}"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return [f"{CHECKSUMS} is damaged"]
     checked = ((name, _file_problem(folder / name, *entry)) for name, entry in expected.items())
     return [f"{name} {problem}" for name, problem in checked if problem]
@@ -227,8 +229,12 @@ def _measure(file: Path) -> dict[str, Any]:
 
 def _file_problem(file: Path, size: int, sha256: str) -> str | None:
     try:
+        if file.exists() and not file.is_file():
+            return "is no file"  # a pipe or a device has no end
         if file.stat().st_size != size:  # before hashing gigabytes
             return f"has {file.stat().st_size} bytes instead of {size}"
         return None if _measure(file)["sha256"] == sha256 else "does not match its checksum"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    except ValueError:
+        return "has a name that no file can have"

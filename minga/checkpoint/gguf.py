@@ -6,7 +6,8 @@
   data        from the next multiple of `general.alignment` on; each tensor begins at such a multiple
 
 Every length and offset is checked against the size of the file before anything is allocated or read: a model file comes
-from strangers. What fails is a `UserError` with the file's name and the byte where it went wrong.
+from strangers. What fails is a `UserError` with the file's name and the byte where it went wrong. Texts take several
+times their bytes as Python objects, so the header has limits of its own, far above those of any real file.
 
 Two things differ from the public format besides the names (`names`). For `llama` the converter reorders the rows of q
 and k, because llama.cpp rotates neighbouring pairs where Hugging Face rotates halves; we order them back. (`qwen2` and
@@ -23,24 +24,30 @@ import mmap
 import os
 import re
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minga.checkpoint import names
-from minga.checkpoint.ggml_types import OTHER_NAMES, TYPES, GGMLType, dequantise
+from minga.checkpoint.ggml_types import OTHER_NAMES, TYPES, GGMLType, dequantise, keep
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.kernels.panels import Empty
+from minga.quant.blocks import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_MAX_HEADER = 1 << 26  # bytes; the largest vocabularies take 10 MB
+_MAX_FREQUENCIES = 1 << 12  # of one head; the widest heads have 128
+_MAX_ENTRIES = 1 << 16  # metadata entries, or tensors; DeepSeek-V3 has 1,025 tensors
 
 
 # ---------------------------------------------------------------------------------------------------- the file
@@ -57,7 +64,7 @@ class TensorInfo:
 
 
 class GGUF:
-    """An open file: `metadata` (plain Python values, arrays as lists), `tensors`, and `read`.
+    """An open file: `metadata` (plain Python values; texts in lists, numbers in `array.array`s), `tensors`, and `read`.
 
     The file is mapped, not read: numbers come from the disk when a tensor is first used.
     """
@@ -71,8 +78,6 @@ class GGUF:
     def raw(self, name: str) -> Tensor:
         """The bytes of a tensor as stored, 1-d uint8, mapped."""
         info = self.tensors[name]
-        if not info.num_bytes:
-            return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
 
     def read(self, name: str) -> Tensor:
@@ -103,6 +108,8 @@ class _Parser:
         self.file = file
         self.data = data
         self.size = len(data)
+        self.end = min(self.size, _MAX_HEADER)
+        self.beyond = "the file" if self.end == self.size else f"the {_MAX_HEADER} bytes that a header may have"
         self.at = 0
 
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -116,6 +123,8 @@ class _Parser:
             )
         num_tensors = self._count("<Q", 24, "tensors")  # a tensor's info has at least 24 bytes: lengths, type, offset
         num_entries = self._count("<Q", 13, "metadata entries")
+        if max(num_tensors, num_entries) > _MAX_ENTRIES:
+            raise self._damaged(f"{num_tensors} tensors and {num_entries} metadata entries are too many", at=8)
         metadata: dict[str, Any] = {}
         for _ in range(num_entries):
             at = self.at
@@ -144,6 +153,8 @@ class _Parser:
             if not 1 <= num_dims <= _MAX_DIMS:
                 raise self._damaged(f"{name!r} has {num_dims} dimensions", at=at)
             dims = [self._scalar("<Q", f"the dimensions of {name!r}") for _ in range(num_dims)]
+            if 0 in dims:
+                raise self._damaged(f"{name!r} is empty: its dimensions are {dims}", at=at)
             kind = self._kind(name, self._scalar("<I", f"the type of {name!r}"))
             offset = self._scalar("<Q", f"the offset of {name!r}")
             if dims[0] % kind.numbers:
@@ -195,7 +206,7 @@ class _Parser:
         form = self._format(item, key)
         count = self._count("<Q", struct.calcsize(form), f"items of {key!r}")
         raw = self._take(count * struct.calcsize(form), f"the items of {key!r}")
-        return list(struct.unpack(f"<{count}{form[1]}", raw))
+        return array(form[1].replace("?", "B"), raw)
 
     def _format(self, kind: int, key: str) -> str:
         if kind not in _SCALARS:
@@ -209,8 +220,8 @@ class _Parser:
         """A number of items of at least `least` bytes each, which must fit into the rest of the file."""
         at = self.at
         count: int = self._scalar(form, f"the number of {what}")
-        if count > (self.size - self.at) // least:
-            raise self._damaged(f"{count} {what} do not fit into the file", at=at)
+        if count > (self.end - self.at) // least:
+            raise self._damaged(f"{count} {what} do not fit into {self.beyond}", at=at)
         return count
 
     def _string(self, what: str) -> str:
@@ -223,13 +234,13 @@ class _Parser:
 
     def _strings(self, count: int, key: str) -> list[str]:
         """As `_string`, `count` times, without its cost: vocabularies have a hundred thousand."""
-        data, at, size, length = self.data, self.at, self.size, struct.Struct("<Q")
+        data, at, end, length = self.data, self.at, self.end, struct.Struct("<Q")
         strings = []
         try:
             for _ in range(count):
                 (n,) = length.unpack_from(data, at)
-                if n > size - at - 8:
-                    raise self._damaged(f"an item of {key!r} ends beyond the file", at=at)
+                if n > end - at - 8:
+                    raise self._damaged(f"an item of {key!r} ends beyond {self.beyond}", at=at)
                 strings.append(data[at + 8 : at + 8 + n].decode())
                 at += 8 + n
         except (struct.error, UnicodeDecodeError):
@@ -238,8 +249,8 @@ class _Parser:
         return strings
 
     def _take(self, count: int, what: str) -> bytes:
-        if count > self.size - self.at:
-            raise self._damaged(f"{what} ends beyond the file")
+        if count > self.end - self.at:
+            raise self._damaged(f"{what} ends beyond {self.beyond}")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -256,43 +267,91 @@ def read_tensors(gguf: GGUF, config: ModelConfig, *, dtype: torch.dtype = torch.
 
     Raises `UserError` if they are not those of a model with this config.
     """
-    where = str(gguf.path)
-    sources = _sources(gguf, config)
-    names.check_size(config, len(sources), where=where, experts_apart=False)
-    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype)
-    collector.check_names(sources)
-    for name, read in sources.items():
-        collector.add(name, read())
+    collector, sources = _collector(gguf, config, dtype, torch.empty)
+    for name, source in sources.items():
+        collector.add(name, source.read())
     return collector.finish()
 
 
-def _sources(gguf: GGUF, config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
-    """What to call for each tensor, in the public layout."""
-    sources: dict[str, Callable[[], Tensor]] = {name: partial(gguf.read, name) for name in gguf.tensors}
+def read_stored(
+    gguf: GGUF, config: ModelConfig, *, empty: Empty = torch.empty
+) -> tuple[dict[str, Tensor], dict[str, Stored]]:
+    """The same without widening: matrices as they are stored, in memory from `empty`, and the other tensors in float32.
+
+    Float32 besides are routers, what is put together from two tensors (kv_b from k_b and v_b), and experts whose gates
+    and ups are in different types.
+    """
+    collector, sources = _collector(gguf, config, torch.float32, empty)
+    table, matrices = names.gguf_table(config), names.matrices(config)
+    kinds: dict[str, set[str]] = {}
+    for name in gguf.tensors.keys() & table.keys():
+        kinds.setdefault(table[name].internal, set()).add(gguf.tensors[name].kind.name)
+    for name, source in sources.items():
+        internal = table[name].internal if name in table and table[name].role is names.Role.PART else ""
+        if source.order is None or internal not in matrices or len(kinds[internal]) > 1 or kinds[internal] == {"F32"}:
+            collector.add(name, source.read())
+            continue
+        stored = keep(gguf.raw(name), gguf.tensors[name].kind, gguf.tensors[name].shape)
+        factors = None if stored.factors is None else source.order(stored.factors)
+        collector.add_stored(name, replace(stored, data=source.order(stored.data), factors=factors))
+    taken = collector.take_stored()
+    return collector.finish(), taken
+
+
+class _Source(NamedTuple):
+    """A tensor of the public layout. `order`: what brings the rows of the one in the file, whose name is the same, into
+    that layout; None if there is no such one."""
+
+    read: Callable[[], Tensor]
+    order: Callable[[Tensor], Tensor] | None
+
+
+def _collector(
+    gguf: GGUF, config: ModelConfig, dtype: torch.dtype, empty: Empty
+) -> tuple[names.Collector, dict[str, _Source]]:
+    """Names and numbers checked, nothing read."""
+    sources, where = _sources(gguf, config), str(gguf.path)
+    names.check_size(config, len(sources), where=where, experts_apart=False)
+    collector = names.Collector(names.gguf_table(config), config, where=where, dtype=dtype, empty=empty)
+    collector.check_names(sources)
+    for name in sources:
+        if name in gguf.tensors:  # the others are made of two, and checked as they are read
+            collector.check(name, gguf.tensors[name].shape, torch.float32)
+    return collector, sources
+
+
+def _sources(gguf: GGUF, config: ModelConfig) -> dict[str, _Source]:
+    sources = {name: _Source(partial(gguf.read, name), _as_they_are) for name in gguf.tensors}
     sources.pop("rope_freqs.weight", None)  # in the config by now
     if gguf.metadata.get("general.architecture") == "llama":
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         for name in sources:
             if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name):
-                sources[name] = partial(_read_halves, gguf, name, heads[match[1]])
+                order = partial(_in_halves, num_heads=heads[match[1]])
+                sources[name] = _Source(partial(_read_in_order, gguf, name, order), order)
     for name in [name for name in sources if name.endswith(".attn_k_b.weight")]:
         layer = name.removesuffix("attn_k_b.weight")
         if f"{layer}attn_v_b.weight" in sources:
-            joined = partial(_read_kv_b, gguf, layer, config)
+            joined = _Source(partial(_read_kv_b, gguf, layer, config), None)
             sources.setdefault(f"{layer}attn_kv_b.weight", joined)  # some files hold both forms
             del sources[f"{layer}attn_k_b.weight"], sources[f"{layer}attn_v_b.weight"]
     return sources
 
 
-def _read_halves(gguf: GGUF, name: str, num_heads: int) -> Tensor:
-    """q or k of a `llama` file: within each head, rows 0, half, 1, half + 1, .. become 0, 1, .., half, half + 1, .."""
-    stored = gguf.read(name)
-    if stored.shape[0] % (2 * num_heads):
-        rows = stored.shape[0]
-        raise UserError(
-            f"{name} has {rows} rows, which {num_heads} heads cannot share ({gguf.path}). download the file again"
-        )
-    return stored.view(num_heads, -1, 2, *stored.shape[1:]).transpose(1, 2).reshape(stored.shape)
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _read_in_order(gguf: GGUF, name: str, order: Callable[[Tensor], Tensor]) -> Tensor:
+    return order(gguf.read(name))
+
+
+def _in_halves(rows: Tensor, num_heads: int) -> Tensor:
+    """q or k of a `llama` file: within each head, rows 0, half, 1, half + 1, .. become 0, 1, .., half, half + 1, ..
+
+    The heads share the rows, or `check` would have refused them.
+    """
+    return rows.view(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _read_kv_b(gguf: GGUF, layer: str, config: ModelConfig) -> Tensor:
@@ -319,7 +378,7 @@ class _Metadata:
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0) -> int:
         value = self._get(key, default)
-        if isinstance(value, list) and len(set(map(repr, value))) == 1:
+        if isinstance(value, (list, array)) and value and all(item == value[0] for item in value):
             value = value[0]  # one number for each layer, all the same
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self._wrong(key, value, f"a whole number from {least} on, the same for all layers")
@@ -351,7 +410,7 @@ class _Metadata:
         return value
 
     def _wrong(self, key: str, value: Any, kind: str) -> UserError:
-        shown = repr(value)[:60]
+        shown = repr(value.tolist() if isinstance(value, array) else value)[:60]
         return UserError(f"{self.arch}.{key} is {shown} and not {kind} ({self.gguf.path}). convert the model again")
 
 
@@ -513,25 +572,31 @@ def _llama3(gguf: GGUF, meta: _Metadata) -> dict[str, Any] | None:
     ramp fix it. The scale of (original, low, high) is free; 8192 is Meta's. Fewer points, in very small heads, fix it
     less, but then no other frequency is there to tell the difference.
     """
-    divisors = gguf.read("rope_freqs.weight").double().flatten().tolist()
-    half = len(divisors)
     theta, original = meta.number("rope.freq_base", 10000.0), 8192
+    half, damaged = math.prod(gguf.tensors["rope_freqs.weight"].shape), f"({gguf.path}). download the file again"
+    if half > _MAX_FREQUENCIES or theta <= 1:
+        raise UserError(f"rope_freqs.weight has {half} numbers for a base frequency of {theta} {damaged}")
+    divisors = gguf.read("rope_freqs.weight").double().flatten().tolist()
     freqs = [theta ** (-i / half) for i in range(half)]
-    factor = float(f"{max(divisors, default=1.0):.6g}")
+    factor = float(f"{max(divisors):.6g}")
     if not all(math.isfinite(d) and d > 0 for d in divisors) or factor < 1:
-        raise UserError(f"rope_freqs.weight holds impossible numbers ({gguf.path}). download the file again")
+        raise UserError(f"rope_freqs.weight holds impossible numbers {damaged}")
     if factor == 1:
         return None
     if min(divisors) > factor * (1 - 1e-5):
         return {"rope_type": "linear", "factor": factor}
     kept = [(1 / d - 1 / factor) / (1 - 1 / factor) for d in divisors]
-    slope, zero = _ramp(freqs, kept)
-    low, span = zero * original / (2 * math.pi), original / (2 * math.pi * slope)
+    other = UserError(f"rope_freqs.weight is no Llama-3 scaling ({gguf.path}). this variant is not supported")
+    try:
+        slope, zero = _ramp(freqs, kept)
+        low, span = zero * original / (2 * math.pi), original / (2 * math.pi * slope)
+    except ZeroDivisionError:
+        raise other from None
     scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": low + span}
     scaling = {name: float(f"{value:.6g}") for name, value in scaling.items()}
     expected = [min(max(slope * (f - zero), 0.0), 1.0) for f in freqs]
     if max(abs(a - b) for a, b in zip(kept, expected, strict=True)) > 1e-4 or low <= 0:
-        raise UserError(f"rope_freqs.weight is no Llama-3 scaling ({gguf.path}). this variant is not supported")
+        raise other
     return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
 
 

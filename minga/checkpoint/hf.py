@@ -30,6 +30,7 @@ from minga.checkpoint import durable, names
 from minga.config.model import ModelConfig
 from minga.errors import UserError
 from minga.kernels import fp8
+from minga.kernels.panels import Empty
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -48,6 +49,9 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SHARD_BYTES = 5_000_000_000
+_MAX_CONFIG_BYTES = 4_000_000  # a thousand times a usual one
+_MAX_INDEX_BYTES = 100_000_000  # DeepSeek-V3's has 9 MB; safetensors allows its own headers as much
+_MAX_BLOCK = 1 << 16  # rows or columns with one FP8 scale: 128 in every release
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -59,7 +63,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"there is no config.json, so this is no model folder ({folder}). choose one that holds it")
-    config = _read_json(file)
+    config = _read_json(file, _MAX_CONFIG_BYTES)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"config.json names no model_type ({file}). copy the original config.json into the folder")
     return config
@@ -72,9 +76,14 @@ def tensor_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_tensors(
-    path: str | os.PathLike[str], config: ModelConfig, *, dtype: torch.dtype | None = None, keep_fp8: bool = False
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_fp8: bool = False,
+    empty: Empty = torch.empty,
 ) -> dict[str, Tensor]:
-    """All tensors of a model folder under our names (see `names`).
+    """All tensors of a model folder under our names (see `names`). empty: gives the memory of stacked experts.
 
     dtype: what floating tensors become; None keeps each as stored, and makes bfloat16 of block-FP8. keep_fp8: gives
     block-FP8 as it is stored, X in E4M3 and X_scale_inv. Tensors that need no change are views of the memory-mapped
@@ -87,10 +96,14 @@ def read_tensors(
         scales = {name + names.SCALE_INV for name in weights}
         plain = [name for name in weights if name not in scales]
         names.check_size(config, len(plain), where=str(folder))
-        collector = names.Collector(names.hf_table(config), config, where=str(folder), dtype=dtype)
+        collector = names.Collector(names.hf_table(config), config, where=str(folder), dtype=dtype, empty=empty)
         collector.check_names(plain)
+        for name in plain:  # nothing is allocated before all shapes are known to be the config's
+            shape, stored = weights[name].describe(name)
+            widened = stored == torch.float8_e4m3fn and not keep_fp8
+            collector.check(name, shape, (dtype or torch.bfloat16) if widened else stored)
         block = fp8_block(folder)
-        for name in plain:
+        for name in filter(collector.wants, plain):
             tensor = weights[name].read(name)
             if tensor.dtype != torch.float8_e4m3fn:
                 collector.add(name, tensor)
@@ -110,25 +123,37 @@ class _Shard:
 
     def __init__(self, file: Path, stack: ExitStack) -> None:
         self.file = file
+        if file.exists() and not file.is_file():  # opening a pipe would wait for its other end
+            raise UserError(f"this is no file ({file}). download it again")
         try:
+            file.open("rb").close()  # safetensors calls all that cannot be opened missing
             self._handle = stack.enter_context(safe_open(file, "pt"))
             self.names: list[str] = self._handle.offset_keys()
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from error
 
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type, from the header."""
+        header = self._handle.get_slice(name)
+        stored = header.get_dtype()
+        if stored not in _DTYPES:
+            raise UserError(f"{name} is in {stored}, which Minga does not read ({self.file}). convert the model")
+        return tuple(header.get_shape()), _DTYPES[stored]
+
     def read(self, name: str) -> Tensor:
         try:
-            stored = self._handle.get_slice(name).get_dtype()
-            if stored not in _DTYPES:
-                raise UserError(f"{name} is in {stored}, which Minga does not read ({self.file}). convert the model")
             tensor: Tensor = self._handle.get_tensor(name)
             return tensor
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # torch's, for numbers that are not aligned
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
         if isinstance(error, FileNotFoundError):
             return UserError(f"a file of the model is missing ({self.file}). download it again")
+        if isinstance(error, OSError) and error.strerror:
+            return UserError(f"cannot be opened: {error.strerror} ({self.file}). check the file's permissions")
+        if os.fsencode(self.file).decode(errors="replace") != str(self.file):
+            return UserError(f"the path is not UTF-8, and safetensors opens no such file ({self.file}). rename it")
         reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:160]
         return UserError(f"cut short or damaged: {reason} ({self.file}). download the file again")
 
@@ -144,13 +169,19 @@ def _model_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, most: int) -> dict[str, Any]:
+    """The object in a file of at most `most` bytes: as Python objects, text may take 35 times its length."""
     try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error} ({file}). mend it, or download it again") from error
+        size = file.stat().st_size
+        raw = file.read_bytes() if size <= most else b""
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror} ({file}). check the file's permissions") from error
+    if size > most:
+        raise UserError(f"{size} bytes are too many: {most} would do ({file}). download the file again")
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error} ({file}). mend it, or download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"not a JSON object ({file}). mend it, or download it again")
     return value
@@ -176,7 +207,7 @@ def _open_weights(folder: Path, stack: ExitStack) -> dict[str, _Shard]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = _read_json(folder / INDEX, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"no weight_map ({folder / INDEX}). download the file again")
     for name, file in weight_map.items():
@@ -207,9 +238,12 @@ def fp8_block(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if size is None:
         return None
-    ok = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    ok = (
+        isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side <= _MAX_BLOCK for side in size)
+    )
     if not ok:
-        raise UserError(f"weight_block_size is {size!r} ({folder / 'config.json'}). it must be two positive numbers")
+        where = folder / "config.json"
+        raise UserError(f"weight_block_size is {size!r} ({where}). it must be two positive numbers up to {_MAX_BLOCK}")
     return size[0], size[1]
 
 
@@ -229,12 +263,14 @@ def _read_scale(weights: Mapping[str, _Shard], name: str, tensor: Tensor, block:
 def dequantise_fp8(weight: Tensor, scale: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """`weight` (rows, columns) in E4M3 times `scale` (one number a block; blocks at the far edges may be partial).
 
-    Multiplied in float32, then rounded to `dtype` once, a row of blocks at a time.
+    Multiplied in float32, then rounded to `dtype` once, some rows of blocks at a time.
     """
     out = torch.empty(weight.shape, dtype=dtype)
-    for i in range(scale.shape[0]):
-        band = slice(i * block[0], (i + 1) * block[0])
-        out[band] = fp8.dequantize(weight[band], scale[i : i + 1], block)
+    rows, columns = (max(1, min(pair)) for pair in zip(block, weight.shape, strict=True))  # `fp8` fills blocks up
+    step = max(1, 128 // rows)
+    for i in range(0, scale.shape[0], step):
+        band = slice(i * rows, (i + step) * rows)
+        out[band] = fp8.dequantize(weight[band], scale[i : i + step], (rows, columns))
     return out
 
 

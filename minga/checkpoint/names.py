@@ -32,6 +32,8 @@ from torch import Tensor
 
 from minga.config.model import ModelConfig
 from minga.errors import UserError
+from minga.kernels.panels import Empty
+from minga.quant.blocks import Format, Stored
 
 SCALE, SCALE_INV = "_scale", "_scale_inv"  # what the name of a weight's scale adds to the weight's; of one in block FP8
 _FEW_BITS = (torch.int8, torch.uint8, torch.float8_e4m3fn)
@@ -215,6 +217,12 @@ def gguf_table(config: ModelConfig) -> dict[str, Entry]:
     return table
 
 
+def matrices(config: ModelConfig) -> set[str]:
+    """Our names of what may be stored in few bits: all matrices but the routers'."""
+    parts = {row.internal for row in rows(config) if row.role is Role.PART and len(row.shape) > 1}
+    return {name for name in parts if not name.endswith(".mlp.gate.weight")}
+
+
 def count_mtp(public_names: Iterable[str], num_hidden_layers: int) -> int:
     """How many MTP modules a file really holds: transformers drops them on save and leaves the config's promise."""
     names, count = set(public_names), 0
@@ -259,9 +267,9 @@ def to_public(internal: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
             public[name] = torch.zeros(entry.shape, dtype=_filler_dtype(name, internal))
             continue
         tensor = internal[entry.internal]
-        shape = _stored_shape(entry.whole or entry.shape, tensor)
+        shape = _stored_shape(entry.whole or entry.shape, tensor.dtype)
         if tuple(tensor.shape) != shape:
-            raise UserError(_shape_message(entry.internal, tensor, shape, "state dict"))
+            raise UserError(_shape_message(entry.internal, tuple(tensor.shape), shape, "state dict"))
         public[name] = tensor[entry.place] if entry.place else tensor
         for suffix in (SCALE, SCALE_INV):
             scale = internal.get(entry.internal + suffix)
@@ -289,37 +297,46 @@ def _filler_dtype(name: str, internal: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def check_size(config: ModelConfig, num_tensors: int, *, where: str, experts_apart: bool = True) -> None:
-    """Refuses a config with more layers or experts than there are tensors, before a table of them is built."""
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    problem = f"num_hidden_layers is {config.num_hidden_layers}" if layers > num_tensors else None
-    if problem is None and experts_apart:
-        moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
-        if moe_layers * config.n_routed_experts > num_tensors:
-            problem = f"n_routed_experts is {config.n_routed_experts} in {moe_layers} layers"
-    if problem:
-        raise UserError(
-            f"{problem}, but there are only {num_tensors} tensors ({where}). "
-            "check the config, or download the files again"
-        )
+    """Refuses a config that asks for far more tensors than there are, before a table of them is built."""
+    asked = 0
+    for row in rows(config):
+        if row.role is Role.PART:
+            asked += row.experts if row.experts and experts_apart else 1
+        if asked > 2 * num_tensors + 100:  # a file that lacks a few is told which ones
+            experts = f" and n_routed_experts is {config.n_routed_experts}" if config.n_routed_experts else ""
+            raise UserError(
+                f"num_hidden_layers is {config.num_hidden_layers}{experts}, but there are only {num_tensors} tensors "
+                f"({where}). check the config, or download the files again"
+            )
 
 
 class Collector:
     """Gathers tensors, one at a time, into a state dict under internal names.
 
     A stack of experts is allocated when its first expert comes, and each is copied to its place, so that reading from
-    a memory-mapped file never holds two copies of a layer. `dtype`, if given, is what floating tensors become; the
+    a memory-mapped file never holds two copies of a layer. `empty` gives the memory of stacks and of what `add_stored` takes,
+    as torch.empty does. `dtype`, if given, is what floating tensors become; the
     router's bias stays float32 (steps of 0.001 vanish in bfloat16), weights in few bits and their scales stay as they are.
     Of block FP8 the caller has checked that the scales are as many as the blocks.
     """
 
     def __init__(
-        self, table: Mapping[str, Entry], config: ModelConfig, *, where: str, dtype: torch.dtype | None = None
+        self,
+        table: Mapping[str, Entry],
+        config: ModelConfig,
+        *,
+        where: str,
+        dtype: torch.dtype | None = None,
+        empty: Empty = torch.empty,
     ) -> None:
+        self._empty = empty
         self._table = table
         self._config = config
         self._where = where
         self._dtype = dtype
         self._tensors: dict[str, Tensor] = {}
+        self._formats: dict[str, Format] = {}  # of what `add_stored` took
+        self._stacks: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what a row of each looks like
         self._scales: set[str] = set()  # table names, one for each scale
         self._quantised: set[str] = set()  # and for each weight in few bits
 
@@ -340,22 +357,39 @@ class Collector:
                 f"this config has no such part: check {self._likely_key(unknown[0])!r} in config.json"
             )
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one tensor under its public name. Raises `UserError` for a wrong shape or type."""
+    def wants(self, name: str) -> bool:
+        """False for a tensor that the model has no use for."""
+        return self._base(name) is not None
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raises `UserError` for a wrong shape or type. Call it for each tensor before one is read, if that is cheap."""
         base = self._base(name)
         if base is None:
             return  # check_names has let it pass
         entry, suffix = self._table[base], name.removeprefix(base)
-        shape, expected = tuple(tensor.shape), _stored_shape(entry.shape, tensor)
+        expected = _stored_shape(entry.shape, dtype)
         if suffix != SCALE_INV and (shape[:1] != expected[:1] if suffix else shape != expected):
-            raise UserError(_shape_message(name, tensor, expected[:1] if suffix else expected, self._where))
-        if not (
-            tensor.dtype in _SCALES
-            if suffix
-            else tensor.dtype in _FLOATS or (tensor.dtype in _FEW_BITS and len(shape) > 1)
-        ):
-            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(_shape_message(name, shape, expected[:1] if suffix else expected, self._where))
+        known = dtype in _SCALES if suffix else dtype in _FLOATS or (dtype in _FEW_BITS and len(shape) > 1)
+        if not known:
+            kind = str(dtype).removeprefix("torch.")
             raise UserError(f"{name} holds {kind} numbers ({self._where}). convert the model to bfloat16 or float32")
+        if entry.place:
+            stack = entry.internal + suffix
+            row = shape[len(entry.shape) - 1 :], dtype if suffix else self._becomes(name, dtype)
+            if self._stacks.setdefault(stack, row) != row:
+                raise UserError(
+                    f"the experts of {stack} differ in type or in their scales' shape ({self._where}). "
+                    "convert the model to one type"
+                )
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes one tensor under its public name. Raises `UserError` for a wrong shape or type."""
+        self.check(name, tuple(tensor.shape), tensor.dtype)
+        base = self._base(name)
+        if base is None:
+            return
+        entry, suffix = self._table[base], name.removeprefix(base)
         if entry.role is Role.FILLER and tensor.any():
             raise UserError(
                 f"{name} is not zero, but the config uses no such tensor ({self._where}). "
@@ -366,7 +400,30 @@ class Collector:
         elif tensor.dtype in _FEW_BITS:
             self._quantised.add(base)
         if entry.role is Role.PART:
-            self._place(entry, tensor if suffix else self._cast(name, tensor), suffix)
+            self._place(entry, tensor if suffix else tensor.to(self._becomes(name, tensor.dtype)), suffix)
+
+    def add_stored(self, name: str, stored: Stored) -> None:
+        """Takes a matrix under its public name as it is stored. Raises `UserError` for a wrong shape.
+
+        Those that share a stack must be in one format, and the table must know the name.
+        """
+        entry = self._table[name]
+        if tuple(stored.shape) != entry.shape:
+            raise UserError(_shape_message(name, stored.shape, entry.shape, self._where))
+        self._formats[entry.internal] = stored.format
+        for suffix, part in (("", stored.data), (SCALE, stored.factors)):
+            if part is not None:
+                whole = entry.place or self._empty is torch.empty
+                self._place(entry, part if whole else self._empty(*part.shape, dtype=part.dtype).copy_(part), suffix)
+
+    def take_stored(self) -> dict[str, Stored]:
+        """What `add_stored` took, whole stacks together, by our names; `finish` gives the rest."""
+        taken = {}
+        whole = {entry.internal: entry.whole or entry.shape for entry in self._table.values()}
+        for name, format in self._formats.items():
+            data, factors = self._tensors.pop(name), self._tensors.pop(name + SCALE, None)
+            taken[name] = Stored(format, torch.Size(whole[name]), data, factors)
+        return taken
 
     def finish(self) -> dict[str, Tensor]:
         """The state dict. Raises `UserError` if a weight in few bits and its scale do not come together."""
@@ -388,12 +445,11 @@ class Collector:
         tied_head = self._config.tie_word_embeddings and name.startswith("lm_head.weight")
         return bool(_IGNORED.search(name)) or tied_head
 
-    def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.dtype in _FEW_BITS:
-            return tensor
-        if name.endswith(KEEP_TYPE):
-            return tensor.float()
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+    def _becomes(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a weight of type `dtype` is kept."""
+        if dtype in _FEW_BITS:
+            return dtype
+        return torch.float32 if name.endswith(KEEP_TYPE) else self._dtype or dtype
 
     def _place(self, entry: Entry, tensor: Tensor, suffix: str) -> None:
         internal = entry.internal + suffix
@@ -404,18 +460,12 @@ class Collector:
         stack = self._tensors.get(internal)
         if stack is None:
             tail = tensor.shape[len(entry.shape) - 1 :]
-            stack = self._tensors[internal] = torch.empty(entry.whole[0], height, *tail, dtype=tensor.dtype)
-        target = stack[_place_of(entry, height)]
-        if target.shape != tensor.shape or target.dtype != tensor.dtype:
-            raise UserError(
-                f"the experts of {internal} differ in type or in their scales' shape ({self._where}). "
-                "convert the model to one type"
-            )
-        target.copy_(tensor)
+            stack = self._tensors[internal] = self._empty(entry.whole[0], height, *tail, dtype=tensor.dtype)
+        stack[_place_of(entry, height)] = tensor
 
     def _likely_key(self, name: str) -> str:
         """Which key of the config, were it different, would explain a tensor that the table does not list."""
-        layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
+        layer = re.match(r"(?:model\.layers|blk)\.(\d{1,18})\.", name)
         if layer and int(layer[1]) >= self._config.num_hidden_layers:
             is_mtp = any(word in name for word in ("eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"))
             return "num_nextn_predict_layers" if is_mtp else "num_hidden_layers"
@@ -443,15 +493,15 @@ _KEY_OF_PART = (
 )
 
 
-def _stored_shape(shape: tuple[int, ...], tensor: Tensor) -> tuple[int, ...]:
-    """What a float matrix of `shape` is in the type of `tensor`."""
-    return (*shape[:-1], -(-shape[-1] // 8) * 4) if tensor.dtype == torch.uint8 else shape
+def _stored_shape(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """What a float matrix of `shape` is in this type."""
+    return (*shape[:-1], -(-shape[-1] // 8) * 4) if dtype == torch.uint8 else shape
 
 
-def _shape_message(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> str:
-    given = " x ".join(map(str, tensor.shape)) or "no dimensions"
+def _shape_message(name: str, given: Iterable[int], shape: tuple[int, ...], where: str) -> str:
+    found = " x ".join(map(str, given)) or "no dimensions"
     asked = " x ".join(map(str, shape))
-    return f"{name} is {given}, but the config asks for {asked} ({where}). the two are not of one model"
+    return f"{name} is {found}, but the config asks for {asked} ({where}). the two are not of one model"
 
 
 def _first_three(names: list[str]) -> str:

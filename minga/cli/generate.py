@@ -54,7 +54,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model runs and how; `open_model` reads them."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, a run folder or a .gguf file")
     parser.add_argument("--quant", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
-    parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
+    parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead")
+    parser.add_argument(
+        "--cache",
+        choices=["float32", "float16", "int8"],
+        help="numbers of the attention cache (default: as the weights)",
+    )
     parser.add_argument("--max-memory", metavar="SIZE", help="for weights and cache together, such as 4GB")
 
 
@@ -66,6 +71,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     group.add_argument("--top-p", metavar="X", type=float, default=0.95, help="keep this much mass (%(default)s)")
     group.add_argument("--top-k", metavar="N", type=int, default=0, help="keep so many tokens, 0 for all (%(default)s)")
     group.add_argument("--min-p", metavar="X", type=float, default=0.0, help="keep X times the likeliest (%(default)s)")
+    group.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="above 1 avoids what was said (%(default)s)",
+    )
     group.add_argument("--seed", metavar="N", type=int, help="the same seed gives the same text")
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; repeatable")
 
@@ -73,13 +85,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
 def open_model(args: argparse.Namespace) -> LLM:
     from minga.engine.llm import LLM
 
-    return LLM(args.model, quant=args.quant, speculate=not args.no_speculate, max_memory=args.max_memory)
+    return LLM(
+        args.model, quant=args.quant, speculate=not args.no_speculate, cache=args.cache, max_memory=args.max_memory
+    )
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     from minga.engine.sampler import SamplingParams
 
-    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
     return SamplingParams(**{name: getattr(args, name) for name in names})
 
 

@@ -36,6 +36,7 @@ _ROPE_NEEDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_MAX_ROPE = 1e15  # keeps products and quotients of a model's rope numbers finite, and above 0
 _EXPECTED = {"use_cache": True, "attention_dropout": 0.0}  # keys that other readers want and we have no use for
 MAX_SIZE = 2**31  # no dimension of a real model comes near; keeps products of two inside 64 bits
 _MLA_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -78,13 +79,15 @@ class RopeConfig:
                 raise UserError(f"rope type {self.rope_type!r} needs {name!r} (rope_scaling). add it to config.json")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            least = 0.0 if f.name.startswith("mscale") else 1e-300  # 0 turns DeepSeek's two factors off
+            least = 0.0 if f.name.startswith("mscale") else 1 / _MAX_ROPE  # 0 turns DeepSeek's two factors off
             if (
                 f.name not in ("rope_type", "truncate")
                 and value is not None
-                and not (_is_number(value) and value >= least)
+                and not (_is_number(value) and least <= value <= _MAX_ROPE)
             ):
-                raise UserError(f"{f.name} is {value!r} (rope_scaling). it must be a positive number")
+                raise UserError(
+                    f"{f.name} is {value!r} (rope_scaling). it must be a positive number up to {_MAX_ROPE:g}"
+                )
         if self.rope_theta <= 1:
             raise UserError(f"rope_theta is {self.rope_theta} (config). it must be a number above 1")
         if not isinstance(self.truncate, bool):
@@ -352,6 +355,10 @@ class ModelConfig:
         if self.rope_dim % 2:
             raise UserError(
                 f"the rotated head dimension is {self.rope_dim} (config). rotation works on pairs: make it even"
+            )
+        if self.rope_dim == 2 and self.rope.rope_type == "dynamic":
+            raise UserError(
+                "a rotated head dimension of 2 has no dynamic rope (config). its only frequency is always 1"
             )
         if not self.is_mla and self.num_attention_heads % self.num_key_value_heads:
             raise UserError(

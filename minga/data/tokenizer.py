@@ -23,13 +23,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minga.data.chat_template import ChatTemplate
 from minga.data.tokenizer_json import (
+    LONE_SURROGATE,
     SAME_WORDS,
     WORDS,
     AddedToken,
@@ -54,7 +55,10 @@ CHATML = (
 # answer, all of these do. llama.cpp keeps the same kind of list: many files name only one of two.
 _TEXT_ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>")
 _ANSWER_ENDS = (*_TEXT_ENDS, "<|im_end|>", "<|eot_id|>", "<|end|>", "<|EOT|>")
+_MAX_BYTES = 1 << 26  # of a tokenizer.json; Gemma's, the largest, has 33 MB
 _TEXT_STARTS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
+
+T = TypeVar("T")
 
 
 class Tokenizer:
@@ -136,21 +140,22 @@ class Tokenizer:
                 f"the tokenizer is of kind {kind!r} (tokenizer.ggml.model). Minga opens 'gpt2', byte-level BPE"
             )
         pre = metadata.get("tokenizer.ggml.pre", "default")
-        pre = SAME_WORDS.get(pre, pre)
-        if pre not in WORDS:
+        pre = SAME_WORDS.get(pre, pre) if isinstance(pre, str) else pre
+        if not isinstance(pre, str) or pre not in WORDS:
             raise UserError(
                 f"pre-tokenizer {pre!r} is not known (tokenizer.ggml.pre). known: {', '.join(sorted(WORDS))}"
             )
         spec = spec_of_gguf(metadata, pre)
-        bos, eos, *others = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
+        names = ("bos", "eos", "eot", "eom")
+        bos, eos, *others = (_value_of(metadata, f"tokenizer.ggml.{name}_token_id", int) for name in names)
         return cls(
             spec,
-            bos_id=None if bos is None else int(bos),
-            eos_id=None if eos is None else int(eos),
-            eos_ids=[*(int(end) for end in others if end is not None), *_known_ends(added_tokens(spec))],
+            bos_id=bos,
+            eos_id=eos,
+            eos_ids=[*(end for end in others if end is not None), *_known_ends(added_tokens(spec))],
             # llama.cpp's default: of these pre-tokenizers, only Llama 3's starts texts with bos unless told otherwise.
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=_value_of(metadata, "tokenizer.chat_template", str),
         )
 
     # ------------------------------------------------------------------ text to ids
@@ -354,12 +359,18 @@ def _end_of_space(text: str, start: int) -> int:
 
 
 def _refuse_lone_surrogate(text: str) -> None:
-    """Such a character comes from half an escaped pair in JSON ("\\ud83d"); UTF-8 cannot express it."""
-    match = re.search("[\ud800-\udfff]", text)
+    match = LONE_SURROGATE.search(text)
     if match:
         raise UserError(
             f"the text holds half of a surrogate pair (character {match.start()}). send the whole character"
         )
+
+
+def _value_of(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"the value is {value!r} and no {kind.__name__} ({key}). convert the model to GGUF again")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- files of a model folder
@@ -367,6 +378,8 @@ def _refuse_lone_surrogate(text: str) -> None:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path} has more than {_MAX_BYTES} bytes (tokenizer). download it again")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
@@ -374,10 +387,11 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json_if_there(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not path.is_file():
         return {}
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -388,14 +402,14 @@ def _read_json_if_there(path: Path) -> dict[str, Any]:
 def _named_id(name: Any, ids: Mapping[str, int], spec: Mapping[str, Any]) -> int | None:
     """The id of a token that tokenizer_config.json names, as a string or as an object with `content`."""
     content = name.get("content") if isinstance(name, dict) else name
-    return None if content is None else ids.get(content, spec["model"]["vocab"].get(content))
+    return ids.get(content, spec["model"]["vocab"].get(content)) if isinstance(content, str) else None
 
 
 def _eos_ids_of_model(folder: Path) -> list[int]:
     """The ids that end an answer: generation_config.json knows best, then config.json."""
     for name in ("generation_config.json", "config.json"):
         value = _read_json_if_there(folder / name).get("eos_token_id")
-        ids = [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
+        ids = [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
         if ids:
             return ids
     return []
@@ -407,7 +421,7 @@ def _template_of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None
         return _read_text(folder / "chat_template.jinja")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", next(iter(named.values()), None))
     return template if isinstance(template, str) else None
 

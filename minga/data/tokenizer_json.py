@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ _DEEPSEEK_LLM_LETTERS = (
     "\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
     "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair escaped in JSON, "\ud83d": no UTF-8 expresses it
 WORDS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORD, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2_WORD,),
@@ -59,6 +61,7 @@ WORDS = {
 }
 SAME_WORDS = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
+_MAX_ADDED = 1 << 18  # characters of all added tokens, which become one regular expression; Gemma's have 70,000
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are added tokens
 
 
@@ -86,30 +89,46 @@ def parse_spec(text: str) -> dict[str, Any]:
     """The parsed file. Raises `UserError` unless it is a byte-level BPE."""
     try:
         spec = json.loads(text)
-    except (ValueError, RecursionError):
-        spec = None
+        decoder = json.dumps(spec.get("decoder"))
+    except (ValueError, RecursionError, AttributeError):
+        spec, decoder = None, ""
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(spec, dict) or not isinstance(model, dict):
         raise UserError("the file is not a tokenizer.json (tokenizer). give the one of a model folder")
-    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(spec.get("decoder")):
+    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in decoder:
         raise UserError(
             f"the tokenizer is no byte-level BPE (tokenizer.json, model {model.get('type')}). Minga opens those of the "
             "GPT-2 kind: Llama 3, Qwen, DeepSeek, SmolLM and what it trains itself"
         )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):  # with a prefix that a token does not have, the library may abort the whole process
+            raise UserError(
+                f"{key} is set, and byte-level BPE has none (tokenizer.json). take a tokenizer of the GPT-2 kind"
+            )
     entries = spec.get("added_tokens") or []
     well_formed = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
+    well_formed = well_formed and all(map(_is_merge, model["merges"]))
     well_formed = well_formed and isinstance(entries, list) and all(map(_is_added_token, entries))
     if not well_formed:
         raise UserError("the tokenizer.json is damaged (vocab, merges or added_tokens). give the one of a model folder")
     return spec
 
 
+def _is_merge(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(part, str) for part in entry))
+
+
 def _is_added_token(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
+    if not (isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int):
+        return False
+    return 0 <= entry["id"] < 1 << 32 and not LONE_SURROGATE.search(entry["content"])
 
 
 def added_tokens(spec: Mapping[str, Any]) -> dict[int, AddedToken]:
     tokens = {}
+    length = sum(len(entry["content"]) for entry in spec.get("added_tokens") or ())
+    if length > _MAX_ADDED:
+        raise UserError(f"the added tokens have {length} characters (tokenizer). Minga opens up to {_MAX_ADDED}")
     for entry in spec.get("added_tokens") or ():
         flags = {flag: bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip", "single_word")}
         if entry["content"]:
@@ -130,11 +149,15 @@ def backend_for_text(spec: Mapping[str, Any], added: Container[str]) -> tokenize
             merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]
         }
     vocab = {token: id for token, id in model["vocab"].items() if token not in control}
-    text_only = {**spec, "added_tokens": [], "truncation": None, "padding": None, "model": {**model, "vocab": vocab}}
+    unknown = model.get("unk_token")
+    kept = {**model, "vocab": vocab, "unk_token": unknown if isinstance(unknown, str) and unknown in vocab else None}
+    text_only = {**spec, "added_tokens": [], "truncation": None, "padding": None, "model": kept}
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(text_only, ensure_ascii=False))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises this class itself, nothing narrower, for a faulty file
+    except BaseException as error:
+        # For a faulty file the library raises Exception itself, nothing narrower, or panics, which is no Exception.
+        faulty = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not faulty and not isinstance(error, (UnicodeEncodeError, RecursionError)):
             raise
         raise UserError(
             f"the tokenizer cannot be built ({' '.join(str(error).split())}). its file is damaged"
@@ -149,7 +172,7 @@ def bos_of_post_processor(spec: Mapping[str, Any]) -> int | None:
             if part["type"] == "TemplateProcessing" and "SpecialToken" in part["single"][0]:
                 ids = part["special_tokens"][part["single"][0]["SpecialToken"]["id"]]["ids"]
                 return int(ids[0])
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
         raise UserError("the tokenizer.json is damaged (post_processor). give the one of a model folder") from None
     return None
 
@@ -179,14 +202,14 @@ def pre_tokenizer(name: str) -> pre_tokenizers.Sequence:
 def spec_of_gguf(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
     """The `tokenizer.json` that a GGUF file's lists amount to."""
     lists = {}
-    for name in ("tokens", "merges", "token_type"):
+    for name, kind in (("tokens", str), ("merges", str), ("token_type", int)):
         value = metadata.get(f"tokenizer.ggml.{name}")
-        if value is None or isinstance(value, (str, bytes)):
+        if not isinstance(value, (list, tuple, array)) or not all(isinstance(item, kind) for item in value):
             raise UserError(
                 f"the file has no list of tokenizer {name} (tokenizer.ggml.{name}). convert the model to GGUF again"
             )
         lists[name] = list(value)
-    tokens, types = lists["tokens"], [int(kind) for kind in lists["token_type"]]
+    tokens, types = lists["tokens"], lists["token_type"]
     if len(tokens) != len(types) or not tokens:
         raise UserError(
             f"{len(tokens)} tokens have {len(types)} types (tokenizer.ggml.token_type). convert the model to GGUF again"

@@ -4,8 +4,9 @@
     llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=64))[0].text
     for delta in llm.stream_chat([{"role": "user", "content": "Why?"}]): print(delta.text, end="")
 
-Prompts run side by side, as many at a time as `max_memory` allows and never more than `MAX_BATCH`; those that take
-alike much room run together. An `LLM` is not thread-safe: callers hold a lock.
+Requests run side by side, as many at a time as the cache has room for and never more than `MAX_BATCH`; they may come at any
+time (`submit`, `step`), and what their prompts have in common with earlier ones is not read again. An `LLM` is not
+thread-safe: callers hold a lock.
 """
 
 from __future__ import annotations
@@ -16,24 +17,34 @@ from collections import abc
 from collections.abc import Generator, Iterator
 from itertools import chain
 from os import PathLike
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
+
+import torch
 
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.engine.compiled import CompiledModel, compile_model
+from minga.engine.lookup import Lookup
+from minga.engine.pace import Pace
+from minga.engine.plain import PlainModel
 from minga.engine.runner import Runner, Stats
 from minga.engine.sampler import SamplingParams
+from minga.engine.scheduler import MAX_BATCH, Entry
 from minga.engine.sequence import Completion, Delta, Sequence
-from minga.engine.speculative import Payoff
 from minga.errors import UserError
-from minga.model.cache import Cache
+from minga.model.cache import PAGE, Pages
 from minga.model.transformer import Transformer
+from minga.planner.counts import count_parameters, parameters_read
 from minga.quant.blocks import format_of
-from minga.store import load, load_tokenizer
+from minga.runtime.disk import DiskMemory, read_speed
+from minga.runtime.machine import free_memory
+from minga.store import load_stored, load_tokenizer, weight_files
 
-MAX_BATCH = 64  # beyond it a CPU gains nothing, and a cache of many unfinished answers only takes room
 MAX_DRAFTS = 4
+_SHARE_FOR_WEIGHTS = 0.8  # of free memory; what is larger stays on the disk
+_CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 DEFAULT_PARAMS = SamplingParams()
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -45,9 +56,11 @@ Messages = abc.Sequence[abc.Mapping[str, Any]]
 class LLM:
     """Opens a model folder, a run folder or a `.gguf` file.
 
-    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead where the model has multi-token
-    prediction, with `num_drafts` guesses a step; what is greedy stops guessing where that turns out slower, unless it is
-    "always". max_memory: bytes, or a text such as "4GB", for weights and cache together; activations come on top. Raises
+    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead by multi-token prediction where the model
+    has it, by what the text said before elsewhere, as long as it pays; the text is the same. "always": by the module, whether it
+    pays or not. num_drafts: guesses a step at most; None: as many as pay (one, with "always"). cache: "float32", "float16"
+    or "int8" for the numbers of the attention cache; None: as the weights are. max_memory: bytes, or a text such as "4GB", for
+    weights and cache together; activations come on top; None: a quarter of what the machine has free for the cache. Raises
     `UserError` for what cannot be opened or does not fit.
     """
 
@@ -57,10 +70,14 @@ class LLM:
         *,
         quant: str | None = None,
         speculate: bool | Literal["always"] = True,
-        num_drafts: int = 1,
+        num_drafts: int | None = None,
+        cache: str | None = None,
         max_memory: int | str | None = None,
     ):
-        self._set_up(load(path, quant=quant), load_tokenizer(path), speculate, num_drafts, max_memory)
+        disk = None if quant is not None else _disk_for(weight_files(path))
+        model = load_stored(path, quant=quant, **({} if disk is None else {"empty": disk.empty}))
+        self._set_up(model, load_tokenizer(path), speculate, num_drafts, cache, max_memory, disk)
+        self._weights_stay = True
 
     @classmethod
     def from_parts(
@@ -69,12 +86,13 @@ class LLM:
         tokenizer: Tokenizer,
         *,
         speculate: bool | Literal["always"] = True,
-        num_drafts: int = 1,
+        num_drafts: int | None = None,
+        cache: str | None = None,
         max_memory: int | str | None = None,
     ) -> LLM:
         """An engine around a model in memory, such as one in training. Generating leaves the model in `eval` mode."""
         llm = cls.__new__(cls)
-        llm._set_up(model, tokenizer, speculate, num_drafts, max_memory)
+        llm._set_up(model, tokenizer, speculate, num_drafts, cache, max_memory, None)
         return llm
 
     def _set_up(
@@ -82,26 +100,45 @@ class LLM:
         model: Transformer,
         tokenizer: Tokenizer,
         speculate: bool | Literal["always"],
-        num_drafts: int,
+        num_drafts: int | None,
+        cache: str | None,
         max_memory: int | str | None,
+        disk: DiskMemory | None,
     ) -> None:
-        if not 1 <= num_drafts <= MAX_DRAFTS:
-            raise UserError(f"num_drafts is {num_drafts} (LLM). it must be from 1 to {MAX_DRAFTS}")
+        if num_drafts is not None and (type(num_drafts) is not int or not 1 <= num_drafts <= MAX_DRAFTS):
+            raise UserError(f"num_drafts is {num_drafts!r} (LLM). it must be a whole number from 1 to {MAX_DRAFTS}")
+        if cache is not None and cache not in _CACHE_DTYPES:
+            raise UserError(f"cache is {cache!r} (LLM). it must be one of {', '.join(_CACHE_DTYPES)}")
         self.model, self.tokenizer = model, tokenizer
-        self._payoff = None if speculate == "always" else Payoff()
-        self.num_drafts = num_drafts if speculate and self.config.num_nextn_predict_layers else 0
-        self.stats = Stats()
         self._stop_ids = frozenset({*self.config.eos_token_ids, *tokenizer.eos_ids})
+        self._weights_stay = format_of(model) is not None  # floats may be in training
+        fast = compile_model(model, _LOG.warning, empty=torch.empty if disk is None else disk.empty)
+        self.num_drafts = 0
+        if speculate and self.config.num_nextn_predict_layers:
+            self.num_drafts = num_drafts or (MAX_DRAFTS if speculate is True and fast.exact else 1)
+        adapts = speculate is True and fast.exact  # elsewhere two tokens are rounded differently from one
+        self._pace = Pace(self.num_drafts) if adapts else None
+        self._lookup = Lookup() if adapts else None
+        self._cache_dtype = fast.cache_dtype if cache is None else _CACHE_DTYPES[cache]
         self._max_memory = None if max_memory is None else _parse_bytes(max_memory)
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-        self._compiled: Transformer | CompiledModel | None = None
-        kept = self._fast_model().cache_dtype
-        self._cache_bytes_per_token = Cache(model.config, 1, 1, dtype=kept, device="meta").bytes_per_token
-        self._num_fitting(length=1)  # refuses a model whose weights alone are too large
+        if disk is not None:
+            _LOG.warning("%s", _expected_pace(self.config, self._weight_bytes, disk))
+        one = Pages(model.config, 1, dtype=self._cache_dtype, device="meta")
+        self._page_bytes = one.bytes_per_token * PAGE
+        num_pages = self._num_pages()
+        self._refuse_too_long(1, num_pages)  # a model whose weights alone are too large
+        self._pages = Pages(model.config, num_pages, dtype=self._cache_dtype, device=model.device)
+        self._runner = self._make_runner(fast)
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    @property
+    def stats(self) -> Stats:
+        """Of what was done since the engine last had nothing to do."""
+        return self._runner.stats
 
     @property
     def max_context(self) -> int:
@@ -114,8 +151,11 @@ class LLM:
         self,
         prompts: str | list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] = DEFAULT_PARAMS,
+        *,
+        salt: str = "",
     ) -> list[Completion]:
-        """Continues each prompt, a text or its token ids; `params` are one for all or one for each.
+        """Continues each prompt, a text or its token ids; `params` are one for all or one for each. Requests share what their
+        prompts have in common with those of the same salt.
 
         Control tokens spelled out in a text stay text; give ids to have them. Raises `UserError` before any work where
         a prompt does not fit the context or the memory.
@@ -128,20 +168,20 @@ class LLM:
                 f"{len(asked)} prompts have {len(each)} params (generate). give one for all or one for each"
             )
         sequences = [self._sequence(prompt, param) for prompt, param in zip(asked, each, strict=True)]
-        self._num_fitting(max((sequence.max_length for sequence in sequences), default=1))
-        for _ in self._run(sequences, began):
+        for _ in self._run(sequences, salt, began):
             pass
         return [sequence.completion() for sequence in sequences]
 
-    def stream(self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS) -> Generator[Delta, None, None]:
+    def stream(
+        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = ""
+    ) -> Generator[Delta, None, None]:
         """Continues one prompt and gives what each step adds. Closing the generator ends the work.
 
         Raises `UserError` at the call, not at the first delta.
         """
         began = perf_counter()
         sequence = self._sequence(prompt, params)
-        self._num_fitting(sequence.max_length)
-        return (sequence.take_delta() for _ in self._run([sequence], began))
+        return (sequence.take_delta() for _ in self._run([sequence], salt, began))
 
     def chat(self, messages: Messages, params: SamplingParams = DEFAULT_PARAMS) -> Completion:
         """Answers a conversation, a list of {"role", "content"}, through the model's chat template."""
@@ -160,11 +200,13 @@ class LLM:
                 f"the prompt has {len(ids)} tokens and the model's context {self.max_context}, which must hold the "
                 f"answer too (prompt). shorten it to {self.max_context - 1} at most"
             )
+        max_length = min(len(ids) + params.max_tokens, self.max_context)
+        self._refuse_too_long(max_length, self._pages.slots.shape[1])
         return Sequence(
             ids,
             params,
             stop_ids=frozenset() if params.ignore_eos else self._stop_ids,
-            max_length=min(len(ids) + params.max_tokens, self.max_context),
+            max_length=max_length,
             decoder=self.tokenizer.stream(),
         )
 
@@ -194,49 +236,96 @@ class LLM:
 
     # ------------------------------------------------------------------ running
 
-    def _run(self, sequences: list[Sequence], began: float) -> Iterator[None]:
-        """Runs all sequences to their end, wave after wave; yields after each call of the model."""
-        self.stats = Stats()
-        model = self._fast_model()
-        for wave in self._waves(sequences):
-            runner = Runner(model, wave, num_drafts=self.num_drafts, stats=self.stats, payoff=self._payoff)
-            runner.prefill()
-            self.stats.ttft = self.stats.ttft or perf_counter() - began
-            yield
-            while runner.running:
+    def submit(self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "") -> Entry:
+        """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far."""
+        return self._submit(self._sequence(prompt, params), salt)
+
+    def step(self) -> None:
+        """Everyone who runs gets some tokens, and some of what waits is read. Nothing, where there is nothing to do."""
+        runner = self._runner
+        if runner.scheduler.busy:
+            try:
                 runner.step()
-                yield
+            except BaseException:
+                runner.reset()
+                raise
 
-    def _fast_model(self) -> Transformer | CompiledModel:
-        """Float weights may be in training, so they are looked at anew each time; those in few bits do not change."""
-        if self._compiled is None or format_of(self.model) is None:
-            self._compiled = compile_model(self.model, _LOG.warning)
-        return self._compiled
+    def cancel(self, entry: Entry) -> None:
+        """Nobody waits for this answer any more. Does nothing to one that is finished."""
+        self._runner.scheduler.drop(entry)
 
-    def _waves(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
-        """The longest first, and as many at a time as fit beside each other at its length."""
-        waiting = sorted(sequences, key=lambda sequence: sequence.max_length, reverse=True)
-        while waiting:
-            size = self._num_fitting(waiting[0].max_length)
-            yield waiting[:size]
-            waiting = waiting[size:]
+    def _submit(self, sequence: Sequence, salt: str) -> Entry:
+        if not self._runner.scheduler.busy:
+            self._start_afresh()
+        entry = Entry(sequence, salt)
+        self._runner.scheduler.add(entry)
+        return entry
 
-    def _num_fitting(self, length: int) -> int:
-        """How many sequences of `length` tokens the memory holds beside the weights; none is a `UserError`."""
-        if self._max_memory is None:
-            return MAX_BATCH
-        cache = self._cache_bytes_per_token * (length + self.num_drafts)
-        if self._weight_bytes + cache > self._max_memory:
-            needed = f"{_in_words(self._weight_bytes)} of weights and {_in_words(cache)} of cache"
+    def _start_afresh(self) -> None:
+        """Counts from zero; where weights may be in training, looks at them anew and forgets what was read with the old."""
+        if self._weights_stay:
+            self._runner.stats = Stats()
+        else:
+            self._runner = self._make_runner(compile_model(self.model, _LOG.warning))
+
+    def _make_runner(self, model: PlainModel | CompiledModel) -> Runner:
+        return Runner(model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup)
+
+    def _run(self, sequences: list[Sequence], salt: str, began: float) -> Iterator[None]:
+        """Runs all to their end, beside whatever else runs; yields after each step that gave them something."""
+        entries = [self._submit(sequence, salt) for sequence in sequences]
+        try:
+            while not all(sequence.finished for sequence in sequences):
+                before = sum(sequence.length for sequence in sequences)
+                self.step()
+                if sum(sequence.length for sequence in sequences) > before:
+                    self.stats.ttft = self.stats.ttft or perf_counter() - began
+                    yield
+        finally:
+            for entry in entries:
+                self.cancel(entry)
+
+    # ------------------------------------------------------------------ memory
+
+    def _num_pages(self) -> int:
+        """As many as are ever needed at once, and as the memory holds beside the weights."""
+        longest = -(-(self.max_context + self.num_drafts + 1) // PAGE)
+        most = MAX_BATCH * longest
+        if self._max_memory is not None:
+            return min(most, max(0, self._max_memory - self._weight_bytes) // self._page_bytes)
+        return max(longest, min(most, free_memory(self.model.device) // 4 // self._page_bytes))
+
+    def _refuse_too_long(self, length: int, num_pages: int) -> None:
+        """A text that would not fit even alone."""
+        pages = -(-(length + self.num_drafts + 1) // PAGE)
+        if self._max_memory is not None and (pages > num_pages or self._weight_bytes > self._max_memory):
+            needed = f"{_in_words(self._weight_bytes)} of weights and {_in_words(pages * self._page_bytes)} of cache"
             raise UserError(
                 f"a text of {length} tokens needs {needed}, and max_memory is {_in_words(self._max_memory)} (LLM). "
                 "raise it, ask for fewer tokens, or take quant='int8'"
             )
-        return min(MAX_BATCH, (self._max_memory - self._weight_bytes) // cache)
+
+
+def _disk_for(files: list[Path]) -> DiskMemory | None:
+    """Room for weights that memory does not hold, twice over: as they come, and as the kernels read them."""
+    size = sum(file.stat().st_size for file in files)
+    if size < _SHARE_FOR_WEIGHTS * free_memory(torch.device("cpu")):
+        return None
+    return DiskMemory(int(2.2 * size) + 2**23, read_speed(files[0]))
+
+
+def _expected_pace(config: ModelConfig, size: int, disk: DiskMemory) -> str:
+    free = free_memory(torch.device("cpu"))
+    a_token = parameters_read(config, 1) / count_parameters(config).total_with_mtp * size
+    missing = max(0.05, 1 - free / size)
+    return (
+        f"the weights take {_in_words(size)} and {_in_words(free)} of memory are free: they stay on the disk, and what is "
+        f"used most in memory. expect about {disk.read_speed / (a_token * missing):.1f} tokens/s"
+    )
 
 
 def _parse_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
     if match is None:
         raise UserError(f"max_memory is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])

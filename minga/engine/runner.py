@@ -1,10 +1,10 @@
-"""The running batch: sequences of different lengths side by side in one cache.
+"""The steps of the engine: what is read and what is chosen in one call of the model.
 
-Prompts are padded on the right and read in chunks; from then on each sequence stands at its own position. Whatever
-padding or a wrong guess left in the cache lies beyond a sequence's end. Its own next tokens are written over it, and
-until then no query looks that far, so neither ever changes an answer.
+A step reads some of the prompts that are not read yet, so that nobody waits long for those who came later, and then gives
+every text whose prompt is read its next tokens. Where all that is asked of them is tokens and the forward pass is compiled,
+several such steps are taken in one call.
 
-  B running sequences, T tokens of one call, D model dim, V vocabulary
+  B sequences, N tokens of a call, T tokens of a sequence, D model dim, V vocabulary
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from minga.engine.compiled import CompiledModel
-from minga.engine.sampler import distribution, token_logprobs
-from minga.engine.sequence import Sequence
-from minga.engine.speculative import Draft, Payoff, no_draft, propose, verify, verify_greedy
-from minga.model.cache import Cache
-from minga.model.transformer import Transformer
+from minga.engine.lookup import Lookup
+from minga.engine.pace import TRIAL_TOKENS, Pace
+from minga.engine.plain import PlainModel, Tokens
+from minga.engine.sampler import TokenLogprob, token_logprobs
+from minga.engine.scheduler import Entry, Scheduler
+from minga.engine.speculative import accepted, propose
+from minga.model.cache import PAGE, Cache, Pages
 
-PREFILL_TOKENS = 2048  # of one call, all sequences together: bounds the activations, and is wide enough to be fast
-
+PREFILL_TOKENS = {"cpu": 512}  # of one step, all prompts together: bounds what a running text waits
+PREFILL_TOKENS_ELSEWHERE = 2048
 BURST_SECONDS = 0.01  # of steps in one call
-TRIAL_TOKENS = 16  # of a sequence, after which it is judged whether guessing pays
+MAX_LOOKING = 4  # texts side by side, beyond which guesses from the text are not worth the reading
 
 
 @dataclass
 class Stats:
-    """Counts and times of the latest call; times leave out what the reader of a stream does between two deltas."""
+    """Counts and times since the engine last had nothing to do; times leave out what a stream's reader does between deltas."""
 
-    num_sequences: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts: found in the cache
     tokens: int = 0
+    first_tokens: int = 0  # of them, those that came with the end of reading
     drafted: int = 0
     accepted: int = 0
     prefill_seconds: float = 0.0
@@ -50,183 +50,230 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all sequences together, without each one's first token, which is prefill's."""
-        return (self.tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else None
+        """Of all sequences together, without the tokens that reading gave."""
+        return (self.tokens - self.first_tokens) / self.decode_seconds if self.decode_seconds else None
 
 
 class Runner:
-    """`prefill` once, then `step` while anything is `running`. Leaves the model in evaluation mode.
+    """`step` while the scheduler is busy.
 
-    payoff: where it changes no text, guesses are given up for the wave once it is seen that they do not pay. None: they go on.
+    max_drafts: guesses a step by the MTP module, 0 for none. pace: how many of them pay; None: always that many.
+    lookup: guesses by what the text said before; None: none.
     """
 
     def __init__(
         self,
-        model: Transformer | CompiledModel,
-        sequences: list[Sequence],
+        model: PlainModel | CompiledModel,
+        pages: Pages,
         *,
-        num_drafts: int,
-        stats: Stats,
-        payoff: Payoff | None = None,
+        max_drafts: int = 0,
+        pace: Pace | None = None,
+        lookup: Lookup | None = None,
     ):
-        self.model = model.eval()
-        self.running = list(sequences)
-        # The same call must give the same text at every time of day. What is sampled takes random numbers for guesses too,
-        # and torch rounds two tokens differently from one.
-        same = isinstance(model, CompiledModel) and all(sequence.params.greedy for sequence in sequences)
-        self._payoff = payoff if same else None
-        self._trial: list[tuple[float, int]] = []  # seconds and tokens of steps with guesses, until it is decided
-        if self._payoff is not None and num_drafts and not self._payoff.worth_a_try(len(sequences)):
-            num_drafts = 0
-        self.num_drafts = num_drafts
-        self.stats = stats
-        self.cache = Cache(
-            model.config,
-            len(sequences),
-            max(sequence.max_length for sequence in sequences) + num_drafts,
-            dtype=model.cache_dtype,
-            device=model.device,
-        )
-        self._new_ids: list[list[int]] = []
-        self._seconds_a_step = 0.0  # of the last one; 0 before the first
-        self._hidden_BTD: Tensor
-
-    @torch.inference_mode()
-    def prefill(self) -> None:
-        """Reads all prompts and adds the first token of every answer."""
-        began = perf_counter()
-        batch, device = len(self.running), self.model.device
-        prompts = [torch.tensor(sequence.ids, device=device) for sequence in self.running]
-        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        ids_BT = pad_sequence(prompts, batch_first=True)
-        next_BT = F.pad(ids_BT[:, 1:], (0, 1))
-        hidden_B1D = torch.empty(batch, 1, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
-        all_columns = torch.arange(ids_BT.shape[1], device=device)
-        for columns in torch.split(all_columns, max(1, PREFILL_TOKENS // batch)):
-            positions_BT = columns.expand(batch, -1)
-            hidden_BTD = self.model.hidden(ids_BT[:, columns], cache=self.cache, positions_BT=positions_BT)
-            if self.num_drafts:  # the module's rows too; the last token's follows in `propose`, with its successor
-                self.model.mtp_hidden(0, next_BT[:, columns], hidden_BTD, cache=self.cache, positions_BT=positions_BT)
-            ends_here_BT = last_B[:, None] == columns
-            hidden_B1D[ends_here_BT.any(1), 0] = hidden_BTD[ends_here_BT]
-        self.stats.num_sequences += batch
-        self.stats.prompt_tokens += sum(map(len, prompts))
-        self._take(hidden_B1D, no_draft(self.model, batch))
-        self.stats.prefill_seconds += perf_counter() - began
+        self.model = model
+        self.max_drafts, self.pace, self.lookup = max_drafts, pace, lookup
+        self.stats = Stats()
+        longest = model.config.max_position_embeddings + max_drafts + 1
+        self.scheduler = Scheduler(pages.slots.shape[1], longest)
+        self.cache = Cache(pages, self.scheduler.table_BP)
+        self._seconds_a_step: dict[tuple[int, int], float] = {}  # the last, by texts side by side and guesses
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One call of the model: each running sequence gains a token, and one more for every guess that was right."""
-        began, before, batch = perf_counter(), self.stats.tokens, len(self.running)
-        burst = self._burst_length()
-        if burst > 1:
-            self._burst(burst)
+        """Every running sequence whose prompt is read gains a token, and one more for every guess that was right."""
+        scheduler = self.scheduler
+        scheduler.admit(self._should_guess)
+        ready = [entry for entry in scheduler.running if not entry.reading]
+        if len(ready) < len(scheduler.running):
+            self._read([entry for entry in scheduler.running if entry.reading])
+        for guesses in (True, False):
+            group = [entry for entry in ready if entry.guesses == guesses]
+            if group:
+                self._go_on(group)
+
+    def reset(self) -> None:
+        """Lets go of everything, after a step that failed."""
+        for entry in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.drop(entry)
+        self.scheduler.pool.forget_all()  # what the step had written may be anything
+
+    def _should_guess(self) -> bool:
+        """Whether the text that begins now keeps the MTP module's rows."""
+        if self.pace is None or self.max_drafts == 0:
+            return self.max_drafts > 0
+        return self.pace.worth_a_try(len(self.scheduler.running) + 1)
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(self, entries: list[Entry]) -> None:
+        """Some tokens of the prompts, the first come first; a prompt's end gives the answer's first token."""
+        began = perf_counter()
+        left = PREFILL_TOKENS.get(self.model.device.type, PREFILL_TOKENS_ELSEWHERE)
+        parts: list[tuple[Entry, int, int]] = []
+        ends, num = [], 0
+        for entry in entries:
+            count = min(left, entry.sequence.length - entry.num_read)
+            if count == 0:
+                break
+            if entry.num_read == entry.sequence.num_cached_tokens and not entry.sequence.answer_ids:
+                self.stats.cached_tokens += entry.num_read
+            parts.append((entry, entry.num_read, entry.num_read + count))
+            left, num = left - count, num + count
+            ends.append(num - 1)
+        tokens = Tokens.of([(e.sequence.ids[start:end], start, e.row) for e, start, end in parts])
+        hidden_ND = self.model.hidden(tokens, self.cache)
+        self._read_along(parts, hidden_ND)
+        done = []
+        for (entry, _, end), last in zip(parts, ends, strict=True):
+            entry.num_read = end
+            if end == entry.sequence.length:
+                entry.reading = False
+                done.append((entry, last))
+            self.scheduler.publish(entry)
+        self.stats.prompt_tokens += num
+        if done:
+            state_BD = hidden_ND[[last for _, last in done]]
+            self.stats.first_tokens += len(done)
+            self._choose([entry for entry, _ in done], state_BD, [[] for _ in done])
+        self.stats.prefill_seconds += perf_counter() - began
+
+    def _read_along(self, parts: list[tuple[Entry, int, int]], hidden_ND: torch.Tensor) -> None:
+        """The MTP module's rows of what was read; the last token's follows with its successor."""
+        mine: list[tuple[list[int], int, int]] = []
+        rows: list[int] = []
+        at = 0
+        for entry, start, end in parts:
+            known = min(end, entry.sequence.length - 1)
+            if entry.guesses and known > start:
+                mine.append((entry.sequence.ids[start + 1 : known + 1], start, entry.row))
+                rows += range(at, at + known - start)
+            at += end - start
+        if mine:
+            self.model.mtp_hidden(Tokens.of(mine), hidden_ND[rows], self.cache)
+
+    # ------------------------------------------------------------------ going on
+
+    def _go_on(self, group: list[Entry]) -> None:
+        """The next tokens of texts that all guess by the module, or none of which does."""
+        began = perf_counter()
+        num_drafts = self._num_drafts(group)
+        group = [entry for entry in group if self.scheduler.make_room(entry, entry.sequence.length + num_drafts)]
+        group = [entry for entry in group if entry.row >= 0]  # a later one's room may have been an earlier one's
+        if not group:
+            return
+        if num_drafts == 0:
+            for entry in group:
+                entry.guesses = False  # from here on the module's rows are missing
+        if num_drafts == 0 and (drafts := self._look_up(group)) is not None:
+            self._take_looked_up(group, drafts)
+        elif (steps := self._burst_length(group, num_drafts)) > 1:
+            self._take_burst(group, num_drafts, steps)
         else:
-            draft = self._draft()
-            self._take(self._read_last_and(draft), draft)
-        seconds = perf_counter() - began
-        self._seconds_a_step = seconds / max(1, burst)
-        if self.num_drafts and self._payoff is not None and len(self.running) == batch:
-            self._judge(seconds, self.stats.tokens - before)
+            guesses = propose(self.model, self.cache, group, num_drafts) if num_drafts else [[] for _ in group]
+            self._step(group, guesses)
+            self._seconds_a_step[len(group), num_drafts] = perf_counter() - began
         self.stats.decode_seconds += perf_counter() - began
 
-    def _judge(self, seconds: float, tokens: int) -> None:
-        """Compares the pace with guesses to that of plain steps, once there are enough of the former."""
-        assert self._payoff is not None
-        self._trial.append((seconds, tokens))
-        batch = len(self.running)
-        taken = sum(tokens for _, tokens in self._trial[1:])  # the first step warms up
-        if taken < TRIAL_TOKENS * batch:
-            return
-        plain = self._plain_seconds()
-        paid = taken * plain > batch * sum(seconds for seconds, _ in self._trial[1:])
-        self._payoff.note(batch, paid=paid)
-        if paid:
-            self._payoff = None  # for the rest of this wave
-        else:
-            self.num_drafts = 0
+    def _num_drafts(self, group: list[Entry]) -> int:
+        if not group[0].guesses:
+            return 0
+        return self.max_drafts if self.pace is None else self.pace.num_drafts(len(group))
 
-    def _plain_seconds(self) -> float:
-        """A step without guesses, taken for its time alone: it writes what is there already, or beyond every end."""
+    def _step(self, group: list[Entry], drafts: list[list[int]]) -> None:
+        """One call of the model, which reads the last token of each text and the guesses."""
+        each = zip(group, drafts, strict=True)
+        tokens = Tokens.of([([e.sequence.ids[-1], *draft], e.sequence.length - 1, e.row) for e, draft in each])
+        self._choose(group, self.model.hidden(tokens, self.cache), drafts)
+
+    def _choose(self, group: list[Entry], hidden_ND: torch.Tensor, drafts: list[list[int]]) -> None:
+        """Gives each text the tokens that its states and its own sampling choose."""
+        counts = [len(draft) + 1 for draft in drafts]
+        states, logits = hidden_ND.split(counts), self.model.head(hidden_ND).split(counts)
+        adjusted = [e.adjusted(rows_TV, draft) for e, rows_TV, draft in zip(group, logits, drafts, strict=True)]
+        how = [(entry.sequence.params, entry.sequence.seed, entry.sequence.length) for entry in group]
+        chosen = self.model.choose(adjusted, how)
+        for entry, draft, tokens, state_TD, rows_TV in zip(group, drafts, chosen, states, logits, strict=True):
+            num_top = entry.sequence.params.logprobs
+            new = accepted(draft, tokens)
+            logprobs = None if num_top is None else token_logprobs(rows_TV, new, num_top)
+            self.stats.drafted += len(draft)
+            self.stats.accepted += len(new) - 1
+            self._extend(entry, new, logprobs)
+            entry.new_ids, entry.state_TD = new, state_TD
+
+    def _extend(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
+        """What a text gets beyond its end is dropped. All tokens but its last have their rows."""
+        self.stats.tokens += entry.sequence.extend(tokens, logprobs)
+        entry.num_read = entry.sequence.length - 1
+        if entry.sequence.finished:
+            self.scheduler.drop(entry)
+        elif entry.num_read // PAGE > entry.num_published:
+            self.scheduler.publish(entry)
+
+    # ------------------------------------------------------------------ several steps in one call
+
+    def _burst_length(self, group: list[Entry], num_drafts: int) -> int:
+        """Steps that are taken in one call: at most `BURST_SECONDS`, so that a stream still flows and nobody waits long."""
+        seconds = self._seconds_a_step.get((len(group), num_drafts))
+        reading = len(group) < len(self.scheduler.running)
+        if seconds is None or reading or not self.model.exact or not all(entry.plain for entry in group):
+            return 1
+        left = min(entry.sequence.max_length - entry.sequence.length for entry in group)
+        on_trial = num_drafts and self.pace is not None and self.pace.on_trial(len(group))
+        most = TRIAL_TOKENS // 2 if on_trial else left  # a trial must end before the answer does
+        steps = min(left // (num_drafts + 1), most, int(BURST_SECONDS / seconds))
+        return steps if steps > 1 and self.scheduler.has_room(group, steps * (num_drafts + 1)) else 1
+
+    def _take_burst(self, group: list[Entry], num_drafts: int, steps: int) -> None:
         assert isinstance(self.model, CompiledModel)
+        began, size = perf_counter(), len(group)
+        for entry in group:
+            self.scheduler.make_room(entry, entry.sequence.length + steps * (num_drafts + 1))
+        came = self.model.decode(group, self.cache, num_drafts=num_drafts, steps=steps)
+        seconds = perf_counter() - began
+        self._seconds_a_step[size, num_drafts] = seconds / steps
+        num_tokens = 0
+        for entry, each in zip(group, came, strict=True):
+            num_tokens += sum(map(len, each))
+            self._extend(entry, [token for step in each for token in step])
+        self.stats.drafted += steps * num_drafts * size
+        self.stats.accepted += num_tokens - steps * size
+        if num_drafts and self.pace is not None and self.pace.note(size, seconds, num_tokens / size):
+            rest = [entry for entry in group if entry.row >= 0]
+            if rest and self.scheduler.has_room(rest, TRIAL_TOKENS // 2):
+                self.pace.compare(size, 1 / self._plain_seconds(rest))
+
+    def _plain_seconds(self, group: list[Entry]) -> float:
+        """A step without guesses, taken for its time alone: what it writes lies beyond every end."""
+        assert isinstance(self.model, CompiledModel)
+        steps = TRIAL_TOKENS // 2  # a stride as long as those on trial, or the call itself would count for more in it
+        for entry in group:
+            self.scheduler.make_room(entry, entry.sequence.length + steps)
         began = perf_counter()
-        ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
-        positions_B = torch.tensor([sequence.length - 1 for sequence in self.running])
-        # a stride as long as those on trial, or the call itself would count for more in it
-        steps = min(TRIAL_TOKENS // 2, self.cache.capacity - int(positions_B.max()))
-        self.model.greedy(ids_B, positions_B, self.cache, steps=steps)
+        self.model.decode(group, self.cache, num_drafts=0, steps=steps)
         return (perf_counter() - began) / steps
 
-    def _burst_length(self) -> int:
-        """Steps that are taken in one call where all is greedy: at most `BURST_SECONDS`, so that a stream still flows."""
-        greedy = all(sequence.params.greedy and sequence.params.logprobs is None for sequence in self.running)
-        if not (greedy and isinstance(self.model, CompiledModel) and self._seconds_a_step):
-            return 1
-        left = min(sequence.max_length - sequence.length for sequence in self.running)
-        on_trial = self.num_drafts and self._payoff is not None
-        most = TRIAL_TOKENS // 2 if on_trial else left  # a trial must end before the answer does
-        return min(left // (self.num_drafts + 1), most, int(BURST_SECONDS / self._seconds_a_step))
+    # ------------------------------------------------------------------ guesses from the text itself
 
-    def _burst(self, steps: int) -> None:
-        """What a sequence gets beyond its end is dropped."""
-        assert isinstance(self.model, CompiledModel)
-        positions_B = torch.tensor([sequence.length - 1 for sequence in self.running])
-        if self.num_drafts:
-            came, self._hidden_BTD = self.model.speculate(
-                self._new_ids, self._hidden_BTD, positions_B, self.cache, num_drafts=self.num_drafts, steps=steps
-            )
-            self.stats.drafted += steps * self.num_drafts * len(self.running)
-            self.stats.accepted += sum(len(new) - 1 for step in came for new in step)
-        else:
-            ids_B = torch.tensor([sequence.ids[-1] for sequence in self.running])
-            came = [
-                [[token] for token in row] for row in self.model.greedy(ids_B, positions_B, self.cache, steps).tolist()
-            ]
-        self._new_ids = came[-1]
-        for row, sequence in enumerate(self.running):
-            self.stats.tokens += sequence.extend([token for step in came for token in step[row]])
-        self._drop_finished()
+    def _look_up(self, group: list[Entry]) -> list[list[int]] | None:
+        """Guesses for each, some perhaps none; None where there are none at all or they do not pay."""
+        known = self._seconds_a_step.get((len(group), 0))
+        if self.lookup is None or known is None or len(group) > MAX_LOOKING or not self.lookup.worth_a_try():
+            return None
+        drafts = []
+        for entry in group:
+            left = entry.sequence.max_length - entry.sequence.length - 1
+            drafts.append(entry.grams.after(entry.sequence.ids)[: max(0, left)])
+        longest = max(map(len, drafts))
+        if not longest or not self.scheduler.has_room(group, longest):
+            return None
+        for entry in group:
+            self.scheduler.make_room(entry, entry.sequence.length + longest)
+        return drafts
 
-    def _draft(self) -> Draft:
-        if self.num_drafts == 0:
-            return no_draft(self.model, len(self.running))
-        return propose(self.model, self.cache, self.running, self._new_ids, self._hidden_BTD, self.num_drafts)
-
-    def _read_last_and(self, draft: Draft) -> Tensor:
-        """Hidden states after the last token of each sequence and after each guess, (B, 1 + K, D)."""
-        last_B1 = torch.tensor([sequence.ids[-1:] for sequence in self.running], device=self.model.device)
-        position_B1 = torch.tensor([[sequence.length - 1] for sequence in self.running], device=self.model.device)
-        ids_BT = torch.cat([last_B1, draft.ids_BK], 1)
-        positions_BT = position_B1 + torch.arange(ids_BT.shape[1], device=self.model.device)
-        return self.model.hidden(ids_BT, cache=self.cache, positions_BT=positions_BT)
-
-    def _take(self, hidden_BTD: Tensor, draft: Draft) -> None:
-        """Gives each sequence its new tokens and drops the sequences that are finished."""
-        self._hidden_BTD = hidden_BTD
-        self._new_ids = self._choose(self.model.head(hidden_BTD), draft)
-        self.stats.drafted += draft.ids_BK.numel()
-        self.stats.accepted += sum(len(new) - 1 for new in self._new_ids)
-        self._drop_finished()
-
-    def _choose(self, logits_BTV: Tensor, draft: Draft) -> list[list[int]]:
-        """Extends each sequence by what its logits and its own sampling decide, and returns those tokens."""
-        drafts, best = draft.ids_BK.tolist(), logits_BTV.argmax(-1).tolist()
-        all_new = []
-        for row, sequence in enumerate(self.running):
-            params = sequence.params
-            if params.greedy:
-                new = verify_greedy(drafts[row], best[row])
-            else:
-                new = verify(drafts[row], draft.probs[row], distribution(logits_BTV[row], params), sequence.generator)
-            logprobs = None if params.logprobs is None else token_logprobs(logits_BTV[row], new, params.logprobs)
-            self.stats.tokens += sequence.extend(new, logprobs)
-            all_new.append(new)
-        return all_new
-
-    def _drop_finished(self) -> None:
-        kept = [row for row, sequence in enumerate(self.running) if not sequence.finished]
-        if kept and len(kept) < len(self.running):
-            rows = torch.tensor(kept, device=self.model.device)
-            self.cache.select(rows)
-            self._hidden_BTD = self._hidden_BTD[rows]
-        self.running, self._new_ids = [self.running[row] for row in kept], [self._new_ids[row] for row in kept]
+    def _take_looked_up(self, group: list[Entry], drafts: list[list[int]]) -> None:
+        assert self.lookup is not None
+        began, before = perf_counter(), self.stats.tokens
+        self._step(group, drafts)
+        gained = (self.stats.tokens - before) / len(group)
+        self.lookup.note(perf_counter() - began, worth=gained * self._seconds_a_step[len(group), 0])

@@ -1,10 +1,12 @@
-"""Choosing the next token: logits become one distribution, and one uniform number draws from it.
+"""Choosing the next token: logits become one distribution, and a race draws from it.
 
-`distribution` is the only place where temperature and the three cuts are applied. Plain decoding draws from it, and
-speculation compares two of them, so both follow the same law by construction.
+Every token of the vocabulary gets an exponential number that depends on the seed, the position and the token alone, and
+the token wins whose weight over its number is largest; that it does with a probability in proportion to its weight (the
+Gumbel-max trick, arXiv 1611.01144). So a seed's text is a function of the model and the prompt: not of what runs beside
+it, not of a pause, and not of guesses, which stand if the race of the same position gives them (arXiv 2408.07978).
 
-A sequence has its own generator and takes one number per draw, so what it says depends on its seed and never on which
-other sequences run beside it.
+`distribution` is where temperature and the three cuts are applied, after `adjust` has applied penalties and biases.
+`minga_net_choose` in kernels/cpu/net.cpp is the fast form of both and of the race.
 
   T positions of one sequence, V vocabulary
 """
@@ -12,8 +14,8 @@ other sequences run beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,9 @@ class SamplingParams:
     seed: None draws a fresh one. stop: strings that end the answer, themselves left out of the text.
     logprobs: None for none, else so many of the likeliest tokens besides the chosen one.
     ignore_eos: goes on past the end-of-text token until max_tokens.
+    presence_penalty, frequency_penalty: taken from the logit of a token that the answer has, once, and for each time it
+    has it (as OpenAI). repetition_penalty: divides the logit, or multiplies it if negative, of what prompt or answer have
+    (arXiv 1909.05858). logit_bias: added to the logits of these tokens.
     """
 
     temperature: float = 1.0
@@ -45,6 +50,10 @@ class SamplingParams:
     stop: Iterable[str] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 1e6)
@@ -58,11 +67,23 @@ class SamplingParams:
             _check_whole("seed", self.seed, 0)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, 0)
+        _check_number("presence_penalty", self.presence_penalty, -1e3, 1e3)
+        _check_number("frequency_penalty", self.frequency_penalty, -1e3, 1e3)
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
+        for token, bias in self.logit_bias.items():
+            _check_whole("a token of logit_bias", token, 0)
+            _check_number(f"logit_bias of token {token}", bias, -1e3, 1e3)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed by what was said before, or by a bias."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
 
 
 class TokenLogprob(NamedTuple):
@@ -102,18 +123,68 @@ def _cut_to_mass(probs_TV: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(probs_TV).scatter_(-1, top.indices, kept / kept.sum(-1, keepdim=True))
 
 
-def uniform(generator: torch.Generator) -> float:
-    """One number from [0, 1)."""
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
+def adjust(logits_TV: Tensor, params: SamplingParams, prompt: list[int], answer: list[int], draft: list[int]) -> Tensor:
+    """The logits after penalties and biases, a copy. Row t is what follows the answer and the first t guesses."""
+    logits_TV = logits_TV.clone()
+    for row, logits_V in enumerate(logits_TV):
+        said = answer + draft[:row]
+        if params.repetition_penalty != 1:
+            seen = logits_V.new_tensor(sorted({*prompt, *said}), dtype=torch.long)
+            old, factor = logits_V[seen], params.repetition_penalty
+            logits_V[seen] = torch.where(old > 0, old / factor, old * factor)
+        if said and (params.presence_penalty or params.frequency_penalty):
+            tokens, counts = logits_V.new_tensor(said, dtype=torch.long).unique(return_counts=True)
+            logits_V[tokens] -= params.presence_penalty + params.frequency_penalty * counts.to(logits_V.dtype)
+        for token, bias in params.logit_bias.items():
+            if token < len(logits_V):
+                logits_V[token] += bias
+    return logits_TV
 
 
-def sample(weights_V: Tensor, generator: torch.Generator) -> int:
-    """A token with probability in proportion to its weight, which need not sum to 1."""
-    cumulative_V = weights_V.double().cumsum(-1)
-    token = int(torch.searchsorted(cumulative_V, uniform(generator) * cumulative_V[-1], right=True))
-    if token == len(weights_V):
-        raise UserError("the model's logits are not numbers (sampling). its weights are damaged, or training diverged")
-    return token
+def choose(logits_TV: Tensor, params: SamplingParams, seed: int, position: int) -> list[int]:
+    """The tokens for the places `position`, `position` + 1, .. of a text."""
+    best = logits_TV.amax(-1)
+    if bool(best.isnan().any()):
+        raise not_numbers()
+    if params.greedy:
+        return [int(token) for token in logits_TV.argmax(-1).tolist()]
+    weights_TV = distribution(logits_TV, params)
+    return [race(weights_V, seed, position + row) for row, weights_V in enumerate(weights_TV)]
+
+
+def not_numbers() -> UserError:
+    return UserError("the model's logits are not numbers (sampling). its weights are damaged, or training diverged")
+
+
+def race(weights_V: Tensor, seed: int, position: int) -> int:
+    """A token with probability in proportion to its weight, which need not sum to 1: a function of seed and position."""
+    key = _draw_key(seed, position)
+    tokens = weights_V.nonzero().squeeze(-1)
+    h = _mix((tokens * 0x9E3779B1 & _WORD) ^ (key & _WORD))
+    h = _mix(h + (key >> 32) & _WORD)
+    exponential = -torch.log1p(-(h.double() + 0.5) / 2**32)
+    return int(tokens[(weights_V[tokens].double() / exponential).argmax()])
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _draw_key(seed: int, position: int) -> int:
+    """64 bits: two rounds of splitmix64."""
+    z = seed * 0x9E3779B97F4A7C15 + position + 1
+    for _ in range(2):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return z
+
+
+def _mix(h: Tensor) -> Tensor:
+    """The end of MurmurHash3, on 32-bit words held in int64."""
+    h = (h ^ h >> 16) * 0x85EBCA6B & _WORD
+    h = (h ^ h >> 13) * 0xC2B2AE35 & _WORD
+    return h ^ h >> 16
 
 
 def token_logprobs(logits_TV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:

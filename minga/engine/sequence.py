@@ -7,12 +7,11 @@ back, and the pieces of a stream joined are the text of the completion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
+import secrets
+from dataclasses import dataclass, field
 
 from minga.data.tokenizer import DecodeStream
-from minga.engine.sampler import SamplingParams, TokenLogprob
+from minga.engine.sampler import MAX_SEED, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Completion:
     finish_reason: str
     logprobs: list[TokenLogprob] | None = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = field(default=0, compare=False)  # of the prompt: read for an earlier request
 
 
 class AnswerText:
@@ -88,11 +88,8 @@ class Sequence:
         self.max_length = max_length
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
+        self.seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        self.num_cached_tokens = 0
         self._stop_ids = stop_ids
         self._decoder = decoder
         self._text = AnswerText(tuple(params.stop))
@@ -147,4 +144,7 @@ class Sequence:
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
-        return Completion(self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens)
+        return Completion(
+            self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens,
+            self.num_cached_tokens,
+        )  # fmt: skip

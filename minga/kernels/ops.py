@@ -17,6 +17,7 @@ from minga.kernels import cpu, fp8, reference
 from minga.kernels.cross_entropy import linear_cross_entropy
 from minga.kernels.reference import (
     attend_latent_absorbed,
+    dequantize_codes,
     dequantize_int4,
     dequantize_int8,
     pack_int4,
@@ -24,12 +25,14 @@ from minga.kernels.reference import (
     quantize_int8,
     swiglu,
     to_int4,
+    unpack_codes,
 )
 
 __all__ = [
     "attend",
     "attend_latent_absorbed",
     "compiled",
+    "dequantize_codes",
     "dequantize_int4",
     "dequantize_int8",
     "experts",
@@ -42,6 +45,7 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "to_int4",
+    "unpack_codes",
 ]
 
 _WORTH_A_CALL = 2**14  # elements of the input below which torch's own operations are as quick

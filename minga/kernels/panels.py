@@ -1,8 +1,8 @@
 """How the compiled kernels want weights in few bits to lie: in panels of 16 rows, so that one instruction multiplies some
 columns of all of them. docs/formats.md draws it.
 
-A word is 32 bits: four int8 of a row, or eight int4 (the low halves are the first four). Rows are filled up to 16 and
-columns to 8 with zeros.
+A word is 32 bits: four int8 of a row, or eight codes of 4 bits (the low halves are the first four), or what blocks of
+codes of 5 and 6 bits have besides. Rows are filled up to 16 and columns to 8 with zeros.
 
   O rows, W words of a row, P panels, G blocks of a row
 """
@@ -21,17 +21,17 @@ ROWS = 16
 Empty = Callable[..., Tensor]  # torch.empty, or what takes its place: (*shape, dtype=) -> memory
 
 
-def from_rows(stored: Tensor, scale_OG: Tensor, *, bits: int, empty: Empty = torch.empty) -> tuple[Tensor, Tensor]:
-    """int8 (.., O, I), or int4 in bytes, with its scales -> words (.., P, W, 16) int32, scales (.., P, G, 16) float16."""
-    if bits == 8:
-        stored = F.pad(stored, (0, -stored.shape[-1] % 8))
-    return _to_panels(stored.view(torch.int32), empty), _to_panels(scale_OG, empty)
+def from_rows(stored: Tensor, factors_OG: Tensor, empty: Empty = torch.empty) -> tuple[Tensor, Tensor]:
+    """int8 (.., O, I) or packed codes in bytes (.., O, bytes), and what stands beside them in 16 bits each, (.., O, G) ->
+    words (.., P, W, 16) int32, factors (.., P, G, 16)."""
+    stored = F.pad(stored, (0, -stored.shape[-1] % 8)) if stored.dtype == torch.int8 else stored
+    return _to_panels(stored.contiguous().view(torch.int32), empty), _to_panels(factors_OG, empty)
 
 
-def to_rows(words: Tensor, scale: Tensor, shape: Sequence[int], *, bits: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `from_rows`; shape: of the matrix, (.., O, I)."""
-    stored = _to_rows(words, shape[-2]).view(torch.int8 if bits == 8 else torch.uint8)
-    return stored[..., : shape[-1]].contiguous() if bits == 8 else stored, _to_rows(scale, shape[-2])
+def to_rows(words: Tensor, factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_rows`; shape: of the matrix, (.., O, I); dtype: int8, or uint8 for packed codes."""
+    stored = _to_rows(words, shape[-2]).view(dtype)
+    return stored[..., : shape[-1]].contiguous() if dtype == torch.int8 else stored, _to_rows(factors, shape[-2])
 
 
 def _to_panels(x: Tensor, empty: Empty) -> Tensor:

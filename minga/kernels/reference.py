@@ -147,15 +147,67 @@ def to_int4(x: Tensor, scale: Tensor) -> Tensor:
 
 def pack_int4(codes: Tensor) -> Tensor:
     """Whole numbers -8 .. 7 (..., I) as bytes (..., ceil(I/8)*4), in the order that `quantize_int4` describes."""
-    eights = F.pad(codes + 8, (0, -codes.shape[-1] % 8), value=8).to(torch.uint8).unflatten(-1, (-1, 2, 4))
-    return (eights[..., 0, :] | eights[..., 1, :] << 4).flatten(-2)
+    return pack_codes(F.pad(codes + 8, (0, -codes.shape[-1] % 8), value=8).to(torch.uint8), 4, 8)
 
 
 def dequantize_int4(stored: Tensor, scale_OG: Tensor, block: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantize_int4`, up to rounding: (..., O, columns)."""
-    fours = stored.unflatten(-1, (-1, 4))
-    codes = torch.stack([fours & 15, fours >> 4], -2).flatten(-3)[..., :columns]
-    return (codes.to(dtype) - 8) * scale_OG.to(dtype).repeat_interleave(block, -1)[..., :columns]
+    return dequantize_codes(unpack_codes(stored, 4, block)[..., :columns], scale_OG, None, 8, block, dtype)
+
+
+def pack_codes(codes_OI: Tensor, bits: int, block: int) -> Tensor:
+    """Codes of 4, 5 or 6 bits, (.., I) uint8 with I a multiple of 8, as bytes of a row, (.., I * bits / 8).
+
+    Byte j of each four holds the low four bits of column j of eight in its low half and of column j + 4 in its high half.
+    What is above them follows each block as four bytes more: byte j has that of columns j, j + 4, j + 8, .., from its
+    lowest bits on, so that the block has as many columns as find room.
+    """
+    eights = codes_OI.contiguous().view(torch.int32).unflatten(-1, (-1, 2))  # four codes to a word: fewer numbers
+    low = eights & 0x0F0F0F0F
+    low = low[..., 0] | low[..., 1] << 4
+    if bits == 4:
+        return low.view(torch.uint8)
+    above = (eights >> 4 & 0x01010101 * ((1 << bits - 4) - 1)).flatten(-2).unflatten(-1, (-1, block // 4))
+    high = (above << torch.arange(block // 4, dtype=torch.int32) * (bits - 4)).sum(-1, keepdim=True, dtype=torch.int32)
+    return torch.cat([low.unflatten(-1, (-1, block // 8)), high], -1).flatten(-2).view(torch.uint8)
+
+
+def unpack_codes(stored: Tensor, bits: int, block: int) -> Tensor:
+    """The inverse of `pack_codes`."""
+    if bits == 4:
+        fours = stored.unflatten(-1, (-1, 4))
+        return torch.stack([fours & 15, fours >> 4], -2).flatten(-3)
+    words = stored.unflatten(-1, (-1, block // 8 + 1, 4))
+    low, high = unpack_codes(words[..., :-1, :].flatten(-2), 4, block), words[..., -1:, :]
+    places = (torch.arange(block // 4) * (bits - 4)).to(torch.uint8)[:, None]
+    above = high >> places & (1 << bits - 4) - 1
+    return (low | above.flatten(-2) << 4).flatten(-2)
+
+
+def dequantize_codes(
+    codes_OI: Tensor, scale_OG: Tensor, minimum_OG: Tensor | None, zero: int, block: int, dtype: torch.dtype
+) -> Tensor:
+    """scale * (code - zero), plus the minimum where blocks have one."""
+    columns = codes_OI.shape[-1]
+    wide = (codes_OI.to(dtype) - zero) * scale_OG.to(dtype).repeat_interleave(block, -1)[..., :columns]
+    return wide if minimum_OG is None else wide + minimum_OG.to(dtype).repeat_interleave(block, -1)[..., :columns]
+
+
+def round_as_llama(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """What a product sees of its activations beside GGUF's types, as in llama.cpp (quantize_row_q8_0, _q8_1, _q8_K).
+
+    Returns them rounded to int8 in blocks of 32 with a float16 scale, or of 256 in which the number of largest magnitude
+    becomes -127, and for every 32 of them, (.., I / 32), what a minimum is multiplied with: their sum, rounded to float16
+    for blocks of 32.
+    """
+    blocks = x.unflatten(-1, (-1, block))
+    top = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    top = top.abs() / 127 if block == 32 else top / -127
+    codes = torch.where(top == 0, 0, blocks / top).round()
+    sums = (codes.unflatten(-1, (-1, 32)).sum(-1) * top).flatten(-2)
+    if block == 32:
+        return (codes * top.half().to(x.dtype)).flatten(-2), sums.half().to(x.dtype)
+    return (codes * top).flatten(-2), sums
 
 
 RUN = 128  # values along the summed dimension that share a scale when products are computed in int8

@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         length = int(positions_BT.max()) + 1
         if length > cache.capacity:
             raise UserError(
-                f"position {length - 1} is beyond the cache's {cache.capacity} slots. give the cache more room"
+                f"position {length - 1} is beyond the cache's {cache.capacity} rows. give the cache more room"
             )
         return Context(cos, sin, positions_BT, cache=cache, length=length)
 

@@ -58,12 +58,36 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(**parts, mtp=c.num_nextn_predict_layers * _mtp_module(c), active=active)
 
 
-def cache_bytes_per_token(config: ModelConfig, *, bytes_per_element: int = 2, mtp: bool = False) -> int:
-    """What one token leaves in the attention cache. `mtp`: with the layers of the MTP modules, which cache too."""
-    elements = config.cache_elements_per_token
+def cache_bytes_per_token(config: ModelConfig, *, number: str = "float16", mtp: bool = False) -> int:
+    """What one token leaves in the attention cache, its rows in "float32", "float16" or "int8" (a float16 scale for every 64
+    numbers of a row). `mtp`: with the layers of the MTP modules, which cache too.
+    """
+    row = config.cache_elements_per_token // config.num_hidden_layers
+    size = {"float32": 4 * row, "float16": 2 * row, "int8": row + 2 * -(-row // 64)}[number]
+    return size * (config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0))
+
+
+def parameters_read(config: ModelConfig, tokens: float, *, mtp: bool = False) -> float:
+    """What a decoding step over so many tokens fetches from memory, head included: every matrix once, and of the routed
+    experts those that at least one token wakes, E (1 - (1 - A / E) ^ tokens) where each chooses for itself. mtp: of the
+    first MTP module and its head instead.
+    """
+    c = config
+    awake = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens if c.n_routed_experts else 0.0
+    asleep = (1 - awake) * c.n_routed_experts * _expert(c)
+    head = c.vocab_size * c.hidden_size
     if mtp:
-        elements += elements // config.num_hidden_layers * config.num_nextn_predict_layers
-    return elements * bytes_per_element
+        return _mtp_module(c) + head - asleep
+    moe = sum(c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
+    counts = count_parameters(c)
+    return counts.total - counts.embedding - counts.head + head - moe * asleep
+
+
+def speculation_limit(config: ModelConfig, acceptance: float) -> float:
+    """The most that one guess a step can gain where a step takes as long as its parameters take to be read."""
+    tokens = 1 + acceptance
+    with_guess = parameters_read(config, 2) + parameters_read(config, tokens, mtp=True)
+    return tokens * parameters_read(config, 1) / with_guess
 
 
 def forward_flops(config: ModelConfig, context: int, *, absorbed: bool = False, mtp: bool = False) -> int:

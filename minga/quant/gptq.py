@@ -19,7 +19,9 @@ from minga.kernels import ops
 DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's (section 4)
 
 
-def quantize_int4(weight_OI: Tensor, moments_II: Tensor, block: int, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def quantize_int4(
+    weight_OI: Tensor, moments_II: Tensor, block: int, *, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_int4`, with the second moments (.., I, I) of the inputs, in any unit.
 
     Inputs that were always zero tell nothing: their columns are rounded to nearest.

@@ -92,6 +92,15 @@ def memory(
     return total, free
 
 
+def free_memory(device: Any) -> int:
+    """Bytes that a torch device has free, 2 GiB where the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory()[1] or 2 * 2**30
+
+
 def memory_used() -> tuple[int | None, int | None]:
     """Bytes that this process holds: (main memory, the GPU's by torch; None without one)."""
     pages = _text(Path("/proc/self/statm")).split()

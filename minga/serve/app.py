@@ -37,7 +37,7 @@ from minga.serve.protocol import (
     usage,
 )
 from minga.serve.runs import Runs
-from minga.serve.worker import MAX_WAITING, Job, Worker
+from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Job, Worker
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
@@ -56,10 +56,12 @@ def create_app(
     *,
     host: str = "127.0.0.1",
     api_key: str | None = None,
+    max_running: int = MAX_RUNNING,
     max_waiting: int = MAX_WAITING,
 ) -> Starlette:
-    """The ASGI application. `host` is the address it is bound to."""
-    api = Api({name: Worker(name, llm, max_waiting=max_waiting) for name, llm in models.items()}, Runs(Path(runs_dir)))
+    """The ASGI application. `host` is the address it is bound to; a model answers `max_running` requests side by side."""
+    limits = {"max_running": max_running, "max_waiting": max_waiting}
+    api = Api({name: Worker(name, llm, **limits) for name, llm in models.items()}, Runs(Path(runs_dir)))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

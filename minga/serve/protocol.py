@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 1024
+MAX_BIASES = 1024
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # after each token the text is compared with every beginning of every stop
 MAX_TOP_LOGPROBS = 20
@@ -35,6 +36,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _FIELDS = (
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
     "stop", "stream", "stream_options", "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty",
+    "logit_bias",
 )  # fmt: skip
 _HARMLESS = (
     "user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -43,7 +45,7 @@ _HARMLESS = (
 # Fields that would change the answer, with the value that does not; None where there is no such value.
 _UNSUPPORTED: dict[str, Any] = {
     "tools": None, "tool_choice": "none", "functions": None, "function_call": "none",
-    "response_format": {"type": "text"}, "logit_bias": {}, "modalities": ["text"], "audio": None, "prediction": None,
+    "response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "prediction": None,
     "web_search_options": None, "reasoning_effort": "none", "verbosity": "medium", "moderation": None,
 }  # fmt: skip
 _MESSAGE_FIELDS = ("role", "content")
@@ -130,9 +132,6 @@ def parse_chat_request(document: Any) -> ChatRequest:
     if not isinstance(document, dict):
         raise _wrong_type("", "an object", document)
     fields = Fields(document, "", known=_FIELDS, harmless=_HARMLESS, unsupported=_UNSUPPORTED)
-    for penalty in ("presence_penalty", "frequency_penalty"):
-        if fields.number(penalty, -2, 2):
-            raise _unsupported(penalty, 0)
     if (fields.whole("n", 1) or 1) > 1:
         raise _unsupported("n", 1)
     stream = fields.flag("stream")
@@ -160,7 +159,25 @@ def _sampling(fields: Fields) -> SamplingParams:
         seed=None if seed is None else seed % (MAX_SEED + 1),
         stop=_stops(fields.value("stop")),
         logprobs=_num_logprobs(fields),
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
+        logit_bias=_logit_bias(fields.value("logit_bias")),
     )
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    """Token ids, which JSON has as strings, to what is added to their logits."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong_type("logit_bias", "an object", value)
+    if len(value) > MAX_BIASES:
+        raise _invalid("logit_bias", f"it has {len(value)} tokens, and {MAX_BIASES} is the most")
+    biases = Fields(value, "logit_bias", known=list(value))
+    for token in value:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise _invalid("logit_bias", f"{_short(token)} is no token id; write ids as strings of digits")
+    return {int(token): biases.number(token, -100, 100) or 0.0 for token in value}
 
 
 def _num_logprobs(fields: Fields) -> int | None:

@@ -1,8 +1,9 @@
-"""One thread a model: requests wait in a short queue, and what the model says goes to the event loop piece by piece.
+"""One thread a model: requests are answered side by side, and what the model says goes to the event loop piece by piece.
 
-An `LLM` is not thread-safe, so a model answers one request at a time, first come, first served. The thread is an
-executor's: whatever a job raises ends in its future, and the next job runs as if nothing had happened. All counters are
-read and written on the event loop only; the thread reaches it through `call_soon_threadsafe`.
+An `LLM` is not thread-safe, so a model has one thread, which takes new requests between two steps of those that run. The
+thread is an executor's: it works while there is something to do. Whatever fails ends in the future of the request, and
+the next ones run as if nothing had happened. All counters are read and written on the event loop only; the thread reaches
+it through `call_soon_threadsafe`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from minga.serve.protocol import ApiError, ChatRequest
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
+    from minga.engine.scheduler import Entry
     from minga.engine.sequence import Delta
 
+MAX_RUNNING = 32
 MAX_WAITING = 32
 RETRY_AFTER_SECONDS = 5
 _SPEED_SECONDS = 5.0
@@ -33,19 +36,21 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """A model and those who wait for it."""
+    """A model, those whom it answers, and those who wait for it."""
 
-    def __init__(self, name: str, llm: LLM, *, max_waiting: int = MAX_WAITING):
+    def __init__(self, name: str, llm: LLM, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING):
         self.name, self.llm = name, llm
         self.num_parameters = count_parameters(llm.config).total
-        self._max_waiting = max_waiting
+        self._max_running, self._max_waiting = max_running, max_waiting
         self._num_pending = 0
         self._speed = Speed()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"minga-{name}")
+        self._inbox: deque[Job] = deque()
+        self._at_work = threading.Lock()  # held while it is decided whether the thread goes on
 
     @property
     def running(self) -> int:
-        return min(1, self._num_pending)
+        return min(self._max_running, self._num_pending)
 
     @property
     def waiting(self) -> int:
@@ -57,33 +62,85 @@ class Worker:
 
     def submit(self, request: ChatRequest) -> Job:
         """Queues a request; call it on the event loop. Raises `ApiError` 429 when the queue is full."""
-        if self._num_pending > self._max_waiting:  # one of the pending runs, the others wait
+        if self.waiting >= self._max_waiting and self.running == self._max_running:
             raise ApiError(
                 f"the queue is full: {self.waiting} requests are waiting for {self.name}; try again later",
                 status=429, code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)},
             )  # fmt: skip
         job = Job(request)
-        self._num_pending += 1
-        job.future = self._executor.submit(self._generate, job)
         job.future.add_done_callback(lambda _: self._announce_end(job))
+        with self._at_work:
+            self._inbox.append(job)
+            if len(self._inbox) == 1:
+                self._executor.submit(
+                    self._work
+                )  # if the thread is at work it finds the job, and this one has nothing to do
+        self._num_pending += 1
         return job
 
     def close(self) -> None:
         """Drops what waits. The caller has cancelled what runs."""
+        with self._at_work:
+            waiting, self._inbox = self._inbox, deque()
+        for job in waiting:
+            job.future.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ on the model's thread
 
-    def _generate(self, job: Job) -> None:
-        num_prompt_tokens, stream = self._open(job.request)
-        with closing(stream):
-            job.call_soon(job.put, num_prompt_tokens)
-            for delta in stream:
-                if job.cancelled.is_set():
-                    return
-                job.call_soon(self._arrive, job, delta)
+    def _work(self) -> None:
+        """Answers until nobody is left."""
+        running: list[Job] = []
+        while True:
+            self._take_in(running)
+            if not running:
+                return
+            try:
+                self.llm.step()
+            except BaseException as error:
+                for job in running:
+                    self._end(job, error)
+                running = []
+            running = [job for job in running if self._deliver(job)]
 
-    def _open(self, request: ChatRequest) -> tuple[int, Generator[Delta, None, None]]:
+    def _take_in(self, running: list[Job]) -> None:
+        while len(running) < self._max_running:
+            with self._at_work:
+                if not self._inbox:
+                    return
+                job = self._inbox.popleft()
+            if not job.future.set_running_or_notify_cancel():  # its client has left the queue
+                continue
+            try:
+                num_prompt_tokens, job.entry = self._open(job.request)
+            except BaseException as error:
+                job.future.set_exception(error)
+                continue
+            job.call_soon(job.put, num_prompt_tokens)
+            running.append(job)
+
+    def _deliver(self, job: Job) -> bool:
+        """Sends what is new; False once the answer is over."""
+        assert job.entry is not None
+        sequence = job.entry.sequence
+        if not job.cancelled.is_set():
+            delta = sequence.take_delta()
+            if delta.token_ids:
+                job.call_soon(self._arrive, job, delta)
+            if not sequence.finished:
+                return True
+        self._end(job)
+        return False
+
+    def _end(self, job: Job, error: BaseException | None = None) -> None:
+        assert job.entry is not None
+        self.llm.cancel(job.entry)
+        if error is None:
+            job.future.set_result(None)
+        else:
+            job.future.set_exception(error)
+
+    def _open(self, request: ChatRequest) -> tuple[int, Entry]:
         """The number of prompt tokens, and the answer to come. What cannot be answered is refused here."""
         try:
             ids = self._prompt_ids(request)
@@ -94,7 +151,7 @@ class Worker:
                     "which must hold the answer too; shorten them",
                     param="messages", code="context_length_exceeded",
                 )  # fmt: skip
-            return len(ids), self.llm.stream(ids, request.params_within(room))
+            return len(ids), self.llm.submit(ids, request.params_within(room))
         except UserError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
 
@@ -113,9 +170,9 @@ class Worker:
 
     def _announce_end(self, job: Job) -> None:
         with suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
-            job.call_soon(self._end, job)
+            job.call_soon(self._note_end, job)
 
-    def _end(self, job: Job) -> None:
+    def _note_end(self, job: Job) -> None:
         self._num_pending -= 1
         job.put(None)
 
@@ -123,10 +180,10 @@ class Worker:
 class Job:
     """One request's way through a worker, seen from the event loop: first `started`, then `deltas`."""
 
-    future: Future[None]
-
     def __init__(self, request: ChatRequest):
         self.request = request
+        self.future: Future[None] = Future()
+        self.entry: Entry | None = None  # once it runs
         self.cancelled = threading.Event()
         self._aborted_by: ApiError | None = None
         self._loop = asyncio.get_running_loop()

@@ -85,6 +85,26 @@ def test_damaged_checksums(tmp_path, content):
     assert find_problems(tmp_path) == ["checksums.json is damaged"]
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b"])
+def test_checksums_of_files_elsewhere(tmp_path, name):
+    (tmp_path / "checksums.json").write_text(json.dumps({"files": {name: {"size": 0, "sha256": ""}}}))
+    assert find_problems(tmp_path) == ["checksums.json is damaged"]
+
+
+def test_checksums_of_what_is_no_file(tmp_path):
+    """A pipe would be read for ever, as would a link to /dev/zero, whose size is 0 as well."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    listed = {name: {"size": 0, "sha256": ""} for name in ("pipe", "zero", "a\0b", "\ud800")}
+    (tmp_path / "checksums.json").write_text(json.dumps({"files": listed}))
+    assert [problem.partition(" ")[2] for problem in find_problems(tmp_path)] == [
+        *["is no file"] * 2,
+        *["has a name that no file can have"] * 2,
+    ]
+    (tmp_path / "checksums.json").write_text('{"files": {"a": {"size": 1e999, "sha256": ""}}}')
+    assert find_problems(tmp_path) == ["checksums.json is damaged"]
+
+
 def test_no_checksums(tmp_path):
     with pytest.raises(UserError, match=r"checksums\.json cannot be read"):
         verify_folder(tmp_path)

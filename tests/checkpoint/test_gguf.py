@@ -8,7 +8,6 @@ import random
 import struct
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from minga.checkpoint import gguf, names
 from minga.config.model import ModelConfig, RopeConfig
 from minga.errors import UserError
+from tests.checkpoint.models import to_gguf
 
 GGUF_FAMILIES = [
     "v3",
@@ -31,72 +31,6 @@ GGUF_FAMILIES = [
     "qwen2",
     "qwen3",
 ]
-ARCH = {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
-
-
-def to_gguf(config: ModelConfig, internal: dict[str, Tensor], *, split: bool = True) -> tuple[dict, dict[str, Tensor]]:
-    """Metadata and tensors as llama.cpp's converter writes them. `split`: kv_b in two parts, as since 2025."""
-    arch = ARCH.get(config.model_type, config.model_type)
-    tensors = {}
-    for name, entry in names.gguf_table(config).items():
-        tensor = internal[entry.internal]
-        tensor = tensor[entry.place] if entry.place else tensor
-        if arch == "llama" and ("attn_q." in name or "attn_k." in name):
-            heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
-            # LlamaModel.permute of convert_hf_to_gguf.py
-            rows = tensor.shape[0]
-            tensor = (
-                tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-            )
-        if split and name.endswith("attn_kv_b.weight"):
-            per_head = tensor.view(config.num_attention_heads, -1, tensor.shape[-1])
-            k, v = per_head.split([config.qk_nope_head_dim, config.v_head_dim], 1)
-            tensors[name.replace("kv_b", "k_b")] = k.transpose(1, 2)
-            tensors[name.replace("kv_b", "v_b")] = v
-        else:
-            tensors[name] = tensor
-    return metadata_of(config, arch, split=split), tensors
-
-
-def metadata_of(config: ModelConfig, arch: str, *, split: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers + config.num_nextn_predict_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope.rope_theta,
-        "rope.dimension_count": config.rope_dim,
-    }
-    if config.is_mla:
-        plain = {"attention.key_length": config.qk_head_dim, "attention.value_length": config.v_head_dim}
-        absorbed = {
-            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
-            "attention.value_length": config.kv_lora_rank,
-            "attention.key_length_mla": config.qk_head_dim,
-            "attention.value_length_mla": config.v_head_dim,
-        }
-        values |= (absorbed | {"attention.head_count_kv": 1}) if split else plain
-        values |= {
-            "attention.kv_lora_rank": config.kv_lora_rank,
-            "leading_dense_block_count": config.first_k_dense_replace,
-            "expert_count": config.n_routed_experts,
-            "expert_used_count": config.num_experts_per_tok,
-            "expert_shared_count": config.n_shared_experts,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_weights_scale": config.routed_scaling_factor,
-            "expert_weights_norm": config.norm_topk_prob,
-            "expert_group_count": config.n_group,
-            "expert_group_used_count": config.topk_group,
-        }
-        values |= {"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {}
-        values |= {"expert_gating_func": 2} if config.scoring_func == "sigmoid" else {}
-        values |= {"nextn_predict_layers": config.num_nextn_predict_layers} if config.num_nextn_predict_layers else {}
-    elif config.head_dim * config.num_attention_heads != config.hidden_size:
-        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in values.items()}}
 
 
 @pytest.fixture
@@ -164,6 +98,26 @@ def test_quantised_tensors(tmp_path, configs, random_tensors, write_gguf, kind, 
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_matrices_stay_as_they_are(tmp_path, configs, random_tensors, write_gguf, same, family):
+    """Rows in the public order, experts in their stacks, and the very numbers that widening gives; in the file's bytes."""
+    config = configs[family]
+    metadata, tensors = to_gguf(config, random_tensors(config))
+    fits = {name: tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 for name, tensor in tensors.items()}
+    kinds = {name: "Q8_0" if fits[name] else "BF16" for name, tensor in tensors.items() if tensor.ndim > 1}
+    kinds |= {name: "BF16" for name in tensors if name.startswith("blk.2.ffn_up_exps")}  # beside gates in Q8_0
+    opened = gguf.open_gguf(write_gguf(tmp_path / "m.gguf", metadata, tensors, kinds))
+    expected = gguf.read_tensors(opened, config)
+    rest, stored = gguf.read_stored(opened, config)
+    same({**rest, **{name: matrix.dense() for name, matrix in stored.items()}}, expected)
+    assert stored.keys() <= names.matrices(config)
+    left = names.matrices(config) - stored.keys()  # put together from two tensors
+    assert all("kv_b" in name or name == "model.layers.2.mlp.experts.gate_up_proj" for name in left)
+    kept = sum(opened.tensors[name].num_bytes for name in kinds if name.startswith("token_embd"))
+    embedding = stored["model.embed_tokens.weight"]
+    assert embedding.data.nbytes + embedding.factors.nbytes == kept
+
+
 @pytest.mark.parametrize(("version", "alignment"), [(2, 32), (3, 8), (3, 256)])
 def test_versions_and_alignments(tmp_path, llama_file, write_gguf, same, version, alignment):
     _, config, internal = llama_file
@@ -174,7 +128,7 @@ def test_versions_and_alignments(tmp_path, llama_file, write_gguf, same, version
 def test_metadata_are_plain_values(llama_file):
     metadata = gguf.open_gguf(llama_file[0]).metadata
     assert metadata["tokenizer.ggml.tokens"] == ["a", "ñ", "€"]
-    assert metadata["tokenizer.ggml.scores"] == [0.5, -1.0]
+    assert list(metadata["tokenizer.ggml.scores"]) == [0.5, -1.0]
     assert metadata["general.flag"] is True
     assert metadata["llama.block_count"] == 2
 
@@ -277,6 +231,25 @@ def test_other_divisors(tmp_path, llama_file, write_gguf, divisors):
         rope_of(write_gguf(tmp_path / "n.gguf", metadata, tensors))
 
 
+@pytest.mark.parametrize(
+    ("theta", "divisors", "message"),
+    [
+        (-10000.0, [1.0, 2.0, 8.0, 8.0], "base frequency of -10000"),
+        (1e-30, [1.0, 2.0, 8.0, 8.0], "base frequency of 1e-30"),
+        (1.0, [1.0, 2.0, 3.0, 8.0], "base frequency of 1.0"),
+        (1e4, [1.0] * 5000, "5000 numbers"),
+        (1e4, [8.0, 2.0, 2.0, 8.0], "no Llama-3 scaling"),  # a ramp without a slope
+    ],
+)
+def test_divisors_that_no_arithmetic_can_be_done_with(tmp_path, llama_file, write_gguf, theta, divisors, message):
+    _, config, internal = llama_file
+    metadata, tensors = to_gguf(config, internal)
+    metadata["llama.rope.freq_base"] = theta
+    tensors["rope_freqs.weight"] = torch.tensor(divisors)
+    with pytest.raises(UserError, match=message):
+        rope_of(write_gguf(tmp_path / "n.gguf", metadata, tensors))
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -325,6 +298,7 @@ def info(name: bytes, dims: list[int], kind: int, offset: int) -> bytes:
         (header(0, 1, text(b"split.count") + struct.pack("<II", 4, 3)), "one part of several", None),
         (header(1, 0, info(b"t", [], 0, 0) + bytes(64)), "'t' has 0 dimensions", 24),
         (header(1, 0, text(b"t") + struct.pack("<I", 4_000_000_000) + bytes(64)), "has 4000000000 dimensions", 24),
+        (header(1, 0, info(b"t", [2**63, 0], 0, 0) + bytes(64)), "'t' is empty", 24),
         (header(1, 0, info(b"t", [2**40, 2**40], 0, 0) + bytes(64)), "'t' ends at byte", 24),
         (header(1, 0, info(b"t", [8], 0, 2**63) + bytes(64)), "'t' ends at byte", 24),
         (header(1, 0, info(b"t", [8], 0, 4) + bytes(99)), "offset of 't' is no multiple of 32", 24),
@@ -371,7 +345,7 @@ def test_hostile_headers(tmp_path, raw, message, at):
         ),
         (
             {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3, "llama.attention.key_length": 8},
-            "has 32 rows, which 3 heads cannot share",
+            r"blk\.0\.attn_q\.weight is 32 x 32, but the config asks for 24 x 32",
         ),
     ],
 )
@@ -406,9 +380,10 @@ def test_damaged_files_never_surprise(tmp_path, configs, random_tensors, write_g
     config, dice = configs[family], random.Random(0)
     metadata, tensors = to_gguf(config, random_tensors(config))
     metadata |= {"tokenizer.ggml.tokens": [f"token{i}" for i in range(30)], "tokenizer.ggml.scores": [0.5] * 30}
-    path = write_gguf(tmp_path / "m.gguf", metadata, tensors)
+    kinds = {name: "Q8_0" for name in tensors if "attn_q" in name and name.endswith(".weight")}
+    path = write_gguf(tmp_path / "m.gguf", metadata, tensors, kinds)
     raw = path.read_bytes()
-    size_of_header = len(raw) - sum(-(-tensor.nbytes // 32) * 32 for tensor in tensors.values())
+    size_of_header = min(info.offset for info in gguf.open_gguf(path).tensors.values())
     refused = 0
     for i in range(300):
         damaged = bytearray(raw[: dice.randrange(len(raw))] if i % 5 == 0 else raw)
@@ -418,7 +393,8 @@ def test_damaged_files_never_surprise(tmp_path, configs, random_tensors, write_g
         refused += 1
         with contextlib.suppress(UserError):
             file = gguf.open_gguf(path)
-            gguf.read_tensors(file, ModelConfig.from_hf(gguf.config_from_gguf(file)))
+            read = gguf.read_stored if i % 2 else gguf.read_tensors
+            read(file, ModelConfig.from_hf(gguf.config_from_gguf(file)))
             refused -= 1
     assert 100 < refused < 300
 

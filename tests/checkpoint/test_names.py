@@ -199,6 +199,20 @@ def test_a_config_of_absurd_size_is_refused_at_once(configs, field):
         names.to_internal({str(i): torch.zeros(1) for i in range(100)}, config)
 
 
+def test_experts_of_mtp_modules_count_as_well(configs):
+    config: ModelConfig = configs["v3"].replace(
+        first_k_dense_replace=99, n_routed_experts=2**30, n_group=1, topk_group=1
+    )
+    with pytest.raises(UserError, match=f"n_routed_experts is {2**30}"):
+        names.to_internal({str(i): torch.zeros(1) for i in range(100)}, config)
+
+
+def test_a_layer_number_of_5000_digits(configs, random_tensors):
+    public = names.to_public(random_tensors(configs["llama"]), configs["llama"])
+    with pytest.raises(UserError, match="unknown tensors"):
+        names.to_internal({**public, f"model.layers.{'9' * 5000}.x": torch.zeros(1)}, configs["llama"])
+
+
 def test_the_published_models_have_the_known_number_of_parameters():
     from minga.config.presets import v2_lite, v3
 

@@ -33,9 +33,9 @@ def opened(parts, monkeypatch) -> dict:
     """What the command asked of LLM, which opens the tiny model whatever the path."""
     asked = {}
 
-    def fake(path, *, quant, speculate, max_memory):
+    def fake(path, *, quant, speculate, cache, max_memory):
         asked.update(path=path, quant=quant, speculate=speculate)
-        return LLM.from_parts(*parts, speculate=speculate, max_memory=max_memory)
+        return LLM.from_parts(*parts, speculate=speculate, cache=cache, max_memory=max_memory)
 
     monkeypatch.setattr("minga.engine.llm.LLM", fake)
     return asked

@@ -217,6 +217,11 @@ def test_numbers_that_make_no_expert_model(changes, named):
         ({"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}}, "truncate"),
         ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"layer_types": 5}, "layer_types"),
+        # numbers whose products or quotients are no numbers
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1e308}}, "original_max"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "beta_fast": 1e-300}}, "beta_fast"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 10**308}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "head_dim": 2}, "no dynamic rope"),
     ],
 )
 def test_attention_and_rope_that_we_do_not_have(changes, named):

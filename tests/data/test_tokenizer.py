@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,12 +211,26 @@ def test_words_of_each_pre_tokenizer(pre: str, text: str, words: list[str]) -> N
         ({"merges": ["a 你"]}, "cannot be built"),
         ({"eos_token_id": 512}, "eos token id 512 is outside the vocabulary of 512"),
         ({"bos_token_id": -1}, "bos token id -1 is outside"),
+        ({"model": ["gpt2"]}, r"of kind \['gpt2'\]"),
+        ({"pre": ["gpt-2"]}, r"\['gpt-2'\] is not known"),
+        ({"tokens": "ab"}, "no list of tokenizer tokens"),
+        ({"tokens": 7}, "no list of tokenizer tokens"),
+        ({"token_type": ["1"] * 512}, "no list of tokenizer token_type"),
+        ({"token_type": [math.nan] * 512}, "no list of tokenizer token_type"),
+        ({"merges": [1]}, "no list of tokenizer merges"),
+        ({"bos_token_id": "0"}, "'0' and no int .*bos_token_id"),
+        ({"eot_token_id": math.inf}, "inf and no int .*eot_token_id"),
     ],
 )
 def test_damaged_gguf_lists(tokenizer: Tokenizer, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.from_gguf_metadata(gguf_metadata(tokenizer) | gguf_metadata(tokenizer, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_template_that_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"3 and no str \(tokenizer\.chat_template\)"):
+        Tokenizer.from_gguf_metadata({**gguf_metadata(tokenizer), "tokenizer.chat_template": 3})
 
 
 @pytest.mark.peer
@@ -300,6 +317,91 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, message: str)
         with pytest.raises(UserError, match=message) as caught:
             opener(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"merges": [[1, 2]]}}, "damaged"),
+        ({"model": {"merges": [5]}}, "damaged"),
+        ({"model": {"vocab": {"\ud800": 0}}}, "cannot be built"),
+        ({"model": {"continuing_subword_prefix": "x" * 40}}, "continuing_subword_prefix is set"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix is set"),
+        ({"version": "\n\x00"}, "cannot be built"),
+        ({"added_tokens": [{"id": -1, "content": "a"}]}, "damaged"),
+        ({"added_tokens": [{"id": 10**30, "content": "a"}]}, "damaged"),
+        ({"added_tokens": [{"id": 1, "content": "\ud800"}]}, "damaged"),
+        ({"added_tokens": [{"id": 1, "content": "a" * 300_000}]}, "300000 characters"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}],
+                             "special_tokens": {"a": {"ids": [math.inf]}}}}, "damaged"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_json_with_one_thing_wrong(
+    tokenizer: Tokenizer, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    tokenizer.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    model = spec["model"] | change.get("model", {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, **change, "model": model}))
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_panic_of_the_library(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pyo3 makes of one is no Exception, and its class cannot be imported."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def from_str(_: str) -> None:
+        raise panic("range end index\nout of range")
+
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr("minga.data.tokenizer_json.tokenizers.Tokenizer", SimpleNamespace(from_str=from_str))
+    with pytest.raises(UserError, match=r"cannot be built \(range end index out of range\)"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [50, 150, 400, 900, 990])
+def test_a_tokenizer_json_that_is_nested_deeply(tokenizer: Tokenizer, tmp_path: Path, depth: int) -> None:
+    """What Python can read it may be unable to write, and what it writes the library may be unable to read."""
+    tokenizer.save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    for key in ("normalizer", "decoder"):
+        nested = text.replace(f'"{key}": ', f'"{key}": {"[" * depth}{"]" * depth}, "{key}2": ', 1)
+        (tmp_path / "tokenizer.json").write_text(nested)
+        with pytest.raises(UserError):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_an_unknown_token_that_is_not_in_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The library would fail at the first text with a byte that has no token."""
+    tokenizer.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["Ā"]  # byte 0
+    write_json(tmp_path / "tokenizer.json", {**spec, "model": {**spec["model"], "unk_token": "<unk>"}})
+    opened = Tokenizer.from_folder(tmp_path)
+    assert opened.decode(opened.encode("a\0b")) == "ab"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bos_token": ["<s>"], "eos_token": {"content": [1]}},
+        {"chat_template": [{"name": ["default"], "template": "T"}]},
+        {"chat_template": [{"name": {}, "template": 3}, 5]},
+    ],
+)
+def test_settings_of_other_types_are_passed_over(tokenizer: Tokenizer, tmp_path: Path, settings: Any) -> None:
+    tokenizer.save(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    assert Tokenizer.from_folder(tmp_path).eos_id == 0  # by name
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    for name in ("generation_config.json", "config.json"):
+        os.mkfifo(tmp_path / name)
+    Tokenizer.from_folder(tmp_path)
 
 
 def test_missing_files(tmp_path: Path) -> None:

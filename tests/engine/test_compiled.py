@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle, islice
 
 import pytest
 import torch
 from torch import Tensor
 
+from minga.checkpoint import ggml_types, names
 from minga.config import ModelConfig, RopeConfig
 from minga.config.presets import tiny
 from minga.engine.compiled import CompiledModel, compile_model
+from minga.engine.plain import PlainModel, Tokens
 from minga.errors import UserError
-from minga.kernels import cpu
-from minga.model.cache import Cache
+from minga.kernels import cpu, ops
+from minga.model.cache import BLOCK, Cache
 from minga.model.transformer import Transformer
 from minga.quant import blocks
 
@@ -69,19 +72,45 @@ def make(config: ModelConfig, quant: str | None) -> Transformer:
     return model
 
 
+def put_mixed(model: Transformer, random_blocks) -> Transformer:
+    """Every matrix whose width allows it in one of GGUF's types, in turn, the others in half-width floats."""
+    torch.manual_seed(5)
+    kinds, stored = cycle(blocks.GGUF), {}
+    by_name = {kind.name: kind for kind in ggml_types.TYPES.values()}
+    for name in sorted(names.matrices(model.config)):
+        weight = model.get_parameter(name)
+        fitting = next(
+            kind for kind in [*islice(kinds, 9), None] if kind is None or weight.shape[-1] % by_name[kind].numbers == 0
+        )
+        if fitting is None:
+            stored[name] = blocks.Stored.keep(weight.detach().to(torch.bfloat16 if len(stored) % 2 else torch.float16))
+        else:
+            stored[name] = ggml_types.keep(
+                random_blocks(fitting, weight.numel()), by_name[fitting], tuple(weight.shape)
+            )
+    blocks.put(model, stored)
+    return model
+
+
 def fast(model: Transformer) -> CompiledModel:
     compiled = compile_model(model)
     assert isinstance(compiled, CompiledModel)
     return compiled
 
 
-def read(model: CompiledModel, ids_BT: Tensor, *, step: int, threads: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and cache after reading `step` tokens at a time."""
+def read(
+    model: CompiledModel, ids_BT: Tensor, *, step: int, threads: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, D) and the cache's rows after reading `step` tokens at a time."""
     torch.set_num_threads(threads)
-    cache = Cache(model.config, *ids_BT.shape, dtype=model.cache_dtype)
-    positions_BT = torch.arange(ids_BT.shape[1]).expand(len(ids_BT), -1)
-    parts = zip(ids_BT.split(step, 1), positions_BT.split(step, 1), strict=True)
-    return torch.cat([model.hidden(ids, cache=cache, positions_BT=at) for ids, at in parts], 1), cache.slots
+    cache = Cache.of(model.config, *ids_BT.shape, dtype=dtype or model.cache_dtype)
+    parts = [model.hidden(tokens(ids, at * step), cache) for at, ids in enumerate(ids_BT.split(step, 1))]
+    rows = torch.stack([cache.read(layer, ids_BT.shape[1]) for layer in range(model.config.num_hidden_layers)])
+    return torch.cat([part.unflatten(0, (len(ids_BT), -1)) for part in parts], 1), rows
+
+
+def tokens(ids_BT: Tensor, first: int) -> Tokens:
+    return Tokens.of([(ids, first, row) for row, ids in enumerate(ids_BT.tolist())])
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])
@@ -96,12 +125,11 @@ def test_it_computes_what_the_model_computes(name: str, quant: str | None) -> No
     compiled = fast(model)
     ours, _ = read(compiled, ids_BT, step=40, threads=1)
     bound = 1e-5 if quant is None else 0.2
-    assert error(compiled.head(ours), expected) < bound
+    assert error(compiled.head(ours.flatten(0, 1)).view_as(expected), expected) < bound
     if len(model.mtp):
-        cache = Cache(model.config, 2, 40, dtype=compiled.cache_dtype)
-        positions_BT = torch.arange(40).expand(2, -1)
-        state = compiled.mtp_hidden(0, ids_BT, hidden, cache=cache, positions_BT=positions_BT)
-        assert error(state, model.mtp_hidden(0, ids_BT, hidden)) < bound
+        cache = Cache.of(model.config, 2, 40, dtype=compiled.cache_dtype)
+        state = compiled.mtp_hidden(tokens(ids_BT, 0), hidden.flatten(0, 1), cache)
+        assert error(state.view_as(hidden), model.mtp_hidden(0, ids_BT, hidden)) < bound
     assert error(model.head(model.hidden(ids_BT)), expected) < 1e-5  # the model itself works on as before
 
 
@@ -113,13 +141,33 @@ def test_every_way_to_read_a_text_gives_the_same_bits(name: str, quant: str | No
     model = make(CONFIGS[name], quant)
     ids_BT = torch.randint(model.config.vocab_size, (2, 600), generator=torch.Generator().manual_seed(2))
     compiled = fast(model)
-    expected, slots = read(compiled, ids_BT, step=600, threads=1)
-    for step, threads in ((600, 2), (7, 2), (100, 1)):
-        hidden, other = read(compiled, ids_BT, step=step, threads=threads)
-        assert torch.equal(hidden, expected) and torch.equal(other, slots)
-    for threads in (1, 2):
-        hidden, other = read(compiled, ids_BT[1:], step=1, threads=threads)
-        assert torch.equal(hidden, expected[1:]) and torch.equal(other, slots[:, 1:])
+    for dtype in (None, torch.int8):
+        expected, rows = read(compiled, ids_BT, step=600, threads=1, dtype=dtype)
+        for step, threads in ((600, 2), (7, 2), (100, 1)):
+            hidden, other = read(compiled, ids_BT, step=step, threads=threads, dtype=dtype)
+            assert torch.equal(hidden, expected) and torch.equal(other, rows)
+        for threads in (1, 2):
+            hidden, other = read(compiled, ids_BT[1:], step=1, threads=threads, dtype=dtype)
+            assert torch.equal(hidden, expected[1:]) and torch.equal(other, rows[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd", "qwen3", "llama"])
+@torch.inference_mode()
+def test_a_cache_in_int8_is_the_reference_rounded(name: str) -> None:
+    """The first layer's rows do not depend on the cache: there they are those of `Pages.write`, to the bit. Further on
+    only the rounding of the rows separates it from a cache of floats.
+    """
+    model = make(CONFIGS[name], None)
+    compiled = fast(model)
+    ids_BT = torch.randint(model.config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(2))
+    exact, rows = read(compiled, ids_BT, step=150, threads=1)
+    rounded, few = read(compiled, ids_BT, step=150, threads=1, dtype=torch.int8)
+    codes, scale = ops.quantize_int8(rows[0], BLOCK)
+    assert torch.equal(few[0], ops.dequantize_int8(codes, scale, BLOCK, torch.float32))
+    plain = PlainModel(model)
+    cache = Cache.of(model.config, 2, 150, dtype=torch.int8)
+    expected = plain.hidden(tokens(ids_BT, 0), cache).view_as(exact)
+    assert 0 < error(rounded, exact) < 0.05 and error(rounded, expected) < error(rounded, exact)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -130,6 +178,56 @@ def test_a_model_in_panels_is_saved_in_rows(quant: str) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+MIXED = {
+    "latent": SMALL.replace(
+        hidden_size=256, intermediate_size=512, moe_intermediate_size=264, kv_lora_rank=64, q_lora_rank=100
+    ),
+    "grouped": CONFIGS["qwen3"].replace(hidden_size=256, intermediate_size=288),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@torch.inference_mode()
+def test_it_computes_with_many_formats_in_one_model(name: str, random_blocks) -> None:
+    """GGUF's types and half-width floats side by side; and every way to read a text gives the same bits."""
+    model = put_mixed(make(MIXED[name], None), random_blocks)
+    assert {*blocks.GGUF, *(("bfloat16", "float16") if name == "latent" else ())} == {
+        f.name for f in blocks.formats_of(model)
+    }
+    ids_BT = torch.randint(model.config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(2))
+    expected = model.head(model.hidden(ids_BT))
+    compiled = fast(model)
+    ours, slots = read(compiled, ids_BT, step=70, threads=1)
+    assert error(compiled.head(ours.flatten(0, 1)).view_as(expected), expected) < 0.1
+    torch.testing.assert_close(model.head(model.hidden(ids_BT)), expected)
+    for step, threads in ((70, 2), (7, 2), (1, 2), (1, 1)):
+        hidden, other = read(compiled, ids_BT, step=step, threads=threads)
+        assert torch.equal(hidden, ours) and torch.equal(other, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["tiny", "odd", "dense", "llama"])
+@torch.inference_mode()
+def test_half_width_floats_compute_what_they_widen_to(name: str, dtype: torch.dtype) -> None:
+    """To the bit, in half the memory."""
+    model = make(CONFIGS[name], None)
+    matrices = names.matrices(model.config)
+    for key in matrices:
+        model.get_parameter(key).data = model.get_parameter(key).to(dtype).float()
+    ids_BT = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
+    wide = fast(model)
+    expected, slots = read(wide, ids_BT, step=40, threads=1)
+    logits = wide.head(expected)
+    blocks.put(model, {key: blocks.Stored.keep(model.get_parameter(key).to(dtype)) for key in matrices})
+    narrow = fast(model)
+    hidden, other = read(narrow, ids_BT, step=11, threads=2)
+    assert torch.equal(hidden, expected) and torch.equal(other, slots)
+    assert torch.equal(narrow.head(hidden), logits)
+    assert sum(buffer.nbytes for buffer in model.buffers()) < 1.2 * 2 * sum(
+        p.numel() for p in make(CONFIGS[name], None).parameters()
+    )
 
 
 def test_training_is_seen() -> None:
@@ -145,16 +243,16 @@ def test_training_is_seen() -> None:
 
 def test_what_it_leaves_to_torch() -> None:
     assert compile_model(Transformer(SMALL).double()).dtype == torch.float64
-    assert isinstance(compile_model(Transformer(SMALL).bfloat16()), Transformer)
+    assert isinstance(compile_model(Transformer(SMALL).bfloat16()), PlainModel)
     dynamic = SMALL.replace(rope=RopeConfig(rope_type="dynamic", factor=2.0))
-    assert isinstance(compile_model(Transformer(dynamic)), Transformer)
+    assert isinstance(compile_model(Transformer(dynamic)), PlainModel)
 
 
 def test_a_position_beyond_the_cache() -> None:
     compiled = fast(make(SMALL, None))
-    cache = Cache(SMALL, 1, 4, dtype=torch.float32)
-    with pytest.raises(UserError, match="position 4 is beyond the cache's 4 slots"):
-        compiled.hidden(torch.zeros(1, 1, dtype=torch.long), cache=cache, positions_BT=torch.tensor([[4]]))
+    cache = Cache.of(SMALL, 1, 64, dtype=torch.float32)
+    with pytest.raises(UserError, match="position 64 is beyond the cache's 64 rows"):
+        compiled.hidden(tokens(torch.zeros(1, 1, dtype=torch.long), 64), cache)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
 import pytest
 import torch
 
+from minga import store
 from minga.config import ModelConfig
 from minga.config.presets import tiny
 from minga.data.tokenizer import Tokenizer, train_bpe
@@ -15,8 +17,10 @@ from minga.engine import runner
 from minga.engine.llm import LLM, _parse_bytes
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
-from minga.model.cache import Cache
 from minga.model.transformer import Transformer
+from minga.quant import blocks
+from minga.runtime.disk import DiskMemory
+from tests.checkpoint.models import to_gguf, write_gguf
 
 VOCABULARY = 259
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -77,7 +81,7 @@ def test_batch_equals_single_equals_naive(model, tokenizer, family):
 def test_prefill_in_chunks_changes_nothing(llm, monkeypatch):
     prompts = mixed_prompts(8)
     whole = llm.generate(prompts, GREEDY)
-    monkeypatch.setattr(runner, "PREFILL_TOKENS", 40)  # five columns a call
+    monkeypatch.setattr(runner, "PREFILL_TOKENS", {"cpu": 40})
     assert llm.generate(prompts, GREEDY) == whole
 
 
@@ -193,11 +197,50 @@ def test_nothing_leaks_between_steps_of_a_stream(llm):
 
 def test_a_path_is_opened_as_asked(model, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr("minga.engine.llm.load", lambda path, *, quant: asked.append((path, quant)) or model)
+    monkeypatch.setattr("minga.engine.llm.load_stored", lambda path, *, quant: asked.append((path, quant)) or model)
+    monkeypatch.setattr("minga.engine.llm.weight_files", lambda path: [])
     monkeypatch.setattr("minga.engine.llm.load_tokenizer", lambda path: asked.append(path) or tokenizer)
     llm = LLM("a-model", quant="int8", num_drafts=2)
     assert asked == [("a-model", "int8"), "a-model"]
     assert (llm.model, llm.config, llm.max_context, llm.num_drafts) == (model, model.config, 512, 2)
+    with pytest.raises(UserError, match="cache is 'int3'.*float32, float16, int8"):
+        LLM("a-model", cache="int3")
+
+
+@pytest.mark.parametrize("kind", ["int8", "gguf"])
+def test_weights_that_memory_does_not_hold_stay_on_the_disk(model, tokenizer, monkeypatch, tmp_path, caplog, kind):
+    path = tmp_path / "model"
+    if kind == "int8":
+        few = blocks.quantize(copy.deepcopy(model), blocks.FORMATS["int8"])
+        store.save(few, path, tokenizer=tokenizer)
+    else:
+        path = path.with_suffix(".gguf")
+        metadata, tensors = to_gguf(model.config, model.state_dict())
+        kinds = {name: "Q8_0" for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.shape[-1] % 32 == 0}
+        write_gguf(path, metadata, tensors, kinds)
+        monkeypatch.setattr("minga.engine.llm.load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected = LLM(path).generate(mixed_prompts(3), GREEDY)
+    assert caplog.text == "" and not list((tmp_path / "cache").glob("minga/*"))
+    taken, plain = [], DiskMemory.empty
+
+    def noted(self, *shape, dtype):
+        taken.append(shape)
+        return plain(self, *shape, dtype=dtype)
+
+    monkeypatch.setattr("minga.engine.llm.free_memory", lambda device: 50_000)
+    monkeypatch.setattr(DiskMemory, "empty", noted)
+    llm = LLM(path, max_memory="1GB")
+    assert llm.generate(mixed_prompts(3), GREEDY) == expected and taken
+    assert "they stay on the disk" in caplog.text and "tokens/s" in caplog.text
+    assert not list((tmp_path / "cache").glob("minga/*"))  # nothing has a name
+
+
+def test_a_disk_that_is_too_full_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"3\.0 GB of disk.*No space left"):
+        DiskMemory(3 * 10**9, 1e9)
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -261,26 +304,27 @@ def test_chat_needs_a_template(llm, monkeypatch):
 # ---------------------------------------------------------------------------------------------- memory and stats
 
 
-def test_waves_keep_to_the_memory_and_change_nothing(model, tokenizer, monkeypatch):
+def pages_for(model: Transformer, num: int) -> int:
+    """max_memory that holds the weights and so many pages, of 64 rows of 4 layers of 32 + 8 numbers of 4 bytes."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + num * 64 * 4 * 40 * 4
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_too_little_memory_for_all_changes_nothing(model, tokenizer, temperature):
+    """Texts of up to three pages in four: some wait, some give up what they had and read it again."""
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=100, ignore_eos=True)
     prompts = mixed_prompts(9)
-    wide = LLM.from_parts(model, tokenizer)
-    whole = wide.generate(prompts, GREEDY)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    # a token is 4 layers of 32 + 8 numbers of 4 bytes; the longest sequence is 60 + 20 tokens and a guess
-    room = 3 * (60 + 20 + 1) * 4 * 40 * 4
-    sizes = []
-    monkeypatch.setattr(runner, "Cache", lambda *args, **kwargs: sizes.append(args[1:]) or Cache(*args, **kwargs))
-    narrow = LLM.from_parts(model, tokenizer, max_memory=weights + room + 10_000)
-    assert narrow.generate(prompts, GREEDY) == whole
-    assert len(sizes) >= 2 and sum(batch for batch, _ in sizes) == 9
-    assert all(batch * capacity * 4 * 40 * 4 <= room + 10_000 for batch, capacity in sizes)
+    whole = LLM.from_parts(model, tokenizer).generate(prompts, params)
+    narrow = LLM.from_parts(model, tokenizer, max_memory=pages_for(model, 4))
+    assert narrow.generate(prompts, params) == whole
+    assert narrow.stats.prompt_tokens > sum(map(len, prompts))  # some was read twice
+    assert narrow._runner.scheduler.pool.num_free == 4
 
 
 def test_memory_that_holds_not_even_one(model, tokenizer):
     with pytest.raises(UserError, match=r"MB of weights.*max_memory is 0\.10 MB"):
         LLM.from_parts(model, tokenizer, max_memory="100KB")
-    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    llm = LLM.from_parts(model, tokenizer, max_memory=weights + 50_000)
+    llm = LLM.from_parts(model, tokenizer, max_memory=pages_for(model, 2))
     assert len(llm.generate([[5] * 10], GREEDY)[0].token_ids) == 20
     with pytest.raises(UserError, match=r"300 tokens needs .* ask for fewer"):
         llm.stream([5] * 10, SamplingParams(max_tokens=290))
@@ -312,7 +356,7 @@ def test_stats(model, tokenizer):
     llm = LLM.from_parts(model, tokenizer, num_drafts=2)
     llm.generate(mixed_prompts(4), GREEDY)
     stats = llm.stats
-    assert (stats.num_sequences, stats.tokens) == (4, 80)
+    assert (stats.first_tokens, stats.tokens) == (4, 80)
     assert stats.prompt_tokens == sum(map(len, mixed_prompts(4)))
     assert stats.drafted > 0 and stats.acceptance == stats.accepted / stats.drafted
     assert stats.tokens_per_second is not None and stats.tokens_per_second > 0
@@ -322,10 +366,11 @@ def test_stats(model, tokenizer):
     assert (plain.stats.drafted, plain.stats.acceptance) == (0, None)
 
 
-def test_a_model_without_modules_just_does_not_speculate(tokenizer):
-    llm = LLM.from_parts(grouped_query_model(), tokenizer, speculate=True)
+def test_a_model_without_modules_has_no_drafts_of_them(tokenizer):
+    llm = LLM.from_parts(grouped_query_model(), tokenizer, speculate=False)
     llm.generate([[5]], GREEDY)
-    assert llm.num_drafts == 0 and llm.stats.drafted == 0
+    assert llm.num_drafts == LLM.from_parts(grouped_query_model(), tokenizer).num_drafts == 0
+    assert llm.stats.drafted == 0
 
 
 def test_num_drafts_has_limits(model, tokenizer):
@@ -338,3 +383,139 @@ def test_the_probabilities_of_a_broken_model_are_refused(tokenizer):
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     with pytest.raises(UserError, match="not numbers"):
         LLM.from_parts(model, tokenizer).generate([[5]], SamplingParams(max_tokens=2))
+
+
+# ---------------------------------------------------------------------------------------------- coming and going
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_requests_join_those_that_run(llm, temperature):
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=30, ignore_eos=True)
+    prompts = mixed_prompts(6)
+    alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+    entries = []
+    for prompt in prompts:
+        entries.append(llm.submit(prompt, params))
+        llm.step()
+        llm.step()
+    assert len(llm._runner.scheduler.running) > 1
+    while not all(entry.sequence.finished for entry in entries):
+        llm.step()
+    assert [entry.sequence.completion() for entry in entries] == alone
+    llm.step()  # nothing to do
+
+
+def test_two_streams_share_their_steps(llm):
+    one, two = llm.stream([5, 6, 7], GREEDY), llm.stream([8, 9], GREEDY)
+    next(one), next(two)
+    both = [token for delta in one for token in delta.token_ids], [token for delta in two for token in delta.token_ids]
+    alone = [llm.generate([prompt], GREEDY)[0].token_ids for prompt in ([5, 6, 7], [8, 9])]
+    assert [alone[0][-len(both[0]) :], alone[1][-len(both[1]) :]] == [both[0], both[1]]
+
+
+def test_a_cancelled_request_gives_its_pages_back(llm):
+    free = llm._runner.scheduler.pool.num_free
+    running, waiting = llm.submit([5] * 100, GREEDY), llm.submit([6] * 100, GREEDY)
+    llm.cancel(waiting)
+    llm.step()
+    llm.cancel(running)
+    llm.cancel(running)
+    assert llm._runner.scheduler.pool.num_free == free and not llm._runner.scheduler.busy
+
+
+def test_a_step_that_fails_lets_go_of_all(llm, monkeypatch):
+    llm.submit([5] * 100, GREEDY), llm.submit([6] * 100, GREEDY)
+    llm.step()
+    pool = llm._runner.scheduler.pool
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(llm._runner, "_go_on", lambda group: (_ for _ in ()).throw(RuntimeError("lost")))
+        llm.step()
+    assert pool.num_free == pool.num_pages and not llm._runner.scheduler.busy
+    assert len(llm.generate([[5] * 100], GREEDY)[0].token_ids) == 20
+
+
+# ---------------------------------------------------------------------------------------------- what was read before
+
+
+@pytest.fixture
+def kept(model, tokenizer) -> LLM:
+    """An engine whose weights do not change, so that what was read is kept from call to call."""
+    llm = LLM.from_parts(model, tokenizer)
+    llm._weights_stay = True
+    return llm
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_prompt_that_was_read_is_not_read_again(kept, temperature):
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=30, ignore_eos=True)
+    prompt = [random.Random(0).randrange(3, VOCABULARY) for _ in range(200)]
+    first = kept.generate([prompt], params)[0]
+    assert (first.num_cached_tokens, kept.stats.cached_tokens) == (0, 0)
+    again = kept.generate([prompt], params)[0]
+    assert again == first and again.num_cached_tokens == kept.stats.cached_tokens == 192
+    longer = kept.generate([prompt[:130] + [7] * 70], params)[0]
+    assert longer.num_cached_tokens == 128
+    # a conversation goes on: what was answered has been read too
+    turn = prompt + first.token_ids + [9] * 40
+    second = kept.generate([turn], params)[0]
+    assert second.num_cached_tokens >= 192
+    fresh = LLM.from_parts(kept.model, kept.tokenizer).generate([turn], params)[0]
+    assert second == fresh and fresh.num_cached_tokens == 0
+
+
+def test_tenants_share_nothing(kept):
+    prompt = [5] * 200
+    kept.generate([prompt], GREEDY, salt="a")
+    assert kept.generate([prompt], GREEDY, salt="b")[0].num_cached_tokens == 0
+    assert kept.generate([prompt], GREEDY)[0].num_cached_tokens == 0
+    assert kept.generate([prompt], GREEDY, salt="a")[0].num_cached_tokens == 192
+
+
+def test_requests_side_by_side_share_pages(kept):
+    pool, prompt = kept._runner.scheduler.pool, [5] * 300
+    kept.generate([prompt], GREEDY)
+    before = pool.num_free
+    entries = [kept.submit([*prompt, index], GREEDY) for index in range(4)]
+    kept.step()
+    assert before - pool.num_free == 4 + 4  # four in common, one of each
+    while not all(entry.sequence.finished for entry in entries):
+        kept.step()
+    assert pool.num_free == before
+
+
+def test_weights_that_may_be_in_training_are_read_anew(model, tokenizer):
+    llm = LLM.from_parts(model, tokenizer)
+    llm.generate([[5] * 200], GREEDY)
+    assert llm.generate([[5] * 200], GREEDY)[0].num_cached_tokens == 0
+
+
+# ---------------------------------------------------------------------------------------------- penalties
+
+
+def test_penalties_reach_the_text_whatever_runs_beside_it(llm):
+    plain = llm.generate([[9, 8, 7]], GREEDY)[0].token_ids
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logit_bias={plain[0]: -100})
+    assert plain[0] not in llm.generate([[9, 8, 7]], params)[0].token_ids
+    once = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, presence_penalty=1000)
+    said = llm.generate([[9, 8, 7]], once)[0].token_ids
+    assert len(set(said)) == 200  # every token once
+    both = llm.generate([[9, 8, 7], [5]], [once, GREEDY])
+    assert both[0].token_ids == said and both[1] == llm.generate([[5]], GREEDY)[0]
+
+
+# ---------------------------------------------------------------------------------------------- a cache in fewer bits
+
+
+@pytest.mark.parametrize("cache, off", [("float16", 0.02), ("int8", 0.3)])
+def test_a_smaller_cache_says_nearly_the_same(model, tokenizer, forward_pass, cache, off):
+    """The text is a function of the prompt as before, and its probabilities are near those of a cache of floats."""
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=0, ignore_eos=True)
+    prompts = mixed_prompts(5)
+    exact = LLM.from_parts(model, tokenizer).generate(prompts, params)
+    small = LLM.from_parts(model, tokenizer, cache=cache)
+    outs = small.generate(prompts, params)
+    assert small._pages.bytes_per_token < 0.6 * 4 * 40 * 4
+    for prompt, out, other in zip(prompts, outs, exact, strict=True):
+        assert out.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=off)
+        if forward_pass == "compiled":
+            assert small.generate([prompt], params)[0] == out

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minga.engine.sampler import SamplingParams, distribution, sample, token_logprobs
+from minga.engine.sampler import SamplingParams, adjust, choose, distribution, race, token_logprobs
 from minga.errors import UserError
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]))
@@ -58,16 +58,50 @@ def test_several_positions_at_once_equal_each_alone():
     torch.testing.assert_close(together.sum(-1), torch.ones(4))
 
 
-def test_sample_follows_its_weights():
-    generator, weights = torch.Generator().manual_seed(0), torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0])
-    counts = torch.bincount(torch.tensor([sample(weights, generator) for _ in range(4000)]), minlength=5)
-    assert counts[[0, 2, 4]].tolist() == [0, 0, 0]
-    assert counts[1].item() == pytest.approx(3000, abs=110)  # four standard deviations
+@pytest.mark.parametrize("over", ["seeds", "positions"])
+def test_a_race_follows_its_weights(over):
+    """20,000 draws, chi-square with 7 degrees of freedom: 29.9 is the 0.01 % point."""
+    weights = torch.tensor([0.0, 3.0, 1e-3, 1.0, 0.0, 0.5, 2.0, 2.0, 0.1, 0.4])
+    draws = [race(weights, *((n, 5) if over == "seeds" else (5, n))) for n in range(20_000)]
+    counts = torch.bincount(torch.tensor(draws), minlength=10).double()
+    assert counts[[0, 4]].tolist() == [0, 0]
+    expected = 20_000 * weights.double() / weights.double().sum()
+    some = expected > 0
+    assert float(((counts - expected)[some] ** 2 / expected[some]).sum()) < 29.9
 
 
-def test_sample_refuses_what_is_not_a_number():
-    with pytest.raises(UserError, match="not numbers"):
-        sample(torch.tensor([math.nan, math.nan]), torch.Generator().manual_seed(0))
+def test_draws_of_neighbouring_places_and_seeds_are_independent():
+    """Pairs of successive draws of four tokens: chi-square with 15 degrees of freedom, 44.3 is the 0.01 % point."""
+    weights = torch.ones(4)
+    for step in ((0, 1), (1, 0), (1, 1)):
+        pairs = [4 * race(weights, n, n % 7) + race(weights, n + step[0], n % 7 + step[1]) for n in range(8000)]
+        counts = torch.bincount(torch.tensor(pairs), minlength=16).double()
+        assert float(((counts - 500) ** 2 / 500).sum()) < 44.3
+
+
+def test_a_large_vocabulary_is_drawn_from_evenly():
+    draws = torch.tensor([race(torch.ones(50_000), seed, 0) for seed in range(2000)])
+    counts = torch.histc(draws.double(), 10, 0, 50_000)
+    assert float(((counts - 200) ** 2 / 200).sum()) < 33.7  # 9 degrees of freedom
+    assert len(draws.unique()) > 1900
+
+
+def test_choose_refuses_what_is_not_a_number():
+    for temperature in (0, 1):
+        with pytest.raises(UserError, match="not numbers"):
+            choose(torch.tensor([[math.nan, math.nan]]), SamplingParams(temperature=temperature), 0, 0)
+
+
+def test_penalties_and_biases():
+    """Row 0 follows the answer [1, 1, 3], row 1 that and the guess 2; the prompt is [0]."""
+    logits = torch.tensor([[2.0, 2.0, -2.0, 2.0, 2.0]]).repeat(2, 1)
+    rows = adjust(logits, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), [0], [1, 1, 3], [2])
+    assert rows.tolist() == [[2, 1, -2, 1.25, 2], [2, 1, -2.75, 1.25, 2]]
+    rows = adjust(logits, SamplingParams(repetition_penalty=2.0), [0], [1, 1, 3], [2])
+    assert rows.tolist() == [[1, 1, -2, 1, 2], [1, 1, -4, 1, 2]]
+    rows = adjust(logits, SamplingParams(logit_bias={4: -100, 2: 7.5, 99: 1}), [0], [], [2])
+    assert rows.tolist() == [[2, 2, 5.5, 2, -98]] * 2
+    assert logits.unique().tolist() == [-2, 2]  # a copy
 
 
 def test_logprobs_are_the_raw_ones():
@@ -99,6 +133,11 @@ def test_logprobs_are_the_raw_ones():
         ({"stop": (7,)}, "stop"),
         ({"stop": 7}, "stop"),
         ({"logprobs": -1}, "logprobs"),
+        ({"presence_penalty": math.inf}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias"),
     ],
 )
 def test_impossible_values_are_named(params, name):

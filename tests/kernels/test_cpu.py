@@ -262,7 +262,7 @@ def test_what_lesser_processors_run(flags, tmp_path):
     """AVX2, and vectors of four for all others: other code than this machine's, the same results."""
     environment = {**os.environ, "CXXFLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)}
     names = "test_linear or rounds or experts or attention or muon or norm or broken or threads"
-    names += " or product or neighbours or computes or same_bits"
+    names += " or product or neighbours or computes or same_bits or half_width"
     files = [
         __file__,
         *(str(Path(__file__).parents[1] / file) for file in ("kernels/test_net.py", "engine/test_compiled.py")),

@@ -105,7 +105,7 @@ def test_absorbed_equals_naive_through_the_cache(latent_model, steps):
     attention, x = attention_of(latent_model), torch.randn(2, TOKENS, 64)
 
     def through_cache(absorb: bool) -> Tensor:
-        cache = Cache(latent_model.config, 2, TOKENS, dtype=torch.float32)
+        cache = Cache.of(latent_model.config, 2, TOKENS, dtype=torch.float32)
         outputs, start = [], 0
         for part in x.split(steps, 1):
             where = positions(2, start, start + part.shape[1])
@@ -130,7 +130,7 @@ def test_the_cheaper_form_is_chosen():
 
 
 def decode(model: Transformer, ids: Tensor, steps: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    cache = Cache(model.config, len(ids), ids.shape[1], dtype=dtype)
+    cache = Cache.of(model.config, len(ids), ids.shape[1], dtype=dtype)
     logits, start = [], 0
     for part in ids.split(steps, 1):
         where = positions(len(ids), start, start + part.shape[1])
@@ -147,7 +147,7 @@ def test_cached_decoding_equals_the_full_forward(model, steps):
 
 def test_sequences_of_a_batch_may_stand_at_different_lengths(model):
     ids, lengths = tokens(), torch.tensor([5, 17])
-    cache = Cache(model.config, 2, TOKENS, dtype=torch.float32)
+    cache = Cache.of(model.config, 2, TOKENS, dtype=torch.float32)
     model(ids[:, :17], cache=cache, positions_BT=positions(2, 0, 17))  # row 0 is ahead of itself: slots are rewritten
     for _ in range(4):
         step = model(ids.gather(1, lengths[:, None]), cache=cache, positions_BT=lengths[:, None]).logits
@@ -158,26 +158,28 @@ def test_sequences_of_a_batch_may_stand_at_different_lengths(model):
 
 def test_a_rejected_draft_leaves_no_trace(model):
     ids = tokens(1)
-    cache = Cache(model.config, 1, TOKENS, dtype=torch.float32)
+    cache = Cache.of(model.config, 1, TOKENS, dtype=torch.float32)
     model(ids[:, :10], cache=cache, positions_BT=positions(1, 0, 10))
     model(255 - ids[:, 10:14], cache=cache, positions_BT=positions(1, 10, 14))  # guesses, all wrong
     step = model(ids[:, 10:12], cache=cache, positions_BT=positions(1, 10, 12)).logits
     close(step, model(ids[:, :12]).logits[:, 10:])
 
 
-def test_select_keeps_rows_in_the_order_asked_for(model):
+def test_a_table_names_the_pages_of_each_sequence(model):
+    """Some of the sequences, in another order."""
     ids = tokens(3)
-    cache = Cache(model.config, 3, TOKENS, dtype=torch.float32)
+    cache = Cache.of(model.config, 3, TOKENS, dtype=torch.float32)
     model(ids[:, :9], cache=cache, positions_BT=positions(3, 0, 9))
-    cache.select(torch.tensor([2, 0]))
-    step = model(ids[[2, 0], 9:10], cache=cache, positions_BT=positions(2, 9, 10)).logits
+    some = Cache(cache.pages, cache.table_BP[[2, 0]])
+    step = model(ids[[2, 0], 9:10], cache=some, positions_BT=positions(2, 9, 10)).logits
     close(step, model(ids[[2, 0], :10]).logits[:, 9:])
 
 
 def test_a_full_cache_is_a_user_error(model):
-    cache = Cache(model.config, 1, 4, dtype=torch.float32)
-    with pytest.raises(UserError, match="position 4 is beyond the cache's 4 slots"):
-        model(tokens(1, 5), cache=cache)
+    cache = Cache.of(model.config, 1, 16, dtype=torch.float32)
+    where = positions(1, 60, 65)
+    with pytest.raises(UserError, match="position 64 is beyond the cache's 64 rows"):
+        model(tokens(1, 5), cache=cache, positions_BT=where)
 
 
 def test_last_only_gives_the_last_logits(model):
@@ -234,7 +236,7 @@ def test_mtp_is_the_papers_formula(mtp_model):
 @pytest.mark.parametrize("steps", [[TOKENS - 1], [9, 1, 1, 5, 7], [1] * (TOKENS - 1)])
 def test_mtp_through_the_cache_equals_without(mtp_model, steps):
     next_ids, hidden = mtp_inputs(mtp_model)
-    cache = Cache(mtp_model.config, 2, TOKENS, dtype=torch.float32)
+    cache = Cache.of(mtp_model.config, 2, TOKENS, dtype=torch.float32)
     outputs, start = [], 0
     for ids, part in zip(next_ids.split(steps, 1), hidden.split(steps, 1), strict=True):
         where = positions(2, start, start + ids.shape[1])
@@ -245,12 +247,13 @@ def test_mtp_through_the_cache_equals_without(mtp_model, steps):
 
 def test_mtp_and_model_do_not_share_cache_rows(mtp_model):
     ids = tokens()
-    cache = Cache(mtp_model.config, 2, TOKENS, dtype=torch.float32)
+    cache = Cache.of(mtp_model.config, 2, TOKENS, dtype=torch.float32)
     hidden = mtp_model.hidden(ids[:, :-1], cache=cache, positions_BT=positions(2, 0, TOKENS - 1))
-    before = cache.slots[:3].clone()
+    slots = cache.pages.slots
+    before = slots[:3].clone()
     mtp_model.mtp_hidden(0, ids[:, 1:], hidden, cache=cache, positions_BT=positions(2, 0, TOKENS - 1))
-    assert torch.equal(cache.slots[:3], before)
-    assert cache.slots[3].any()
+    assert torch.equal(slots[:3], before)
+    assert slots[3].any()
 
 
 def test_mtp_sees_the_next_token_and_none_after_it(mtp_model):

@@ -14,9 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from minga.config import PRESETS, ModelConfig, TrainConfig
 from minga.config.presets import tiny, v2_lite, v3
 from minga.kernels import cpu
-from minga.model.cache import Cache
+from minga.model.cache import Cache, Pages
 from minga.model.transformer import Transformer
-from minga.planner.counts import cache_bytes_per_token, count_parameters, forward_flops, muon_flops
+from minga.planner.counts import (
+    cache_bytes_per_token,
+    count_parameters,
+    forward_flops,
+    muon_flops,
+    parameters_read,
+    speculation_limit,
+)
 from minga.train.optim import Optimizer
 
 _LLAMA = ModelConfig(
@@ -102,8 +109,9 @@ def test_the_published_cache_sizes():
 
 @pytest.mark.parametrize("config", [tiny(), _LLAMA], ids=["latent", "grouped"])
 def test_cache_bytes_equal_the_cache(config):
-    cache = Cache(config, 1, 4, dtype=torch.float32)
-    assert cache_bytes_per_token(config, bytes_per_element=4, mtp=True) == cache.bytes_per_token
+    for number in ("float32", "float16", "int8"):
+        pages = Pages(config, 1, dtype=getattr(torch, number))
+        assert cache_bytes_per_token(config, number=number, mtp=True) == pages.bytes_per_token
 
 
 @pytest.mark.parametrize("name", ["tiny", "no-query-latent", "every-other", "no-experts", "llama", "qwen2", "qwen3"])
@@ -121,7 +129,7 @@ def test_flops_equal_what_torch_counts(name):
 def test_flops_of_absorbed_decoding_equal_what_torch_counts():
     config = tiny()
     model = Transformer(config).init_weights().eval()
-    cache = Cache(config, 1, 200, dtype=torch.float32)
+    cache = Cache.of(config, 1, 200, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # so far into the cache that absorbing is chosen
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache, positions_BT=torch.tensor([[199]]))
     assert counter.get_total_flops() == forward_flops(config, 200, absorbed=True)
@@ -151,3 +159,23 @@ def test_muon_flops_equal_those_counted_in_a_step(name: str, monkeypatch: pytest
     with FlopCounterMode(display=False) as counted:
         optimizer.step()
     assert counted.get_total_flops() == muon_flops(CONFIGS[name], mtp=True)
+
+
+def test_what_a_step_reads():
+    """One token reads the active parameters but the embedding; very many read all; more tokens wake more experts."""
+    for config in CONFIGS.values():
+        counts = count_parameters(config)
+        head = config.vocab_size * config.hidden_size
+        without = counts.total - counts.embedding - counts.head + head
+        assert parameters_read(config, 1e9) == pytest.approx(without)
+        assert parameters_read(config, 1) == pytest.approx(counts.active - counts.embedding - counts.head + head)
+        assert parameters_read(config, 1) <= parameters_read(config, 2) <= without
+        if config.num_nextn_predict_layers:
+            assert parameters_read(config, 1e9, mtp=True) == counts.mtp / config.num_nextn_predict_layers + head
+
+
+def test_guesses_gain_more_where_no_experts_wake():
+    dense = CONFIGS["no-experts"].replace(num_hidden_layers=60)
+    experts = v3()
+    assert speculation_limit(experts, 0.8) < 1.4 < speculation_limit(dense, 0.8) < 1.8
+    assert speculation_limit(dense, 0.0) < 1

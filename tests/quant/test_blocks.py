@@ -55,7 +55,7 @@ def test_cached_decode_in_int8_equals_the_full_forward(models: tuple[Transformer
     """Runs the absorbed form, which reads the up-projection from its 8-bit storage."""
     _, quantized = models
     ids = torch.randint(0, 256, (1, 12))
-    cache = Cache(quantized.config, 1, 12, dtype=torch.float32)
+    cache = Cache.of(quantized.config, 1, 12, dtype=torch.float32)
     steps = [quantized(ids[:, t : t + 1], cache=cache, positions_BT=torch.tensor([[t]])).logits for t in range(12)]
     torch.testing.assert_close(torch.cat(steps, 1), quantized(ids).logits, atol=1e-4, rtol=1e-4)
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -53,32 +54,65 @@ class FakeLLM:
         self.prompts: list[Any] = []
         self.params: list[SamplingParams] = []
         self.threads: set[int] = set()
-        self.num_made = self.num_closed = 0
+        self.running: list[FakeEntry] = []
+        self.num_made = self.num_closed = self.most_at_once = 0
 
     def encode(self, text: str) -> list[int]:
         self.prompts.append(text)
         return list(range(len(text.split())))
 
-    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Delta]:
+    def submit(self, prompt: list[int], params: SamplingParams) -> FakeEntry:
         self.prompts.append(prompt)
         self.params.append(params)
-        return self._deltas(params)
+        entry = FakeEntry(FakeSequence(self.words, params))
+        self.running.append(entry)
+        return entry
 
-    def _deltas(self, params: SamplingParams) -> Iterator[Delta]:
+    def step(self) -> None:
+        """A word for each."""
         self.threads.add(threading.get_ident())
-        words = self.words[: params.max_tokens]
-        try:
-            for index, word in enumerate(words):
-                assert self.gate.wait(timeout=10)
-                if index == self.fail_after:
-                    raise RuntimeError("a secret of the engine")
+        assert self.gate.wait(timeout=10)
+        for sequence in (entry.sequence for entry in self.running):
+            if sequence.num_said == self.fail_after:
+                raise RuntimeError("a secret of the engine")
+            if not sequence.finished:
                 self.num_made += 1
-                ended = "stop" if index == len(self.words) - 1 else "length" if index == len(words) - 1 else None
-                top = ((index, -0.5), (7, float("-inf")))
-                logprobs = None if params.logprobs is None else [TokenLogprob(index, -0.5, top[: params.logprobs])]
-                yield Delta(word if index == 0 else f" {word}", [index], ended, logprobs)
-        finally:
-            self.num_closed += 1
+                sequence.say()
+        self.most_at_once = max(self.most_at_once, len(self.running))
+
+    def cancel(self, entry: FakeEntry) -> None:
+        self.num_closed += 1
+        self.running.remove(entry)
+
+
+class FakeSequence:
+    def __init__(self, words: list[str], params: SamplingParams):
+        self._words, self._params = words, params
+        self.num_said = 0
+        self.finished = False
+        self._new: list[int] = []
+
+    def say(self) -> None:
+        self._new.append(self.num_said)
+        self.num_said += 1
+        self.finished = self.num_said == min(len(self._words), self._params.max_tokens)
+
+    def take_delta(self) -> Delta:
+        new, self._new = self._new, []
+        text = "".join(self._words[index] if index == 0 else f" {self._words[index]}" for index in new)
+        ended = None
+        if self.finished:
+            ended = "stop" if self.num_said == len(self._words) else "length"
+        logprobs = None
+        if self._params.logprobs is not None:
+            rest = ((7, float("-inf")),)
+            logprobs = [TokenLogprob(n, -0.5, ((n, -0.5), *rest)[: self._params.logprobs]) for n in new]
+        return Delta(text, new, ended, logprobs)
+
+
+@dataclass(eq=False)
+class FakeEntry:
+    sequence: FakeSequence
 
 
 class Client:
@@ -121,13 +155,13 @@ def llm() -> FakeLLM:
 
 @pytest.fixture
 def client(llm, tmp_path) -> Client:
-    return Client(create_app({"fake": llm}, tmp_path))
+    return Client(create_app({"fake": llm}, tmp_path, max_running=1))
 
 
 @pytest.fixture
 def make_client(tmp_path) -> Callable[..., Client]:
     """A client of an app with other models or settings: make_client({"name": FakeLLM()}, api_key=...)."""
-    return lambda models, **settings: Client(create_app(models, tmp_path, **settings))
+    return lambda models, **settings: Client(create_app(models, tmp_path, **({"max_running": 1} | settings)))
 
 
 @pytest.fixture

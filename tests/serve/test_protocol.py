@@ -33,11 +33,13 @@ def test_defaults_leave_the_distribution_alone():
 def test_every_field_reaches_the_sampler():
     request = parse(
         model="m", temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, seed=7, stop=["a", "b"], logprobs=True,
-        top_logprobs=3, max_completion_tokens=9, stream=True, stream_options={"include_usage": True},
+        top_logprobs=3, max_completion_tokens=9, presence_penalty=0.5, frequency_penalty=-1, logit_bias={"7": -100},
+        stream=True, stream_options={"include_usage": True},
     )  # fmt: skip
     params = request.params_within(100)
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 40, 0.05)
     assert (params.seed, params.stop, params.logprobs, params.max_tokens) == (7, ("a", "b"), 3, 9)
+    assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (0.5, -1, {7: -100})
     assert (request.model, request.stream, request.include_usage) == ("m", True, True)
 
 
@@ -147,12 +149,16 @@ REFUSED = [
     ({"logprobs": 5}, "logprobs", "invalid_type"),
     ({"top_logprobs": 5}, "top_logprobs", "invalid_value"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
     ({"frequency_penalty": "0"}, "frequency_penalty", "invalid_type"),
     ({"tools": []}, "tools", "unsupported_parameter"),
     ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+    ({"logit_bias": {"5": "much"}}, "logit_bias.5", "invalid_type"),
+    ({"logit_bias": {"-5": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": [5]}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {str(n): 1 for n in range(2000)}}, "logit_bias", "invalid_value"),
 ]
 
 

@@ -150,6 +150,45 @@ def test_requests_are_answered_in_turn_by_one_thread_that_is_not_the_servers(cli
     assert len(llm.threads) == 1 and threading.get_ident() not in llm.threads
 
 
+def test_requests_run_side_by_side(make_client, make_llm):
+    llm = make_llm("word " * 30)
+    client = make_client({"fake": llm}, max_running=3)
+
+    async def story() -> None:
+        llm.gate.clear()
+        visits = [Visit(client.app) for _ in range(5)]
+        await until(lambda: len(llm.params) >= 1)
+        await asyncio.sleep(0.05)
+        assert await status(client) == (3, 2)
+        await visits[1].leave()
+        llm.gate.set()
+        for visit in (visits[0], *visits[2:]):
+            await visit.task
+            assert visit.sent[0]["status"] == 200
+
+    asyncio.run(story())
+    assert llm.most_at_once == 3 and llm.running == [] and llm.num_closed == len(llm.params)
+
+
+def test_a_failed_step_ends_those_that_ran_and_nobody_else(make_client, make_llm):
+    llm = make_llm()
+    llm.fail_after = 2
+    client = make_client({"fake": llm}, max_running=2)
+
+    async def story() -> None:
+        llm.gate.clear()
+        asked = [asyncio.create_task(client.achat()) for _ in range(3)]
+        await until(lambda: len(llm.params) >= 1)
+        await asyncio.sleep(0.05)
+        llm.gate.set()
+        assert [(await task).status_code for task in asked] == [500, 500, 500]
+        llm.fail_after = None
+        assert (await client.achat()).status_code == 200
+
+    asyncio.run(story())
+    assert llm.running == []
+
+
 def test_a_model_that_fails_is_our_fault_and_the_next_request_works(client, llm, caplog):
     llm.fail_after = 2
     with caplog.at_level(logging.ERROR):

@@ -54,7 +54,7 @@ def available() -> bool:
     return _library is not None
 
 
-def call(name: str, *arguments: Tensor | ctypes.Structure | float | None) -> int:
+def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array[Any] | float | None) -> int:
     """Tensors and structures become pointers, whole numbers int64, others double; None is a null pointer.
 
     Returns what the function returns, which for most is nothing of meaning.
@@ -79,10 +79,10 @@ def _open(note: Callable[[str], None]) -> ctypes.CDLL:
         return ctypes.CDLL(str(_built(note)))
 
 
-def _as_c(argument: Tensor | ctypes.Structure | float | None) -> Any:
+def _as_c(argument: Tensor | ctypes.Structure | ctypes.Array[Any] | float | None) -> Any:
     if argument is None:
         return ctypes.c_void_p(None)
-    if isinstance(argument, ctypes.Structure):
+    if isinstance(argument, (ctypes.Structure, ctypes.Array)):
         return ctypes.byref(argument)
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())

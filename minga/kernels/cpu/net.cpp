@@ -9,6 +9,7 @@
 
 #include "panels.h"
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <thread>
@@ -16,6 +17,7 @@
 #include <omp.h>
 #endif
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -23,10 +25,12 @@ using namespace minga;
 
 namespace {
 
-constexpr int64_t STRETCH = 64;  // cache rows whose softmax is taken on its own, then joined with the others; in net.py too
+constexpr int64_t PAGE = 64;         // rows of a page of the cache; its softmax is taken on its own, then joined with the others
+constexpr int64_t CACHE_BLOCK = 64;  // numbers of a cache row in int8 that share a scale; both are in minga/model/cache.py too
 constexpr int HEADS = 4;          // that read a cache row together
 
 enum Attention : int64_t { LATENT = 0, GROUPED = 1 };
+enum CacheKind : int64_t { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_INT8 = 2 };
 
 }  // namespace
 
@@ -58,19 +62,27 @@ struct MingaNet {
   const float *enorm, *hnorm, *mtp_norm;
 };
 
-// One call. `slots`: the cache of the first layer and sequence; strides in numbers.
+// One call. `slots`: the cache's first page in the first layer; strides in bytes.
 struct MingaCall {
-  int64_t N, threads, mtp, half;   // half: the cache is in float16, else float32
+  int64_t N, threads, mtp;
   const int64_t *ids, *positions;  // (N)
-  const int64_t* sequence;         // (N) rows of the cache
-  void* slots;
-  int64_t layer_stride, sequence_stride, width;
+  const int64_t* sequence;         // (N) rows of `tables`
+  const int64_t* tables;           // (sequences, table_width): where the pages of each are
+  int64_t table_width;
+  uint8_t* slots;
+  int64_t cached, layer_stride, page_stride, row_stride, width;  // cached: as what, a CacheKind; width: numbers of a row
   const float *cos, *sin;  // (positions, P)
   const float* hidden;     // (N, D), for MTP
   float* out;              // (N, D), after the last norm
   float* logits;           // (number of wanted, rows of the head), or null
   const int64_t* wanted;   // tokens of which logits are wanted; null: all
   int64_t num_wanted;
+};
+
+// How a sequence draws its tokens: minga/engine/sampler.py.
+struct MingaSampling {
+  double temperature, top_p, min_p;
+  int64_t top_k, seed;
 };
 
 }  // extern "C"
@@ -186,6 +198,35 @@ inline vf load_number(const uint16_t* p) {
 inline float number(float x) { return x; }
 inline float number(uint16_t x) { return half_to_float(x); }
 
+// A cache row in int8: its numbers, then a float16 scale for each CACHE_BLOCK of them, as ops.quantize_int8 has it.
+inline void keep_int8(const float* x, int64_t width, uint8_t* to) {
+  int8_t* q = (int8_t*)to;
+  for (int64_t from = 0, b = 0; from < width; from += CACHE_BLOCK, b++) {
+    int64_t n = std::min(CACHE_BLOCK, width - from);
+    float exact = largest_magnitude(x + from, n) / 127.0f;
+    uint16_t half = float_to_half(std::min(exact, 65504.0f));
+    if (half_to_float(half) < exact && half < 0x7bff) half++;  // rounded up, so that nothing leaves the range
+    float scale = std::max(half_to_float(half), 1e-12f);
+    for (int64_t j = 0; j < n; j++) q[from + j] = (int8_t)std::lrintf(std::min(127.0f, std::max(-127.0f, x[from + j] / scale)));
+    store(to + width + 2 * b, half);
+  }
+}
+
+inline void widen_int8(const uint8_t* row, int64_t width, float* to) {
+  const int8_t* q = (const int8_t*)row;
+  for (int64_t from = 0, b = 0; from < width; from += CACHE_BLOCK, b++) {
+    float scale = half_to_float(load<uint16_t>(row + width + 2 * b));
+    int64_t end = std::min(width, from + CACHE_BLOCK), j = from;
+#if defined(__AVX512F__)
+    for (; j + 16 <= end; j += 16) {
+      __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(q + j)));
+      _mm512_storeu_ps(to + j, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scale)));
+    }
+#endif
+    for (; j < end; j++) to[j] = (float)q[j] * scale;
+  }
+}
+
 // Up to HEADS queries that look at the same keys.
 template <class T>
 struct Stretch {
@@ -194,10 +235,10 @@ struct Stretch {
   int64_t width, key_width, value_width, rows;
 };
 
-// Softmax over at most STRETCH rows, unnormalised: for each head the largest score, the sum, the weighted values.
+// Softmax over at most PAGE rows, unnormalised: for each head the largest score, the sum, the weighted values.
 template <int NH, class T>
 void attend_stretch(const Stretch<T>& a, float* top, float* sum, float* const* out) {
-  alignas(64) float score[NH][STRETCH];
+  alignas(64) float score[NH][PAGE];
   for (int64_t s = 0; s < a.rows; s += 4) {
     const T* key[4];
     for (int r = 0; r < 4; r++) key[r] = a.keys + std::min(a.rows - 1, s + r) * a.width;
@@ -300,15 +341,32 @@ struct Own {
   Rows normed, q_a, absorbed, context, attended, act, shared_act, joined, last;
 };
 
+// All that is multiplied with one input. They may be stored in different kinds.
+using Readers = std::array<const Matrix*, 5>;
+Readers of_attention(const MingaLayer& L) { return {&L.kv, L.q_a.kind == NONE ? &L.q : &L.q_a, &L.k, &L.v}; }
+Readers of_feed_forward(const MingaLayer& L) { return {&L.expert_gate_up, &L.gate, &L.up, &L.router}; }
+
+using Blocks = std::array<int64_t, ROUNDINGS>;  // of each rounding that an input needs; 0: it needs it not
+void add_blocks(Blocks& to, const Readers& readers) {
+  for (const Matrix* m : readers)
+    if (m && m->is_rounded()) to[m->rounding()] = m->block;
+}
+Blocks blocks_of(const Matrix& m) {
+  Blocks result = {};
+  add_blocks(result, {&m});
+  return result;
+}
+
 class Forward {
  public:
   Forward(const MingaNet& net, const MingaCall& call, Team& team)
       : n_(net), c_(call), team_(team), N_(call.N), solo_(call.N == 1 && team.threads > 1) {
     own_.resize(solo_ ? team.threads : 1);
+    held_.resize(team.threads);
     for (int64_t i = 0; i < N_; i++) identity_.push_back((int32_t)i);
     for (int64_t h = 0; h < net.H; h++)
       for (int64_t i = 0; i < N_; i++) by_head_.push_back((int32_t)(i * net.H + h));
-    for (int64_t i = 0; i < N_; i++) stretches_ = std::max(stretches_, call.positions[i] / STRETCH + 1);
+    for (int64_t i = 0; i < N_; i++) pages_ = std::max(pages_, call.positions[i] / PAGE + 1);
   }
   void lay_out(Arena& arena);
   void run(int t);
@@ -320,11 +378,13 @@ class Forward {
   int64_t last_layer() const { return c_.mtp ? n_.num_layers + 1 : n_.num_layers; }
   int64_t num_logits() const { return c_.wanted ? c_.num_wanted : N_; }
   bool writes(int t) const { return !solo_ || t == 0; }  // to what all threads read
-  int64_t slot(int64_t l, int64_t i, int64_t position) const {
-    return l * c_.layer_stride + c_.sequence[i] * c_.sequence_stride + position * c_.width;
+  uint8_t* place(int64_t l, int64_t i, int64_t position) const {
+    int64_t page = c_.tables[c_.sequence[i] * c_.table_width + position / PAGE];
+    return c_.slots + l * c_.layer_stride + page * c_.page_stride + position % PAGE * c_.row_stride;
   }
   void keep(int64_t l, int64_t i, const float* row) const;
-  Rows rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x = true);
+  template <class F>
+  Blocks blocks(F readers) const;
 
   // f(i) for all rows: by every thread for itself, or split, with a wait at the end.
   template <class F>
@@ -333,62 +393,62 @@ class Forward {
     for (int64_t i = from; i < to; i++) f(i);
     if (!solo_) team_.wait();
   }
-  static void round(Rows& r, int64_t i, const Matrix& m) {
-    if (m.is_rounded()) round_row(r, i, m.block);
+  // Once for each way in which the readers want it.
+  static void round(Rows& r, int64_t i, const Readers& readers) {
+    bool done[ROUNDINGS] = {};
+    for (const Matrix* m : readers) {
+      if (!m || !m->is_rounded() || done[m->rounding()]) continue;
+      round_row(r, i, m->rounding());
+      done[m->rounding()] = true;
+    }
   }
+  static void round(Rows& r, int64_t i, const Matrix& m) { round(r, i, Readers{&m}); }
   void products(int t, const std::vector<Job>& jobs);
   void attention(int t, Own& me, int64_t l);
   template <class T>
-  void attend(int t, int64_t l, const T* slots);
-  void attend(int t, int64_t l) { c_.half ? attend(t, l, (const uint16_t*)c_.slots) : attend(t, l, (const float*)c_.slots); }
+  void attend(int t, int64_t l, T);
+  void attend(int t, int64_t l) { c_.cached == CACHE_FLOAT16 ? attend(t, l, uint16_t{}) : attend(t, l, float{}); }
+  const float* widened(int t, const uint8_t* page, int64_t rows);
   void feed_forward(int t, Own& me, const MingaLayer& L);
   void choose(Own& me, int64_t i, const MingaLayer& L);
 
   const MingaNet& n_;
   const MingaCall& c_;
   Team& team_;
-  int64_t N_, stretches_ = 1;
+  int64_t N_, pages_ = 1;
   bool solo_;
   std::vector<Own> own_;
   std::vector<int32_t> identity_, by_head_;
   // written by `products` and `attend`, read by all
   float *q_a_, *query_, *kv_, *k_, *v_, *latent_query_, *context_, *attended_, *projected_;
-  float *kept_, *dense_, *logits_, *gate_up_, *down_, *top_, *sum_, *partial_;
+  float *kept_, *dense_, *logits_, *gate_up_, *down_, *top_, *sum_, *partial_, *wide_;
+  std::vector<std::pair<const uint8_t*, int64_t>> held_;  // what each thread's part of wide_ holds: a page, its first rows
 };
 
-Rows Forward::rows(Arena& arena, int64_t n, int64_t width, const Matrix& m, bool has_x) {
+Rows make_rows(Arena& arena, int64_t n, int64_t width, const Blocks& blocks, bool has_x = true) {
   Rows r;
-  r.width = width;
+  for (int how = 0; how < ROUNDINGS; how++) r.rounded[how].block = blocks[how];
+  r.set_width(width);
   if (has_x) r.x = arena.take<float>(n * width);
-  if (m.is_rounded()) {
-    r.padded = m.padded();
-    r.blocks = m.blocks();
-    r.q = arena.take<int8_t>(n * r.padded);
-    r.scale = arena.take<float>(n * r.blocks);
-    r.sum = arena.take<int32_t>(n * r.blocks);
+  for (Rounded& to : r.rounded) {
+    if (!to.block) continue;
+    to.q = arena.take<int8_t>(n * to.padded);
+    to.scale = arena.take<float>(n * to.blocks);
+    to.sum = arena.take<int32_t>(n * to.sums);
+    to.shift = arena.take<float>(n * to.blocks);
   }
   return r;
 }
 
-// The first matrix of `of` in whose blocks its input must be rounded; all that share an input share the block.
-const Matrix& rounding(std::initializer_list<const Matrix*> of) {
-  for (const Matrix* m : of)
-    if (m->is_rounded()) return *m;
-  return **of.begin();
+// Of all layers, where readers(layer) are those of one.
+template <class F>
+Blocks Forward::blocks(F readers) const {
+  Blocks result = {};
+  for (int64_t l = first_layer(); l < last_layer(); l++) add_blocks(result, readers(layer(l)));
+  return result;
 }
-const Matrix& of_attention(const MingaLayer& L) { return rounding({&L.kv, &L.q_a, &L.q, &L.k, &L.v}); }
-const Matrix& of_feed_forward(const MingaLayer& L) { return rounding({&L.expert_gate_up, &L.gate, &L.up, &L.router}); }
 
 void Forward::lay_out(Arena& arena) {
-  // Layers may differ in what they are stored in (and dense ones in width): room for the largest of each.
-  auto widest = [&](auto of) {
-    const Matrix* best = &of(layer(first_layer()));
-    for (int64_t l = first_layer(); l < last_layer(); l++) {
-      const Matrix& m = of(layer(l));
-      if (m.kind != NONE && (best->kind == NONE || m.is_rounded() > best->is_rounded() || m.cols > best->cols)) best = &m;
-    }
-    return *best;
-  };
   auto most = [&](auto of) {
     int64_t result = 0;
     for (int64_t l = first_layer(); l < last_layer(); l++) result = std::max(result, (int64_t)of(layer(l)));
@@ -402,21 +462,20 @@ void Forward::lay_out(Arena& arena) {
     o.scores = arena.take<float>(N_ * E);
     o.weight = arena.take<float>(N_ * n_.A);
     o.chosen = arena.take<int64_t>(N_ * n_.A);
-    Matrix a = widest(of_attention), f = widest(of_feed_forward);
-    o.normed = rows(arena, N_, D, a.is_rounded() ? a : f);
+    Blocks normed = blocks(of_attention);
+    for (int64_t l = first_layer(); l < last_layer(); l++) add_blocks(normed, of_feed_forward(layer(l)));
+    o.normed = make_rows(arena, N_, D, normed);
     if (latent()) {
-      Matrix q = widest([](const MingaLayer& L) -> const Matrix& { return L.q; });
-      o.q_a = rows(arena, N_, q.cols, q);
-      o.absorbed = rows(arena, N_ * H, n_.K, widest([](const MingaLayer& L) -> const Matrix& { return L.uk; }));
-      o.context = rows(arena, N_ * H, n_.C, widest([](const MingaLayer& L) -> const Matrix& { return L.uv; }), false);
+      int64_t width = most([](const MingaLayer& L) { return L.q.cols; });
+      o.q_a = make_rows(arena, N_, width, blocks([](const MingaLayer& L) { return Readers{&L.q}; }));
+      o.absorbed = make_rows(arena, N_ * H, n_.K, blocks([](const MingaLayer& L) { return Readers{&L.uk}; }));
+      o.context = make_rows(arena, N_ * H, n_.C, blocks([](const MingaLayer& L) { return Readers{&L.uv}; }), false);
     }
-    o.attended = rows(arena, N_, H * n_.V, widest([](const MingaLayer& L) -> const Matrix& { return L.o; }), false);
-    Matrix down = widest([](const MingaLayer& L) -> const Matrix& { return L.expert_down; });
-    Matrix shared = widest([](const MingaLayer& L) -> const Matrix& { return L.down; });
-    if (E) o.act = rows(arena, N_ * n_.A, n_.active_width, down);
-    if (hidden) o.shared_act = rows(arena, N_, hidden, shared);
-    if (c_.mtp) o.joined = rows(arena, N_, 2 * D, n_.eh_proj);
-    if (c_.logits) o.last = rows(arena, num_logits(), D, n_.head);
+    o.attended = make_rows(arena, N_, H * n_.V, blocks([](const MingaLayer& L) { return Readers{&L.o}; }), false);
+    if (E) o.act = make_rows(arena, N_ * n_.A, n_.active_width, blocks([](const MingaLayer& L) { return Readers{&L.expert_down}; }));
+    if (hidden) o.shared_act = make_rows(arena, N_, hidden, blocks([](const MingaLayer& L) { return Readers{&L.down}; }));
+    if (c_.mtp) o.joined = make_rows(arena, N_, 2 * D, blocks_of(n_.eh_proj));
+    if (c_.logits) o.last = make_rows(arena, num_logits(), D, blocks_of(n_.head));
   }
   q_a_ = arena.take<float>(N_ * most([](const MingaLayer& L) { return L.q_a.rows; }));
   query_ = arena.take<float>(N_ * H * (n_.K + (latent() ? n_.R : 0)));
@@ -432,9 +491,10 @@ void Forward::lay_out(Arena& arena) {
   logits_ = arena.take<float>(N_ * E);
   gate_up_ = arena.take<float>(N_ * n_.A * 2 * n_.active_width);
   down_ = arena.take<float>(N_ * n_.A * D);
-  top_ = arena.take<float>(N_ * H * stretches_);
-  sum_ = arena.take<float>(N_ * H * stretches_);
-  partial_ = arena.take<float>(N_ * H * stretches_ * value_width);
+  top_ = arena.take<float>(N_ * H * pages_);
+  sum_ = arena.take<float>(N_ * H * pages_);
+  partial_ = arena.take<float>(N_ * H * pages_ * value_width);
+  wide_ = arena.take<float>(c_.cached == CACHE_INT8 ? team_.threads * PAGE * c_.width : 0);
 }
 
 void Forward::products(int t, const std::vector<Job>& jobs) {
@@ -568,53 +628,63 @@ void Forward::attention(int t, Own& me, int64_t l) {
 
 // A token's row of the cache.
 void Forward::keep(int64_t l, int64_t i, const float* row) const {
-  int64_t at = slot(l, i, c_.positions[i]);
-  if (!c_.half) {
-    std::memcpy((float*)c_.slots + at, row, (size_t)c_.width * 4);
-    return;
-  }
-  uint16_t* to = (uint16_t*)c_.slots + at;
-  int64_t j = 0;
+  uint8_t* to = place(l, i, c_.positions[i]);
+  if (c_.cached == CACHE_FLOAT32) std::memcpy(to, row, (size_t)c_.width * 4);
+  if (c_.cached == CACHE_FLOAT16) {
+    int64_t j = 0;
 #if defined(__AVX512F__)
-  for (; j + 16 <= c_.width; j += 16) _mm256_storeu_si256((__m256i*)(to + j), _mm512_cvtps_ph(_mm512_loadu_ps(row + j), 0));
+    for (; j + 16 <= c_.width; j += 16) _mm256_storeu_si256((__m256i*)(to + 2 * j), _mm512_cvtps_ph(_mm512_loadu_ps(row + j), 0));
 #endif
-  for (; j < c_.width; j++) to[j] = float_to_half(row[j]);
+    for (; j < c_.width; j++) store(to + 2 * j, float_to_half(row[j]));
+  }
+  if (c_.cached == CACHE_INT8) keep_int8(row, c_.width, to);
 }
 
-// latent_query_ and the cache -> context_. A unit of work is a token, a group of heads with the same keys, a stretch of the
-// cache and at most HEADS of those heads; a thread takes units that follow each other, so it reads a stretch once for all.
+// A page of the cache in int8 as floats, in this thread's own memory.
+const float* Forward::widened(int t, const uint8_t* page, int64_t rows) {
+  float* to = wide_ + t * PAGE * c_.width;
+  auto& [held, num] = held_[t];
+  if (held != page) held = page, num = 0;
+  for (; num < rows; num++) widen_int8(page + num * c_.row_stride, c_.width, to + num * c_.width);
+  return to;
+}
+
+// latent_query_ and the cache -> context_. A unit of work is a token, a group of heads with the same keys, a page of the
+// cache and at most HEADS of those heads; a thread takes units that follow each other, so it reads a page once for all.
 template <class T>
-void Forward::attend(int t, int64_t l, const T* slots) {
+void Forward::attend(int t, int64_t l, T) {
   bool latent = layer(l).attention == LATENT;
   int64_t groups = latent ? 1 : n_.G, heads = n_.H / groups, tiles = ceil_div(heads, HEADS), tile = ceil_div(heads, tiles);
   int64_t key_width = latent ? n_.C + n_.R : n_.K, value_width = latent ? n_.C : n_.V;
-  int64_t units = N_ * groups * stretches_ * tiles, from = units * t / team_.threads, to = units * (t + 1) / team_.threads;
+  int64_t units = N_ * groups * pages_ * tiles, from = units * t / team_.threads, to = units * (t + 1) / team_.threads;
+  held_[t].first = nullptr;  // the layer before left another page there
   for (int64_t unit = from; unit < to; unit++) {
-    int64_t s = unit / tiles % stretches_, g = unit / tiles / stretches_ % groups, i = unit / tiles / stretches_ / groups;
+    int64_t s = unit / tiles % pages_, g = unit / tiles / pages_ % groups, i = unit / tiles / pages_ / groups;
     int64_t first = unit % tiles * tile, n = std::min(tile, heads - first), length = c_.positions[i] + 1;
-    if (s * STRETCH >= length || n <= 0) continue;
-    const T* base = slots + slot(l, i, s * STRETCH);
+    if (s * PAGE >= length || n <= 0) continue;
+    const uint8_t* page = place(l, i, s * PAGE);
     Stretch<T> a;
     float* out[HEADS];
-    int64_t head = i * n_.H + g * heads + first, at = head * stretches_ + s;
+    int64_t head = i * n_.H + g * heads + first, at = head * pages_ + s;
     for (int64_t h = 0; h < n; h++) {
       a.q[h] = latent_query_ + (head + h) * key_width;
-      out[h] = partial_ + (at + h * stretches_) * value_width;
+      out[h] = partial_ + (at + h * pages_) * value_width;
     }
+    a.rows = std::min(PAGE, length - s * PAGE);
+    const T* base = c_.cached == CACHE_INT8 ? (const T*)widened(t, page, a.rows) : (const T*)page;
     a.keys = base + (latent ? 0 : g * n_.K);
     a.values = base + (latent ? 0 : n_.G * n_.K + g * n_.V);
     a.width = c_.width, a.key_width = key_width, a.value_width = value_width;
-    a.rows = std::min(STRETCH, length - s * STRETCH);
     float top[HEADS], sum[HEADS];
     if (n == 1) attend_stretch<1>(a, top, sum, out);
     if (n == 2) attend_stretch<2>(a, top, sum, out);
     if (n == 3) attend_stretch<3>(a, top, sum, out);
     if (n == 4) attend_stretch<4>(a, top, sum, out);
-    for (int64_t h = 0; h < n; h++) top_[at + h * stretches_] = top[h], sum_[at + h * stretches_] = sum[h];
+    for (int64_t h = 0; h < n; h++) top_[at + h * pages_] = top[h], sum_[at + h * pages_] = sum[h];
   }
   team_.wait();
   for (int64_t head = t; head < N_ * n_.H; head += team_.threads) {
-    int64_t count = c_.positions[head / n_.H] / STRETCH + 1, at = head * stretches_;
+    int64_t count = c_.positions[head / n_.H] / PAGE + 1, at = head * pages_;
     const float* part = partial_ + at * value_width;
     float *out = context_ + head * value_width, top = top_[at], sum = sum_[at];
     std::memcpy(out, part, (size_t)value_width * 4);
@@ -663,8 +733,7 @@ void Forward::feed_forward(int t, Own& me, const MingaLayer& L) {
     swiglu_row(gate_up, width, 1.0f, act.row(row));
     round(act, row, down);
   };
-  me.shared_act.width = S;
-  if (S && L.down.is_rounded()) me.shared_act.padded = L.down.padded(), me.shared_act.blocks = L.down.blocks();
+  me.shared_act.set_width(S);  // dense layers are wider than shared experts
   each(t, N_, [&](int64_t i) {
     if (S) activate(me.shared_act, i, dense_ + i * 2 * S, S, L.down);
     for (int64_t a = 0; E && a < A; a++) activate(me.act, i * A + a, gate_up_ + (i * A + a) * 2 * F, F, L.expert_down);
@@ -734,7 +803,9 @@ void Forward::choose(Own& me, int64_t i, const MingaLayer& L) {
   }
 }
 
-// Where the largest number is, the first of equals, as torch.argmax has it.
+// ------------------------------------------------------------------------------------------------------ the next token
+
+// Where the largest number is, the first of equals, as torch.argmax has it; -1 if there is no number at all.
 int64_t first_largest(const float* x, int64_t n) {
   vf tops = splat(-INFINITY);
   int64_t i = 0;
@@ -746,8 +817,129 @@ int64_t first_largest(const float* x, int64_t n) {
   for (int l = 0; l < VL; l++) top = std::max(top, tops[l]);
   for (; i < n; i++) top = std::max(top, x[i]);
   int64_t at = std::find(x, x + n, top) - x;
-  return at < n ? at : 0;  // no number at all: the sampler says so
+  return at < n ? at : -1;
 }
+
+// A draw's two words: of a seed and the position that is being filled.
+uint64_t draw_key(int64_t seed, int64_t position) {
+  uint64_t z = (uint64_t)seed * 0x9e3779b97f4a7c15u + (uint64_t)position + 1;
+  for (int turn = 0; turn < 2; turn++) {
+    z += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+  }
+  return z;
+}
+
+template <class U>
+U mix(U x) {
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
+// Which token wins the race: its weight over an exponential number of its own (minga/engine/sampler.py `race`).
+struct Race {
+  uint64_t key;
+  vf best = {};
+  vu winner = {};
+
+  // weights[l] of the tokens first + l, or of those listed
+  void run(vf weights, int64_t first, const int32_t* tokens = nullptr) {
+    vu token;
+    if (tokens) token = load<vu>(tokens);
+    else for (int l = 0; l < VL; l++) token[l] = (uint32_t)(first + l);
+    vu h = mix(token * 0x9e3779b1u ^ (uint32_t)key);
+    h = mix(h + (uint32_t)(key >> 32));
+    vf u = (__builtin_convertvector(h, vf) + 0.5f) * 0x1p-32f;
+    vf score = weights / minus_log1m(u);
+    winner = score > best ? token : winner;
+    best = score > best ? score : best;
+  }
+
+  // The first of equals; `otherwise` where no weight is above 0.
+  int64_t end(int64_t otherwise) const {
+    int at = 0;
+    for (int l = 1; l < VL; l++)
+      if (best[l] > best[at] || (best[l] == best[at] && winner[l] < winner[at])) at = l;
+    return best[at] > 0 ? (int64_t)winner[at] : otherwise;
+  }
+};
+
+// The tokens that the cuts leave, with their weights: minga/engine/sampler.py `distribution`.
+struct Chooser {
+  std::vector<float> weight;
+  std::vector<std::pair<float, int32_t>> kept;
+  std::vector<int32_t> token;
+
+  int64_t operator()(const float* logits, int64_t V, const MingaSampling& how, int64_t position) {
+    int64_t likeliest = first_largest(logits, V);
+    if (how.temperature == 0 || likeliest < 0) return likeliest;
+    float top = logits[likeliest], sharp = (float)(1.0 / how.temperature);
+    if (!std::isfinite(top)) return std::isnan(top) ? -1 : likeliest;
+    weight.resize(V + VL);
+    vf totals = {};
+    for (int64_t i = 0; i < V; i += VL) {
+      vf v = splat(-INFINITY);
+      if (i + VL <= V) v = load<vf>(logits + i);
+      else for (int64_t l = 0; i + l < V; l++) v[l] = logits[i + l];
+      v = (v - top) * sharp;
+      vf w = v > -87.0f ? exp_v(v) : vf{};
+      totals += w;
+      store(&weight[i], w);
+    }
+    float total = sum_v(totals), least = (float)how.min_p;  // the largest weight is 1
+    Race race{draw_key(how.seed, position)};
+    bool few = (how.top_k > 0 && how.top_k < V) || how.top_p < 1;
+    if (!few) {
+      for (int64_t i = 0; i < V; i += VL) {
+        vf w = load<vf>(&weight[i]);
+        race.run(w >= least ? w : vf{}, i);
+      }
+      return race.end(likeliest);
+    }
+    cut(V, how, total, least);
+    token.resize(kept.size() + VL);
+    weight.resize(std::max(weight.size(), kept.size() + VL));
+    for (size_t k = 0; k < kept.size(); k++) weight[k] = kept[k].first, token[k] = kept[k].second;
+    for (size_t k = kept.size(); k < kept.size() + VL; k++) weight[k] = 0, token[k] = 0;
+    for (size_t k = 0; k < kept.size(); k += VL) race.run(load<vf>(&weight[k]), 0, &token[k]);
+    return race.end(likeliest);
+  }
+
+ private:
+  static bool before(const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
+    return a.first > b.first || (a.first == b.first && a.second < b.second);
+  }
+
+  void cut(int64_t V, const MingaSampling& how, float total, float least) {
+    kept.clear();
+    for (int64_t i = 0; i < V; i++)
+      if (weight[i] > 0 && weight[i] >= least) kept.push_back({weight[i], (int32_t)i});
+    if (least > 0) {
+      total = 0;
+      for (auto& k : kept) total += k.first;
+    }
+    if (how.top_k > 0 && (size_t)how.top_k < kept.size()) {
+      std::nth_element(kept.begin(), kept.begin() + how.top_k - 1, kept.end(), before);
+      kept.resize(how.top_k);
+      total = 0;
+      for (auto& k : kept) total += k.first;
+    }
+    if (how.top_p >= 1) return;
+    // the likeliest first, a few at a time: they nearly always hold the mass
+    double mass = 0, wanted = how.top_p * total;
+    for (size_t sorted = 0, look = 256; sorted < kept.size(); look *= 8) {
+      size_t end = std::min(kept.size(), sorted + look);
+      std::partial_sort(kept.begin() + sorted, kept.begin() + end, kept.end(), before);
+      for (; sorted < end; sorted++) {
+        if (mass >= wanted && sorted) return kept.resize(sorted);
+        mass += kept[sorted].first;
+      }
+    }
+  }
+};
 
 Arena& arena() {
   static thread_local Arena of_this_thread;
@@ -766,7 +958,14 @@ void minga_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + STRETCH; }
+// Gives back what was freed: the rows that panels were made from would else stay in the allocator's hands.
+void minga_give_back() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + sizeof(MingaSampling) + PAGE + CACHE_BLOCK + KINDS; }
 
 void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   Team team{(int)call->threads};
@@ -786,35 +985,35 @@ void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   }
 }
 
-// `steps` steps of N sequences in which each takes the likeliest token: call->ids and positions go on, and what was taken
-// is tokens (steps, N).
-void minga_net_greedy(const MingaNet* net, const MingaCall* call, int64_t steps, int64_t* ids, int64_t* positions, int64_t* tokens) {
-  int64_t V = net->head.rows;
-  for (int64_t s = 0; s < steps; s++) {
-    minga_net_forward(net, call);
-    for (int64_t i = 0; i < call->N; i++) {
-      ids[i] = tokens[s * call->N + i] = first_largest(call->logits + i * V, V);
-      positions[i]++;
-    }
+// The token of each of N rows of logits, -1 where they are not numbers; `rows` says which of `how` and what each draws for.
+void minga_net_choose(const float* logits, int64_t N, int64_t V, const MingaSampling* how, const int64_t* rows,
+                      const int64_t* positions, int64_t* tokens, int64_t threads) {
+#pragma omp parallel num_threads((int)std::min(threads, N))
+  {
+    Chooser choose;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < N; i++) tokens[i] = choose(logits + i * V, V, how[rows[i]], positions[i]);
   }
 }
 
-// The same with K guesses a step by the first MTP module, checked by the model: minga/engine/speculative.py, all greedy, for B
-// sequences. Goes in: the tokens of the last step of each, new_ids (B, K + 1) of which count (B) are there, the states that
-// chose them, hidden (B, K + 1, D), and the position of the last of them. All four come out as the last step leaves them;
-// tokens (steps, B, K + 1) and counts (steps, B) are what came.
-void minga_net_speculate(const MingaNet* net, const MingaCall* call, int64_t steps, int64_t B, int64_t K, int64_t* new_ids,
-                         int64_t* count, float* hidden, int64_t* positions, const int64_t* rows, int64_t* tokens, int64_t* counts) {
-  int64_t V = net->head.rows, D = net->D, T = K + 1;
-  std::vector<int64_t> ids(B * T), at(B * T), sequence(B * T), last(B), guess(B * T);
-  std::vector<float> state(B * T * D), out(B * T * D), logits(B * T * V);
+// `steps` steps of B sequences, each with K guesses by the first MTP module which the model checks: what
+// minga/engine/runner.py does in single steps. Goes in: the tokens of the last step of each, new_ids (B, T) of which
+// count (B) are there, the states that chose them, hidden (B, T, D), the position of the last of them, its row of the
+// tables, and how it draws; T > K. The first four come out as the last step leaves them; tokens (steps, B, T) and counts
+// (steps, B) are what came. Without guesses `hidden` may be null.
+void minga_net_decode(const MingaNet* net, const MingaCall* call, int64_t steps, int64_t B, int64_t T, int64_t K, int64_t* new_ids,
+                      int64_t* count, float* hidden, int64_t* positions, const int64_t* rows, const MingaSampling* how, int64_t* tokens,
+                      int64_t* counts) {
+  int64_t V = net->head.rows, D = net->D, R = K + 1, threads = call->threads;
+  std::vector<int64_t> ids(B * T), at(B * T), sequence(B * T), last(B), guess(B * T), owner(B * T), next(B * T), chosen(B * T);
+  std::vector<float> state(K ? B * T * D : 0), out(B * T * D), logits(B * T * V);
+  MingaCall step = *call;
+  step.ids = ids.data(), step.positions = at.data(), step.sequence = sequence.data();
+  step.out = out.data(), step.logits = logits.data();
   for (int64_t s = 0; s < steps; s++) {
-    MingaCall step = *call;
-    step.ids = ids.data(), step.positions = at.data(), step.sequence = sequence.data();
-    step.out = out.data(), step.logits = logits.data();
     // the module reads what came last, and guesses; then it reads its own guesses
     step.mtp = 1, step.hidden = state.data(), step.N = 0;
-    for (int64_t b = 0; b < B; b++) {
+    for (int64_t b = 0; K && b < B; b++) {
       for (int64_t j = 0; j < count[b]; j++) {
         int64_t i = step.N++;
         ids[i] = new_ids[b * T + j], at[i] = positions[b] - count[b] + j, sequence[i] = rows[b];
@@ -825,32 +1024,36 @@ void minga_net_speculate(const MingaNet* net, const MingaCall* call, int64_t ste
     step.wanted = last.data(), step.num_wanted = B;
     for (int64_t k = 0; k < K; k++) {
       minga_net_forward(net, &step);
+      for (int64_t b = 0; b < B; b++) owner[b] = b, next[b] = positions[b] + k + 1;
+      minga_net_choose(logits.data(), B, V, how, owner.data(), next.data(), chosen.data(), threads);
+      for (int64_t b = 0; b < B; b++) std::memcpy(&state[b * D], &out[last[b] * D], (size_t)D * 4);
       for (int64_t b = 0; b < B; b++) {
-        guess[b * T + k + 1] = first_largest(&logits[b * V], V);
-        std::memcpy(&state[b * D], &out[last[b] * D], (size_t)D * 4);
-      }
-      for (int64_t b = 0; b < B; b++) {
-        ids[b] = guess[b * T + k + 1], at[b] = positions[b] + k, sequence[b] = rows[b], last[b] = b;
+        guess[b * T + k + 1] = ids[b] = std::max<int64_t>(0, chosen[b]);
+        at[b] = positions[b] + k, sequence[b] = rows[b], last[b] = b;
       }
       step.N = B;
     }
     // the model reads the last token and the guesses
-    step.mtp = 0, step.wanted = nullptr, step.N = B * T;
+    step.mtp = 0, step.hidden = nullptr, step.wanted = nullptr, step.N = B * R;
     for (int64_t b = 0; b < B; b++) {
       guess[b * T] = new_ids[b * T + count[b] - 1];
-      for (int64_t j = 0; j < T; j++) ids[b * T + j] = guess[b * T + j], at[b * T + j] = positions[b] + j, sequence[b * T + j] = rows[b];
+      for (int64_t j = 0; j < R; j++) {
+        int64_t i = b * R + j;
+        ids[i] = guess[b * T + j], at[i] = positions[b] + j, sequence[i] = rows[b], owner[i] = b, next[i] = positions[b] + j + 1;
+      }
     }
     minga_net_forward(net, &step);
+    minga_net_choose(logits.data(), B * R, V, how, owner.data(), next.data(), chosen.data(), threads);
     for (int64_t b = 0; b < B; b++) {
-      int64_t* came = tokens + (s * B + b) * T;
-      int64_t n = 0;
+      int64_t n = 0, *came = tokens + (s * B + b) * T;
       do {
-        came[n] = new_ids[b * T + n] = first_largest(&logits[(b * T + n) * V], V);
+        came[n] = chosen[b * R + n];
+        new_ids[b * T + n] = std::max<int64_t>(0, came[n]);
         n++;
-      } while (n < T && guess[b * T + n] == came[n - 1]);
+      } while (n < R && guess[b * T + n] == came[n - 1]);
       counts[s * B + b] = count[b] = n;
       positions[b] += n;
-      std::memcpy(hidden + b * T * D, &out[b * T * D], (size_t)(n * D) * 4);
+      if (K) std::memcpy(hidden + b * T * D, &out[b * R * D], (size_t)(n * D) * 4);
     }
   }
 }
@@ -862,10 +1065,7 @@ void minga_net_head(const MingaNet* net, const float* x, int64_t N, float* out, 
   Rows r;
   for (int turn = 0; turn < 2; turn++) {
     memory.begin();
-    r.width = net->D, r.padded = m.padded(), r.blocks = m.blocks();
-    r.q = memory.take<int8_t>(N * r.padded);
-    r.scale = memory.take<float>(N * r.blocks);
-    r.sum = memory.take<int32_t>(N * r.blocks);
+    r = make_rows(memory, N, net->D, blocks_of(m), false);
     if (memory.fits()) break;
   }
   r.x = const_cast<float*>(x);
@@ -874,7 +1074,7 @@ void minga_net_head(const MingaNet* net, const float* x, int64_t N, float* out, 
   for (int64_t i = 0; i < N; i++) {
     token[i] = (int32_t)i;
     to[i] = out + i * m.rows;
-    if (m.is_rounded()) round_row(r, i, m.block);
+    if (m.is_rounded()) round_row(r, i, m.rounding());
   }
   int64_t parts = threads;
 #pragma omp parallel for num_threads((int)threads) schedule(static)

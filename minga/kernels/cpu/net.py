@@ -10,10 +10,28 @@ import torch
 from torch import Tensor
 
 from minga.kernels.cpu.build import call
+from minga.kernels.panels import Empty
 
-FLOAT32, INT8, INT4 = 1, 2, 3
+# What matrices are stored in, `Kind` in panels.h: floats, Minga's own formats, and GGUF's types.
+KINDS = (
+    "",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int4",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 LATENT, GROUPED = 0, 1
-STRETCH = 64  # cache rows of one partial result
+FLOAT_CACHE, HALF_CACHE, INT8_CACHE = 0, 1, 2
+PAGE, CACHE_BLOCK = 64, 64  # rows of a page of the cache; numbers of a row in int8 that share a scale
 
 
 class Structure(ctypes.Structure):
@@ -47,13 +65,16 @@ def matrix(
     *,
     rows: int,
     cols: int,
-    kind: int,
-    block: int = 32,
+    kind: str,
+    block: int = 0,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Matrix:
-    """`data` as `kind` asks: float32 (.., rows, cols), or the words of `minga.kernels.panels.from_rows`."""
-    values: dict[str, Any] = {"kind": kind, "block": block, "rows": rows, "cols": cols, "data": data}
+    """`data` as `kind` asks: floats (.., rows, cols), or words and factors of `minga.kernels.panels.from_rows`.
+
+    block: columns of activations that share a scale, as many as share a float16 factor of the weights.
+    """
+    values: dict[str, Any] = {"kind": KINDS.index(kind), "block": block, "rows": rows, "cols": cols, "data": data}
     return Matrix(**values, count=data.shape[0] if data.ndim in (3, 5) else 1, scale=scale, bias=bias)
 
 
@@ -64,11 +85,15 @@ class Memory:
 
     PAGE = 2 << 20
 
-    def __init__(self, expected: int):
-        """expected: bytes; what does not fit comes from elsewhere."""
-        self._bytes = torch.empty(expected + expected // 16 + 2 * self.PAGE, dtype=torch.uint8)
+    def __init__(self, expected: int, empty: Empty = torch.empty):
+        """expected: bytes; what does not fit comes from elsewhere. empty: gives the piece."""
+        self._bytes = empty(self.size_for(expected), dtype=torch.uint8)
         self._used = -self._bytes.data_ptr() % self.PAGE
         call("minga_large_pages", self._bytes, self._bytes.nbytes)
+
+    @classmethod
+    def size_for(cls, expected: int) -> int:
+        return expected + expected // 16 + 2 * cls.PAGE
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """As torch.empty."""
@@ -126,12 +151,20 @@ class Call(Structure):
     """MingaCall: one forward pass over N tokens."""
 
     _fields_ = [
-        *_numbers("N", "threads", "mtp", "half"),
-        *_pointers("ids", "positions", "sequence", "slots"),
-        *_numbers("layer_stride", "sequence_stride", "width"),
+        *_numbers("N", "threads", "mtp"),
+        *_pointers("ids", "positions", "sequence", "tables"),
+        *_numbers("table_width"),
+        *_pointers("slots"),
+        *_numbers("cached", "layer_stride", "page_stride", "row_stride", "width"),
         *_pointers("cos", "sin", "hidden", "out", "logits", "wanted"),
         *_numbers("num_wanted"),
     ]
+
+
+class Sampling(ctypes.Structure):
+    """MingaSampling: how one sequence draws its tokens."""
+
+    _fields_ = [*((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p")), *_numbers("top_k", "seed")]
 
 
 def forward(net: Net, step: Call) -> None:
@@ -139,28 +172,35 @@ def forward(net: Net, step: Call) -> None:
     call("minga_net_forward", net, step)
 
 
-def greedy(net: Net, step: Call, ids_N: Tensor, positions_N: Tensor, steps: int) -> Tensor:
-    """Tokens (steps, N), each the likeliest after the one before; `ids_N` and `positions_N` go on with them."""
-    tokens_SN = torch.empty(steps, len(ids_N), dtype=torch.int64)
-    logits_NV = torch.empty(len(ids_N), net.head.rows)
-    step.logits = logits_NV.data_ptr()
-    call("minga_net_greedy", net, step, steps, ids_N, positions_N, tokens_SN)
-    step.logits = None
-    return tokens_SN
+def choose(logits_NV: Tensor, how: ctypes.Array[Sampling], rows_N: Tensor, positions_N: Tensor) -> Tensor:
+    """The tokens that take the places `positions_N`, (N); -1 where the logits are no numbers. rows_N: which of `how`."""
+    tokens_N = torch.empty_like(positions_N)
+    call("minga_net_choose", logits_NV, *logits_NV.shape, how, rows_N, positions_N, tokens_N, torch.get_num_threads())
+    return tokens_N
 
 
-def speculate(
-    net: Net, step: Call, new_BT: Tensor, count_B: Tensor, hidden_BTD: Tensor, positions_B: Tensor, steps: int
+def decode(
+    net: Net,
+    step: Call,
+    new_BT: Tensor,
+    count_B: Tensor,
+    hidden_BTD: Tensor | None,
+    positions_B: Tensor,
+    rows_B: Tensor,
+    how: ctypes.Array[Sampling],
+    *,
+    num_drafts: int,
+    steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy steps with T - 1 guesses each: tokens (steps, B, T) and how many of them came, (steps, B).
+    """Steps with guesses, fewer than T: tokens (steps, B, T) and how many of them came, (steps, B).
 
     new_BT: the tokens of the last step, count_B of them; hidden_BTD: the states that chose them; positions_B: where the
-    last of them is. All four go on with the steps.
+    last of them is; these four go on with the steps. rows_B: of the tables.
     """
     B, T = new_BT.shape
     tokens_SBT, counts_SB = new_BT.new_empty(steps, B, T), new_BT.new_empty(steps, B)
-    state = (new_BT, count_B, hidden_BTD, positions_B, torch.arange(B))
-    call("minga_net_speculate", net, step, steps, B, T - 1, *state, tokens_SBT, counts_SB)
+    state = (new_BT, count_B, hidden_BTD, positions_B, rows_B, how)
+    call("minga_net_decode", net, step, steps, B, T, num_drafts, *state, tokens_SBT, counts_SB)
     return tokens_SBT, counts_SB
 
 
@@ -171,6 +211,12 @@ def head(net: Net, x_ND: Tensor) -> Tensor:
     return out
 
 
+def give_back() -> None:
+    """Hands freed memory back to the system."""
+    call("minga_give_back")
+
+
 def check() -> None:
     """That both sides of this file mean the same."""
-    assert call("minga_net_size") == sum(map(ctypes.sizeof, (Net, Layer, Call))) + STRETCH
+    sizes = sum(ctypes.sizeof(each) for each in (Net, Layer, Call, Sampling))
+    assert call("minga_net_size") == sizes + PAGE + CACHE_BLOCK + len(KINDS)

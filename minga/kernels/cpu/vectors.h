@@ -61,6 +61,23 @@ static inline vf exp_v(vf x) {
 }
 static inline float exp_s(float x) { return exp_v(splat(x))[0]; }
 
+// -log(1 - x) for 0 <= x <= 1, with small relative error also where x is small; infinity for 1. By the logarithm of
+// Cephes: 2 atanh of the mantissa's distance from 1 would do, a polynomial is shorter.
+static inline vf minus_log1m(vf x) {
+  vf y = 1.0f - x, lost = (1.0f - y) - x;  // 1 - x as it is rounded, and by how much it is wrong
+  vi bits = (vi)y;
+  vi exponent = ((bits - 0x3f3504f3) >> 23);
+  vf m = (vf)(bits - (exponent << 23)) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1]
+  vf p = splat(7.0376836292e-2f);
+  for (float c : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
+                  -2.4999993993e-1f, 3.3333331174e-1f})
+    p = p * m + c;
+  vf e = __builtin_convertvector(exponent, vf);
+  vf log = m - 0.5f * m * m + m * m * m * p + e * 0.693147181f;
+  vf result = -log - lost / y;
+  return y > 0.0f ? result : splat(INFINITY);
+}
+
 static inline float sum_v(vf x) {
   float total = 0;
   for (int l = 0; l < VL; l++) total += x[l];
