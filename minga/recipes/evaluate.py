@@ -97,7 +97,9 @@ def compare(reference: Transformer, model: Transformer, batches: Iterable[Batch]
         kept_BT = batch.targets_KBT[0] != MASKED
         targets_M1 = batch.targets_KBT[0][kept_BT][:, None]
         where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
-        p_MV, q_MV = (each.head(each.hidden(batch.ids_BT, **where)[kept_BT]).log_softmax(-1) for each in (reference, model))
+        p_MV, q_MV = (
+            each.head(each.hidden(batch.ids_BT, **where)[kept_BT]).log_softmax(-1) for each in (reference, model)
+        )
         kl_M = (p_MV.exp() * (p_MV - q_MV)).sum(-1)
         agree_M = p_MV.argmax(-1) == q_MV.argmax(-1)
         parts = (kl_M, agree_M, -p_MV.gather(1, targets_M1), -q_MV.gather(1, targets_M1))
