@@ -21,9 +21,11 @@ from minga.kernels.reference import (
     dequantize_codes,
     dequantize_int4,
     dequantize_int8,
+    pack_int4,
     quantize_int4,
     quantize_int8,
     swiglu,
+    to_int4,
     unpack_codes,
 )
 
@@ -42,11 +44,13 @@ __all__ = [
     "linear_int8",
     "mlp",
     "on_gpu",
+    "pack_int4",
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
     "route",
     "swiglu",
+    "to_int4",
     "unpack_codes",
 ]
 

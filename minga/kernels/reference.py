@@ -260,14 +260,20 @@ def quantize_int4(weight_OI: Tensor, block: int) -> tuple[Tensor, Tensor]:
     best, chosen = torch.full_like(end, float("inf")), end
     for shrink in torch.linspace(1.0, 0.65, 15).tolist():
         scale = (end * shrink).half().float()
-        error = (_to_int4(blocks, scale) * scale - blocks).square().sum(-1, keepdim=True)
+        error = (to_int4(blocks, scale) * scale - blocks).square().sum(-1, keepdim=True)
         best, chosen = torch.where(error < best, error, best), torch.where(error < best, scale, chosen)
-    codes = _to_int4(blocks, chosen).flatten(-2)[..., :columns].to(torch.int16) + 8
-    return pack_codes(F.pad(codes, (0, -columns % 8), value=8).to(torch.uint8), 4, block), chosen.squeeze(-1).half()
+    codes = to_int4(blocks, chosen).flatten(-2)[..., :columns]
+    return pack_int4(codes), chosen.squeeze(-1).half()
 
 
-def _to_int4(blocks: Tensor, scale: Tensor) -> Tensor:
-    return (blocks / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+def to_int4(x: Tensor, scale: Tensor) -> Tensor:
+    """The whole numbers (-8 .. 7, as floats) nearest to x / scale."""
+    return (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Whole numbers -8 .. 7 (..., I) as bytes (..., ceil(I/8)*4), in the order that `quantize_int4` describes."""
+    return pack_codes(F.pad(codes + 8, (0, -codes.shape[-1] % 8), value=8).to(torch.uint8), 4, 8)
 
 
 def dequantize_int4(stored: Tensor, scale_OG: Tensor, block: int, columns: int, dtype: torch.dtype) -> Tensor:
