@@ -104,6 +104,11 @@ def test_quantize_calibrated_and_in_fp8(ask: Ask, trained: Path, shards: Path, t
     assert plain["file_bytes"] == calibrated["file_bytes"]
     assert 0 < fp8["kl"] < calibrated["kl"] < plain["kl"]
     assert calibrated["calibration"]["tokens"] == 2048
+    code, out, err = ask(
+        "generate", tmp_path / "fp8", "--quant", "fp8", "--prompt", "ka lo", "--max-tokens", 4, "--json"
+    )
+    assert (code, "kernels" in err) == (0, False)
+    assert json.loads(out)
     code, out, _ = ask("quantize", trained, "--to", "int4", "--out", tmp_path / "text", *calibrate, *data[:-1])
     assert code == 0
     assert "KL 0." in out
