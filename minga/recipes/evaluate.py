@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def compare(reference: Transformer, model: Transformer, batches: Iterable[Batch]
     return Comparison(kl / tokens, agree / tokens, nats_reference / bits, nats / bits, tokens)
 
 
-def matching_shards(path: str | PathLike[str], tokenizer: Tokenizer) -> Shards:
+def matching_shards(path: str | Path, tokenizer: Tokenizer) -> Shards:
     """The shards at a path. Raises `UserError` if they were tokenized otherwise than a model's text."""
     shards = open_shards(path)
     if shards.tokenizer.sha256 != tokenizer.sha256:
