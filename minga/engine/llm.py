@@ -57,12 +57,13 @@ Messages = abc.Sequence[abc.Mapping[str, Any]]
 class LLM:
     """Opens a model folder, a run folder or a `.gguf` file.
 
-    quant: "int8" or "int4" holds the weights in few bits. speculate: guess ahead by multi-token prediction where the model
-    has it, by what the text said before elsewhere, as long as it pays; the text is the same. "always": by the module, whether it
-    pays or not. num_drafts: guesses a step at most; None: as many as pay (one, with "always"). cache: "float32", "float16"
-    or "int8" for the numbers of the attention cache; None: as the weights are. max_memory: bytes, or a text such as "4GB", for
-    weights and cache together; activations come on top; None: a quarter of what the machine has free for the cache. Raises
-    `UserError` for what cannot be opened or does not fit.
+    quant: "int8", "int4" or "fp8" (block FP8; not compiled, slow on a CPU) holds the weights in few bits. speculate: guess
+    ahead by multi-token prediction where the model has it, by what the text said before elsewhere, as long as it pays; the
+    text is the same. "always": by the module, whether it pays or not. num_drafts: guesses a step at most; None: as many as
+    pay (one, with "always"). cache: "float32", "float16" or "int8" for the numbers of the attention cache; None: as the
+    weights are. max_memory: bytes, or a text such as "4GB", for weights and cache together; activations come on top; None: a
+    quarter of what the machine has free for the cache. Weights that memory does not hold stay on the disk. Raises `UserError`
+    for what cannot be opened or does not fit.
     """
 
     def __init__(
