@@ -106,3 +106,8 @@ def as_stored(tensor: Tensor) -> Tensor:
 def tile_rows(rows: int, largest: int) -> int:
     """Rows of a tile for a product of so many rows; tensor cores take 16 at a time."""
     return min(max(16, triton.next_power_of_2(rows)), largest)
+
+
+def tile_columns(columns: int, stored: Tensor) -> int:
+    """Columns of a tile for a product with this matrix; fewer where bytes are to be widened, which takes registers."""
+    return tile_rows(columns, 64 if stored.dtype == torch.uint8 else 128)
