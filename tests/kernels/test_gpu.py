@@ -4,6 +4,8 @@ Triton's interpreter runs each program in numpy: it proves the arithmetic, the m
 makes of them. That they compile, for which chips and to which instructions, is the last test. Nothing here tests speed.
 """
 
+# ruff: noqa: E402 -- what is imported needs Triton
+
 from __future__ import annotations
 
 import json
