@@ -130,6 +130,17 @@ def test_quantize_int8_is_the_definition_bit_for_bit(shape, block):
 
 
 @runs_here
+def test_quantize_int8_rounds_once():
+    """Numbers halfway between two steps, up to the last bit: any other way to divide or multiply gives others."""
+    draw(0)
+    top = torch.rand(500, 1, device=DEVICE) + 0.5
+    x = torch.cat([(torch.randint(-126, 126, (500, 63), device=DEVICE) + 0.5) * (top / 127), top], 1)
+    values, scale = quantize.quantize_int8(x, 64)
+    expected, expected_scale = reference.round_activations(x, 64)
+    assert torch.equal(values, expected) and torch.equal(scale, expected_scale)
+
+
+@runs_here
 @pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf")])
 def test_a_lost_number_spoils_its_block_and_no_other(lost):
     x = randn(3, 300)
