@@ -24,8 +24,9 @@ from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.kernels.panels import Empty
 from minga.model.transformer import Transformer
-from minga.quant import blocks
+from minga.quant import blocks, fp8
 
+QUANTS = (*blocks.FORMATS, "fp8")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_ASIDE = re.compile(r"\.(checkpoint-\d+)\.old-\d+")  # being replaced (minga/checkpoint/durable.py)
 _LOG = logging.getLogger("minga")
@@ -41,13 +42,14 @@ class _SkipInit(TorchFunctionMode):
 
 
 def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant: str | None = None) -> Transformer:
-    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8" or "int4" holds them in few bits.
+    """A model in eval mode. `dtype`: of its floating weights. `quant`: "int8", "int4" or "fp8" holds them in few bits.
 
+    A folder in block FP8 is widened to `dtype` unless `quant` is "fp8", which holds its very bytes.
     Raises `UserError` for what is no model, is damaged, or is of a family that Minga does not open.
     """
-    if quant is not None and quant not in blocks.FORMATS:
-        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(blocks.FORMATS)}")
-    source = resolve(path)
+    if quant not in (None, *QUANTS):
+        raise UserError(f"quant {quant!r} is not known (load). known: {', '.join(QUANTS)}")
+    source, fp8_block = resolve(path), None
     if source.is_file():
         opened = gguf.open_gguf(source)
         config = ModelConfig.from_hf(gguf.config_from_gguf(opened))
@@ -55,15 +57,25 @@ def load(path: str | PathLike[str], *, dtype: torch.dtype = torch.float32, quant
         stored = None
     else:
         config, stored = _read_config(source)
-        tensors = hf.read_tensors(source, config, dtype=dtype)
-    model = _filled(config, stored, tensors, source)
+        fp8_block = hf.fp8_block(source) if quant == "fp8" and stored is None else None
+        tensors = hf.read_tensors(source, config, dtype=dtype, keep_fp8=fp8_block is not None)
+    model = _filled(config, stored, tensors, source, fp8_block)
     if quant is not None and stored is not None and quant != stored.name:
         raise UserError(
             f"the weights are stored in {stored.name}, not {quant} ({source}). take the float model for that"
         )
-    if quant is not None and stored is None:
-        blocks.quantize(model, blocks.FORMATS[quant])
+    if quant is not None and stored is None and fp8_block is None:
+        quantize(model, quant)
     return model.eval()
+
+
+def quantize(model: Transformer, name: str) -> Transformer:
+    """Holds the weights of a model in one of `QUANTS`, in place."""
+    if name == "fp8":
+        fp8.quantize(model)
+    else:
+        blocks.quantize(model, blocks.FORMATS[name])
+    return model
 
 
 def load_stored(path: str | PathLike[str], *, quant: str | None = None, empty: Empty = torch.empty) -> Transformer:
@@ -97,11 +109,17 @@ def load_stored(path: str | PathLike[str], *, quant: str | None = None, empty: E
 
 
 def _filled(
-    config: ModelConfig, rounded: blocks.Format | None, tensors: dict[str, torch.Tensor], source: Path
+    config: ModelConfig,
+    rounded: blocks.Format | None,
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    fp8_block: tuple[int, int] | None = None,
 ) -> Transformer:
     model = _empty(config)
     if rounded is not None:
         blocks.quantize(model, rounded)
+    if fp8_block is not None:
+        fp8.expect(model, tensors, fp8_block)
     _check_format(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
     return model
@@ -141,16 +159,17 @@ def save(model: Transformer, path: str | PathLike[str], *, tokenizer: Tokenizer 
 def write_into(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """The files of `save`, into a folder that the caller makes durable."""
     config = model.config.to_hf()
-    rounded = next((format for format in blocks.formats_of(model) if format.name in blocks.FORMATS), None)
+    rounded = next((f for f in blocks.formats_of(model) if f.name in QUANTS), None)
     if rounded is not None:
-        config["quantization_config"] = {"quant_method": rounded.method, "weight_block_size": [1, rounded.block]}
+        config["quantization_config"] = rounded.describe()
     ends = list(model.config.eos_token_ids)
     generation = {
         "bos_token_id": model.config.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
-    hf.write_model(folder, config, model.state_dict(), files=files)
+    dtype = torch.bfloat16 if isinstance(rounded, fp8.BlockFP8) else None  # whatever they are held in here
+    hf.write_model(folder, config, model.state_dict(), dtype=dtype, files=files)
     if tokenizer is not None:
         tokenizer.save(folder, max_length=model.config.max_position_embeddings)
 

@@ -1,7 +1,8 @@
 """Model folders as Hugging Face writes them: `config.json` beside `model.safetensors`, or shards with an index.
 
 Read: any such folder of a family we know, block-FP8 included (DeepSeek-V3's own release: E4M3 weights with one scale
-per 128 x 128 block, the last block of a side cut off; `weight_scale_inv` is, its name notwithstanding, multiplied).
+per 128 x 128 block, the last block of a side cut off; `weight_scale_inv` is, its name notwithstanding, multiplied),
+widened or as it is.
 Files are memory-mapped: a tensor whose type is not changed is read from the disk when it is first used.
 
 Write: whole or not at all (`durable`). safetensors is eight bytes of length, a JSON header and the raw numbers, so we
@@ -32,14 +33,13 @@ from minga.kernels import fp8
 from minga.kernels.panels import Empty
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SCALE_INV = "_scale_inv"  # what the name of an FP8 weight's scale adds to the weight's
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,  # a power of two: DeepSeek-V3.1's scales
+    "F8_E8M0": torch.float8_e8m0fnu,  # a power of two: scales of `scale_fmt` ue8m0
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -80,27 +80,41 @@ def read_tensors(
     config: ModelConfig,
     *,
     dtype: torch.dtype | None = None,
+    keep_fp8: bool = False,
     empty: Empty = torch.empty,
 ) -> dict[str, Tensor]:
     """All tensors of a model folder under our names (see `names`). empty: gives the memory of stacked experts.
 
-    dtype: what floating tensors become; None keeps each as stored, and makes bfloat16 of block-FP8. Tensors that need
-    no change are views of the memory-mapped files: private, so that writing to them changes no file.
+    dtype: what floating tensors become; None keeps each as stored, and makes bfloat16 of block-FP8. keep_fp8: gives
+    block-FP8 as it is stored, X in E4M3 and X_scale_inv. Tensors that need no change are views of the memory-mapped
+    files: private, so that writing to them changes no file.
     Raises `UserError` for damaged, missing, unknown or misshapen tensors, with the file's name.
     """
     folder = _model_folder(path)
     with ExitStack() as stack:
         weights = _open_weights(folder, stack)
-        plain = [name for name in weights if not (name.endswith(SCALE_INV) and name.removesuffix(SCALE_INV) in weights)]
+        scales = {name + names.SCALE_INV for name in weights}
+        plain = [name for name in weights if name not in scales]
         names.check_size(config, len(plain), where=str(folder))
         collector = names.Collector(names.hf_table(config), config, where=str(folder), dtype=dtype, empty=empty)
         collector.check_names(plain)
         for name in plain:  # nothing is allocated before all shapes are known to be the config's
             shape, stored = weights[name].describe(name)
-            collector.check(name, shape, (dtype or torch.bfloat16) if stored == torch.float8_e4m3fn else stored)
-        block = _fp8_block(folder)
+            widened = stored == torch.float8_e4m3fn and not keep_fp8
+            collector.check(name, shape, (dtype or torch.bfloat16) if widened else stored)
+        block = fp8_block(folder)
         for name in filter(collector.wants, plain):
-            collector.add(name, _read_one(weights, name, block, dtype or torch.bfloat16))
+            tensor = weights[name].read(name)
+            if tensor.dtype != torch.float8_e4m3fn:
+                collector.add(name, tensor)
+                continue
+            scale = _read_scale(weights, name, tensor, block)
+            if keep_fp8:
+                collector.add(name, tensor)
+                collector.add(name + names.SCALE_INV, scale)
+            else:
+                assert block is not None
+                collector.add(name, dequantise_fp8(tensor, scale, block=block, dtype=dtype or torch.bfloat16))
         return collector.finish()
 
 
@@ -217,8 +231,9 @@ def _no_weights_message(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- block FP8
 
 
-def _fp8_block(folder: Path) -> tuple[int, int] | None:
+def fp8_block(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Rows and columns that share one scale; None if the folder is not block-FP8."""
+    folder = Path(path)
     quantization = read_config(folder).get("quantization_config")
     size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if size is None:
@@ -232,20 +247,17 @@ def _fp8_block(folder: Path) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _read_one(weights: Mapping[str, _Shard], name: str, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    shard = weights[name]
-    tensor = shard.read(name)
-    if tensor.dtype != torch.float8_e4m3fn:
-        return tensor
-    scale_name = name + SCALE_INV
+def _read_scale(weights: Mapping[str, _Shard], name: str, tensor: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """The scale of a weight in FP8, one number for each of its blocks."""
+    scale_name = name + names.SCALE_INV
     if block is None or scale_name not in weights or tensor.ndim != 2:
-        raise UserError(f"{name} is FP8 without a scale for each block ({shard.file}). use a bfloat16 release")
+        raise UserError(f"{name} is FP8 without a scale for each block ({weights[name].file}). use a bfloat16 release")
     scale = weights[scale_name].read(scale_name)
     grid = tuple(-(-side // step) for side, step in zip(tensor.shape, block, strict=True))
     if tuple(scale.shape) != grid or not scale.dtype.is_floating_point:
         where = weights[scale_name].file
         raise UserError(f"{scale_name} is {tuple(scale.shape)} instead of {grid} ({where}). download the file again")
-    return dequantise_fp8(tensor, scale, block=block, dtype=dtype)
+    return scale
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -277,7 +289,7 @@ def write_folder(
     """Writes a model folder in the public format, whole or not at all. A model already at `path` is replaced.
 
     config: what `config.json` will hold, e.g. `ModelConfig.to_hf()`; the type of the numbers is added.
-    tensors: under our names. dtype: what floating tensors become; the router's bias and 8-bit scales stay as they are.
+    tensors: under our names. dtype: what floating tensors become; the router's bias, FP8 and scales stay as they are.
     files: further files by name, e.g. `tokenizer.json`. Raises `UserError` as `durable_folder` and `to_public` do.
     """
     public = names.to_public(tensors, ModelConfig.from_hf(config))  # refuse before anything is written
@@ -365,7 +377,7 @@ def _split(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int)
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The type a tensor has on the disk."""
-    keeps = dtype is None or not tensor.dtype.is_floating_point or name.endswith(names.KEEP_TYPE)
+    keeps = not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1 or name.endswith(names.KEEP_TYPE)
     return tensor.dtype if keeps or dtype is None else dtype
 
 

@@ -13,7 +13,8 @@ width 0 and wants its (empty) tensors; and DeepSeek-V3's router bias exists ther
 fillers are dropped when they are zero, and written as zeros.
 
 A weight in few bits is an int8 `X.weight`, or a uint8 one of four bytes for eight 4-bit numbers of a row, with a floating
-`X.weight_scale` beside it, whose first dimension is the weight's.
+`X.weight_scale` beside it, whose first dimension is the weight's; or block FP8: an E4M3 `X.weight` and
+`X.weight_scale_inv`, one number a block, so that a row of the scale stands for many rows of the weight.
 The table lists weights only: a scale follows its weight through every renaming and stacking.
 
   B batch, D model, H heads, G key heads, K head dim, C latent, R rope dim, E experts, F expert hidden, V vocabulary
@@ -34,12 +35,14 @@ from minga.errors import UserError
 from minga.kernels.panels import Empty
 from minga.quant.blocks import Format, Stored
 
-SCALE = "_scale"  # what the name of a weight's scale adds to the weight's
-_FEW_BITS = (torch.int8, torch.uint8)
+SCALE, SCALE_INV = "_scale", "_scale_inv"  # what the name of a weight's scale adds to the weight's; of one in block FP8
+_FEW_BITS = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_SCALES = _FLOATS | {torch.float8_e8m0fnu}
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # computed from the config; old files stored it
 _ROUTER_BIAS = "e_score_correction_bias"
-KEEP_TYPE = (_ROUTER_BIAS, "exp_probs_b.bias", f".weight{SCALE}")  # ends of names whose type no load or save changes
+# ends of names whose type no load or save changes
+KEEP_TYPE = (_ROUTER_BIAS, "exp_probs_b.bias", f".weight{SCALE}", f".weight{SCALE_INV}")
 
 
 class Role(Enum):
@@ -252,7 +255,7 @@ def to_public(internal: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     table = hf_table(config)
     known = {entry.internal for entry in table.values()}
     given = {name for name in internal if not (config.tie_word_embeddings and name == "lm_head.weight")}
-    unknown = sorted(name for name in given if name not in known and name.removesuffix(SCALE) not in known)
+    unknown = sorted(name for name in given if name not in known and _scaled(name)[0] not in known)
     if unknown:
         raise UserError(f"unknown tensors: {_first_three(unknown)} (state dict). the config describes no such part")
     missing = sorted({e.internal for e in table.values() if e.role is Role.PART and e.internal not in given})
@@ -268,10 +271,24 @@ def to_public(internal: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         if tuple(tensor.shape) != shape:
             raise UserError(_shape_message(entry.internal, tuple(tensor.shape), shape, "state dict"))
         public[name] = tensor[entry.place] if entry.place else tensor
-        scale = internal.get(entry.internal + SCALE)
-        if scale is not None:
-            public[name + SCALE] = scale[entry.place] if entry.place else scale
+        for suffix in (SCALE, SCALE_INV):
+            scale = internal.get(entry.internal + suffix)
+            if scale is not None:
+                public[name + suffix] = scale[_place_of(entry, scale.shape[1])] if entry.place else scale
     return public
+
+
+def _scaled(name: str) -> tuple[str, str]:
+    """The name of the weight that a scale belongs to, and what the scale's adds to it; nothing for another tensor's."""
+    suffix = next((suffix for suffix in (SCALE, SCALE_INV) if name.endswith(suffix)), "")
+    return name.removesuffix(suffix), suffix
+
+
+def _place_of(entry: Entry, height: int) -> tuple[int | slice, ...]:
+    """`entry.place` in a stack that has `height` rows for the weight's `whole[1]`: as many, or one for each block."""
+    rows = entry.place[1]
+    assert isinstance(rows, slice)
+    return entry.place[0], slice(rows.start * height // entry.whole[1], rows.stop * height // entry.whole[1])
 
 
 def _filler_dtype(name: str, internal: Mapping[str, Tensor]) -> torch.dtype:
@@ -300,6 +317,7 @@ class Collector:
     a memory-mapped file never holds two copies of a layer. `empty` gives the memory of stacks and of what `add_stored` takes,
     as torch.empty does. `dtype`, if given, is what floating tensors become; the
     router's bias stays float32 (steps of 0.001 vanish in bfloat16), weights in few bits and their scales stay as they are.
+    Of block FP8 the caller has checked that the scales are as many as the blocks.
     """
 
     def __init__(
@@ -348,16 +366,17 @@ class Collector:
         base = self._base(name)
         if base is None:
             return  # check_names has let it pass
-        entry, is_scale = self._table[base], name != base
+        entry, suffix = self._table[base], name.removeprefix(base)
         expected = _stored_shape(entry.shape, dtype)
-        if shape[:1] != expected[:1] if is_scale else shape != expected:
-            raise UserError(_shape_message(name, shape, expected[:1] if is_scale else expected, self._where))
-        if dtype not in _FLOATS and (is_scale or dtype not in _FEW_BITS or len(shape) < 2):
+        if suffix != SCALE_INV and (shape[:1] != expected[:1] if suffix else shape != expected):
+            raise UserError(_shape_message(name, shape, expected[:1] if suffix else expected, self._where))
+        known = dtype in _SCALES if suffix else dtype in _FLOATS or (dtype in _FEW_BITS and len(shape) > 1)
+        if not known:
             kind = str(dtype).removeprefix("torch.")
             raise UserError(f"{name} holds {kind} numbers ({self._where}). convert the model to bfloat16 or float32")
         if entry.place:
-            stack = entry.internal + (SCALE if is_scale else "")
-            row = shape[len(entry.shape) - 1 :], dtype if is_scale else self._becomes(name, dtype)
+            stack = entry.internal + suffix
+            row = shape[len(entry.shape) - 1 :], dtype if suffix else self._becomes(name, dtype)
             if self._stacks.setdefault(stack, row) != row:
                 raise UserError(
                     f"the experts of {stack} differ in type or in their scales' shape ({self._where}). "
@@ -370,19 +389,18 @@ class Collector:
         base = self._base(name)
         if base is None:
             return
-        entry, is_scale = self._table[base], name != base
+        entry, suffix = self._table[base], name.removeprefix(base)
         if entry.role is Role.FILLER and tensor.any():
             raise UserError(
                 f"{name} is not zero, but the config uses no such tensor ({self._where}). "
                 f"check {entry.key!r} in config.json"
             )
-        if is_scale:
+        if suffix:
             self._scales.add(base)
         elif tensor.dtype in _FEW_BITS:
             self._quantised.add(base)
         if entry.role is Role.PART:
-            kept = tensor if is_scale else tensor.to(self._becomes(name, tensor.dtype))
-            self._place(entry, kept, SCALE if is_scale else "")
+            self._place(entry, tensor if suffix else tensor.to(self._becomes(name, tensor.dtype)), suffix)
 
     def add_stored(self, name: str, stored: Stored) -> None:
         """Takes a matrix under its public name as it is stored. Raises `UserError` for a wrong shape.
@@ -420,8 +438,8 @@ class Collector:
         """The table's name for a tensor or for the weight a scale belongs to; None if there is none."""
         if name in self._table:
             return name
-        weight = name.removesuffix(SCALE)
-        return weight if name.endswith(f".weight{SCALE}") and weight in self._table else None
+        weight, suffix = _scaled(name)
+        return weight if suffix and weight.endswith(".weight") and weight in self._table else None
 
     def _is_ignored(self, name: str) -> bool:
         tied_head = self._config.tie_word_embeddings and name.startswith("lm_head.weight")
@@ -438,11 +456,12 @@ class Collector:
         if not entry.place:
             self._tensors[internal] = tensor
             return
+        height = entry.whole[1] * tensor.shape[-2] // entry.shape[-2]
         stack = self._tensors.get(internal)
         if stack is None:
             tail = tensor.shape[len(entry.shape) - 1 :]
-            stack = self._tensors[internal] = self._empty(*entry.whole[:2], *tail, dtype=tensor.dtype)
-        stack[entry.place] = tensor
+            stack = self._tensors[internal] = self._empty(entry.whole[0], height, *tail, dtype=tensor.dtype)
+        stack[_place_of(entry, height)] = tensor
 
     def _likely_key(self, name: str) -> str:
         """Which key of the config, were it different, would explain a tensor that the table does not list."""

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text.add_argument("--text", metavar="FILE", help="a text file")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens of context (default 512)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="score only about this many tokens")
-    parser.add_argument("--quant", choices=["int8", "int4"], help="measure the model in 8 or 4 bits")
+    parser.add_argument("--quant", choices=["int8", "int4", "fp8"], help="measure the model in 8 or 4 bits")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document on stdout")
     parser.set_defaults(run=run)
     return parser
@@ -40,20 +40,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from minga import store
     from minga.data.loader import evaluation_batches
-    from minga.data.shards import open_shards
     from minga.data.sources import read_documents
-    from minga.recipes.evaluate import evaluate, text_batches
+    from minga.recipes.evaluate import evaluate, matching_shards, text_batches
 
     if args.seq_len < 2:
         raise UserError(f"--seq-len is {args.seq_len} (eval). it must be at least 2")
     model, tokenizer = store.load(args.model, quant=args.quant), store.load_tokenizer(args.model)
     seq_len = min(args.seq_len, model.config.max_position_embeddings)
     if args.data:
-        shards = open_shards(args.data)
-        if shards.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(
-                f"the shards have another tokenizer than the model ({args.data}). rebuild them with its tokenizer"
-            )
+        shards = matching_shards(args.data, tokenizer)
         extra = 1 + model.config.num_nextn_predict_layers
         sizes = {"batch_size": 8, "seq_len": seq_len, "num_extra": extra}
         result = evaluate(model, evaluation_batches(shards, max_tokens=args.max_tokens, **sizes))

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model runs and how; `open_model` reads them."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, a run folder or a .gguf file")
-    parser.add_argument("--quant", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
     parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead")
     parser.add_argument(
         "--cache",

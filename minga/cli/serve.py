@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--port", type=int, default=8000, metavar="N", help="port; 0 finds a free one (default %(default)s)"
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="training runs to show (default %(default)s)")
-    parser.add_argument("--quant", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
     parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
     parser.add_argument(
         "--api-key", metavar="KEY", help="clients must send this key (default: the environment's MINGA_API_KEY)"

@@ -28,6 +28,7 @@ from minga.model.experts import MLP, MoE
 from minga.model.mtp import MTPModule
 from minga.model.transformer import Transformer
 from minga.quant.blocks import FLOATS, FORMATS, Format, Quantized, dense_weight, formats_of
+from minga.quant.fp8 import BlockFP8
 
 if TYPE_CHECKING:
     from minga.engine.scheduler import Entry
@@ -39,8 +40,9 @@ _MAX_TOKENS, _PARTIAL = 256, 2**24  # of one call: tokens, and numbers of partia
 def compile_model(
     model: Transformer, note: Callable[[str], None] = lambda line: None, *, empty: Empty = torch.empty
 ) -> PlainModel | CompiledModel:
-    """The plain form where the compiled forward pass cannot be had: another device or dtype, or no compiler. empty: gives the
-    memory for stored weights.
+    """The plain form where the compiled forward pass cannot be had: another device or dtype, FP8, or no compiler.
+
+    empty: gives the memory for stored weights.
     """
     config, floats = model.config, {p.dtype for p in model.parameters()}
     can_run = (
@@ -48,6 +50,7 @@ def compile_model(
         and floats <= {torch.float32}
         and config.rope.rope_type != "dynamic"
         and config.hidden_act == "silu"
+        and not any(isinstance(format, BlockFP8) for format in formats_of(model))
     )
     return CompiledModel(model, empty) if can_run and cpu.load(note, keep_memory=False) else PlainModel(model)
 

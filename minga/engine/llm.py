@@ -272,15 +272,20 @@ class LLM:
         return Runner(model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup)
 
     def _run(self, sequences: list[Sequence], salt: str, began: float) -> Iterator[None]:
-        """Runs all to their end, beside whatever else runs; yields after each step that gave them something."""
+        """Runs all to their end, beside whatever else runs; yields where they have got something."""
         entries = [self._submit(sequence, salt) for sequence in sequences]
         try:
-            while not all(sequence.finished for sequence in sequences):
-                before = sum(sequence.length for sequence in sequences)
-                self.step()
-                if sum(sequence.length for sequence in sequences) > before:
+            seen = sum(sequence.length for sequence in sequences)
+            while True:
+                there = sum(sequence.length for sequence in sequences)
+                if there > seen:  # perhaps by the steps of another stream
+                    seen = there
                     self.stats.ttft = self.stats.ttft or perf_counter() - began
                     yield
+                elif all(sequence.finished for sequence in sequences):
+                    return
+                else:
+                    self.step()
         finally:
             for entry in entries:
                 self.cancel(entry)

@@ -166,12 +166,8 @@ class Runner:
                 entry.guesses = False  # from here on the module's rows are missing
         if num_drafts == 0 and (drafts := self._look_up(group)) is not None:
             self._take_looked_up(group, drafts)
-        elif (steps := self._burst_length(group, num_drafts)) > 1:
-            self._take_burst(group, num_drafts, steps)
         else:
-            guesses = propose(self.model, self.cache, group, num_drafts) if num_drafts else [[] for _ in group]
-            self._step(group, guesses)
-            self._seconds_a_step[len(group), num_drafts] = perf_counter() - began
+            self._take_steps(group, num_drafts)
         self.stats.decode_seconds += perf_counter() - began
 
     def _num_drafts(self, group: list[Entry]) -> int:
@@ -210,13 +206,34 @@ class Runner:
         elif entry.num_read // PAGE > entry.num_published:
             self.scheduler.publish(entry)
 
+    def _take_steps(self, group: list[Entry], num_drafts: int) -> None:
+        """One step, or several in one call; and a look at whether guesses pay."""
+        began, before, size = perf_counter(), self.stats.tokens, len(group)
+        alone = size == len(self.scheduler.running)
+        steps = self._burst_length(group, num_drafts) if alone else 1
+        if steps > 1:
+            self._take_burst(group, num_drafts, steps)
+        else:
+            guesses = propose(self.model, self.cache, group, num_drafts) if num_drafts else [[] for _ in group]
+            self._step(group, guesses)
+        seconds, tokens = perf_counter() - began, self.stats.tokens - before
+        self._seconds_a_step[size, num_drafts] = seconds / steps
+        rest = [entry for entry in group if entry.row >= 0]
+        if not (num_drafts and alone and len(rest) == size and self._plain(group)) or self.pace is None:
+            return
+        if self.pace.note(size, seconds, tokens / size) and self.scheduler.has_room(rest, TRIAL_TOKENS // 2):
+            self.pace.compare(size, 1 / self._plain_seconds(rest))
+
+    def _plain(self, group: list[Entry]) -> bool:
+        """Whether several steps may be one call."""
+        return self.model.exact and all(entry.plain for entry in group)
+
     # ------------------------------------------------------------------ several steps in one call
 
     def _burst_length(self, group: list[Entry], num_drafts: int) -> int:
         """Steps that are taken in one call: at most `BURST_SECONDS`, so that a stream still flows and nobody waits long."""
         seconds = self._seconds_a_step.get((len(group), num_drafts))
-        reading = len(group) < len(self.scheduler.running)
-        if seconds is None or reading or not self.model.exact or not all(entry.plain for entry in group):
+        if seconds is None or not self._plain(group):
             return 1
         left = min(entry.sequence.max_length - entry.sequence.length for entry in group)
         on_trial = num_drafts and self.pace is not None and self.pace.on_trial(len(group))
@@ -226,22 +243,13 @@ class Runner:
 
     def _take_burst(self, group: list[Entry], num_drafts: int, steps: int) -> None:
         assert isinstance(self.model, CompiledModel)
-        began, size = perf_counter(), len(group)
         for entry in group:
             self.scheduler.make_room(entry, entry.sequence.length + steps * (num_drafts + 1))
         came = self.model.decode(group, self.cache, num_drafts=num_drafts, steps=steps)
-        seconds = perf_counter() - began
-        self._seconds_a_step[size, num_drafts] = seconds / steps
-        num_tokens = 0
         for entry, each in zip(group, came, strict=True):
-            num_tokens += sum(map(len, each))
+            self.stats.drafted += steps * num_drafts
+            self.stats.accepted += sum(map(len, each)) - steps
             self._extend(entry, [token for step in each for token in step])
-        self.stats.drafted += steps * num_drafts * size
-        self.stats.accepted += num_tokens - steps * size
-        if num_drafts and self.pace is not None and self.pace.note(size, seconds, num_tokens / size):
-            rest = [entry for entry in group if entry.row >= 0]
-            if rest and self.scheduler.has_room(rest, TRIAL_TOKENS // 2):
-                self.pace.compare(size, 1 / self._plain_seconds(rest))
 
     def _plain_seconds(self, group: list[Entry]) -> float:
         """A step without guesses, taken for its time alone: what it writes lies beyond every end."""

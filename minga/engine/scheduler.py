@@ -121,8 +121,9 @@ class Scheduler:
         return wanted <= self.pool.num_free
 
     def publish(self, entry: Entry) -> None:
-        """What is full can be found by others: all but the page whose last row of the module is still to come."""
-        num_full = max(entry.num_published, (entry.num_read - 1) // PAGE)
+        """What is full can be found by others. The module's rows of the tokens that came last are still to come."""
+        missing = max(1, len(entry.new_ids)) if entry.guesses else 0
+        num_full = max(entry.num_published, (entry.num_read - missing) // PAGE)
         for ahead in (0, 1) if entry.guesses else (0,):
             names = entry.names_of(num_full, ahead)
             for index in range(entry.num_published, num_full):

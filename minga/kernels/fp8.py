@@ -37,18 +37,20 @@ from minga.kernels import gpu
 ALONG_CHANNELS, ALONG_TOKENS, WEIGHT = (1, 128), (128, 1), (128, 128)  # rows and columns that share a scale
 
 
-def quantize(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, block: tuple[int, int], *, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
     """E4M3 values of x (..., R, C) and an E8M0 scale for each block; blocks at the far edges may be partial.
 
     The scale is the smallest power of two that brings the block's largest value to 448 or below (2**-126 at least, so
     that its inverse is a number). A block that holds an infinity or a NaN becomes NaN: a run that diverges must say so.
+    Without `power_of_two` it is the float32 that makes the largest value 448, as in the files of DeepSeek-V3.
     """
     if block == ALONG_CHANNELS and gpu.usable(x):
         from minga.kernels.gpu.quantize import quantize_fp8
 
         return quantize_fp8(x)
     tiles = _blocks(x.float(), block)
-    scale = _power_of_two(tiles.abs().amax((-3, -1)))
+    amax = tiles.abs().amax((-3, -1))
+    scale = _power_of_two(amax) if power_of_two else (amax / 448).clamp(min=2.0**-126)
     values = (tiles / _spread(scale)).to(torch.float8_e4m3fn).flatten(-2).flatten(-3, -2)
     return values[..., : x.shape[-2], : x.shape[-1]], scale
 

@@ -21,9 +21,11 @@ from minga.kernels.reference import (
     dequantize_codes,
     dequantize_int4,
     dequantize_int8,
+    pack_int4,
     quantize_int4,
     quantize_int8,
     swiglu,
+    to_int4,
     unpack_codes,
 )
 
@@ -42,11 +44,13 @@ __all__ = [
     "linear_int8",
     "mlp",
     "on_gpu",
+    "pack_int4",
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
     "route",
     "swiglu",
+    "to_int4",
     "unpack_codes",
 ]
 
@@ -193,7 +197,7 @@ def experts(
             return grouped_gemm.experts(x_ND, index_NA, weight_NA, gate_up_EGD, down_EDF)
         if precision == "fp8":
             weights, scales = zip(*(fp8.quantize(w, fp8.WEIGHT) for w in (gate_up_EGD, down_EDF)), strict=True)
-            return grouped_gemm.experts(x_ND, index_NA, weight_NA, *weights, scales=scales)
+            return grouped_gemm.experts(x_ND, index_NA, weight_NA, *weights, weight_scales=scales)
     active = index_NA.shape[1]
     order = index_NA.flatten().argsort(stable=True)
     counts = torch.bincount(index_NA.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
@@ -227,5 +231,5 @@ def experts_int8(
         from minga.kernels.gpu import grouped_gemm
 
         scales = (gate_up[1], down[1])
-        return grouped_gemm.experts(x_ND, index_NA, weight_NA, gate_up[0], down[0], scales=scales, block=block)
+        return grouped_gemm.experts(x_ND, index_NA, weight_NA, gate_up[0], down[0], weight_scales=scales, block=block)
     return reference.experts_int8(x_ND, index_NA, weight_NA, gate_up, down, block=block)

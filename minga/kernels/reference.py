@@ -118,25 +118,35 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A of E experts for each token: their numbers (N, A), weights (N, A) and all scores (N, E), in the logits' float32.
 
-    The bias takes part in the choice only, never in the weight (V3 section 2.1.2). Experts are chosen from the
-    `groups_kept` groups whose `group_top` best add up to most: 2 in V3, 1 in V2. All groups kept: there is no limit.
+    The bias takes part in the choice only, never in the weight (V3 section 2.1.2).
     """
     score_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(-1)
-    choice_NE = score_NE.detach()
-    if bias_E is not None:
-        choice_NE = choice_NE + bias_E
-    if groups_kept < num_groups:
-        choice_NQG = choice_NE.unflatten(1, (num_groups, -1))
-        group_score_NQ = choice_NQG.topk(group_top, -1).values.sum(-1)
-        kept = group_score_NQ.topk(groups_kept, -1, sorted=False).indices
-        allowed_NQ = torch.zeros_like(group_score_NQ, dtype=torch.bool).scatter_(1, kept, True)
-        # -inf, not 0: with a bias a score may be negative, and 0 would win against it
-        choice_NE = choice_NQG.masked_fill(~allowed_NQ[..., None], float("-inf")).flatten(1)
-    index_NA = choice_NE.topk(num_active, -1, sorted=False).indices
+    groups = {"num_groups": num_groups, "groups_kept": groups_kept, "group_top": group_top}
+    index_NA = choose_experts(score_NE.detach(), bias_E, num_active=num_active, **groups)
     weight_NA = score_NE.gather(1, index_NA)
     if normalize:
         weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
     return index_NA, weight_NA * scale, score_NE
+
+
+def choose_experts(
+    score_NE: Tensor, bias_E: Tensor | None, *, num_active: int, num_groups: int, groups_kept: int, group_top: int
+) -> Tensor:
+    """The numbers of the best experts by score and bias, (N, A), in no order.
+
+    They come from the `groups_kept` groups whose `group_top` best add up to most: 2 in V3, 1 in V2. All groups kept: there
+    is no limit.
+    """
+    if bias_E is not None:
+        score_NE = score_NE + bias_E
+    if groups_kept < num_groups:
+        group_NQE = score_NE.unflatten(1, (num_groups, -1))
+        group_score_NQ = group_NQE.topk(group_top, -1).values.sum(-1)
+        kept = group_score_NQ.topk(groups_kept, -1, sorted=False).indices
+        allowed_NQ = torch.zeros_like(group_score_NQ, dtype=torch.bool).scatter_(1, kept, True)
+        # -inf, not 0: with a bias a score may be negative, and 0 would win against it
+        score_NE = group_NQE.masked_fill(~allowed_NQ[..., None], float("-inf")).flatten(1)
+    return score_NE.topk(num_active, -1, sorted=False).indices
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -251,14 +261,20 @@ def quantize_int4(weight_OI: Tensor, block: int) -> tuple[Tensor, Tensor]:
     best, chosen = torch.full_like(end, float("inf")), end
     for shrink in torch.linspace(1.0, 0.65, 15).tolist():
         scale = (end * shrink).half().float()
-        error = (_to_int4(blocks, scale) * scale - blocks).square().sum(-1, keepdim=True)
+        error = (to_int4(blocks, scale) * scale - blocks).square().sum(-1, keepdim=True)
         best, chosen = torch.where(error < best, error, best), torch.where(error < best, scale, chosen)
-    codes = _to_int4(blocks, chosen).flatten(-2)[..., :columns].to(torch.int16) + 8
-    return pack_codes(F.pad(codes, (0, -columns % 8), value=8).to(torch.uint8), 4, block), chosen.squeeze(-1).half()
+    codes = to_int4(blocks, chosen).flatten(-2)[..., :columns]
+    return pack_int4(codes), chosen.squeeze(-1).half()
 
 
-def _to_int4(blocks: Tensor, scale: Tensor) -> Tensor:
-    return (blocks / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+def to_int4(x: Tensor, scale: Tensor) -> Tensor:
+    """The whole numbers (-8 .. 7, as floats) nearest to x / scale."""
+    return (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Whole numbers -8 .. 7 (..., I) as bytes (..., ceil(I/8)*4), in the order that `quantize_int4` describes."""
+    return pack_codes(F.pad(codes + 8, (0, -codes.shape[-1] % 8), value=8).to(torch.uint8), 4, 8)
 
 
 def dequantize_int4(stored: Tensor, scale_OG: Tensor, block: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ different formats. Norms, biases and the router stay float32: they are few, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,15 @@ class Format:
     def method(self) -> str:
         """What `quantization_config.quant_method` of a saved folder says."""
         return f"minga-{self.name}"
+
+    @property
+    def suffix(self) -> str:
+        """What the name of its scales adds to a matrix's."""
+        return "_scale"
+
+    def describe(self) -> dict[str, Any]:
+        """`quantization_config` of a saved folder."""
+        return {"quant_method": self.method, "weight_block_size": [1, self.block]}
 
     @property
     def is_float(self) -> bool:
@@ -148,32 +157,32 @@ class Quantized(nn.Module):
 
     def __init__(self, **matrices: Stored):
         super().__init__()
-        self._stored_as: dict[str, tuple[Format, torch.Size]] = {}
+        self._stored_as: dict[str, Stored] = {}  # without the numbers, which are buffers
         for name, stored in matrices.items():
-            self._stored_as[name] = stored.format, stored.shape
+            self._stored_as[name] = replace(stored, data=stored.data.new_empty(0), factors=None)
             self.register_buffer(name, stored.data)
             if stored.factors is not None:
-                self.register_buffer(f"{name}_scale", stored.factors)
+                self.register_buffer(name + stored.format.suffix, stored.factors)
 
     def formats(self) -> list[Format]:
-        return [format for format, _ in self._stored_as.values()]
+        return [stored.format for stored in self._stored_as.values()]
 
     def format(self, name: str) -> Format:
-        return self._stored_as[name][0]
+        return self._stored_as[name].format
 
     def shape(self, name: str) -> torch.Size:
         """Of the matrix, whatever it is stored as."""
-        return self._stored_as[name][1]
+        return self._stored_as[name].shape
 
     def rows(self, name: str) -> Stored:
         """A matrix row by row."""
-        (format, shape), data = self._stored_as[name], self.get_buffer(name)
-        if format.is_float:
-            return Stored(format, shape, data)
-        factors = self.get_buffer(f"{name}_scale")
+        stored, data = self._stored_as[name], self.get_buffer(name)
+        if stored.format.is_float:
+            return replace(stored, data=data)
+        factors = self.get_buffer(name + stored.format.suffix)
         if self.in_panels:
-            data, factors = panels.to_rows(data, factors, shape, format.dtype)
-        return Stored(format, shape, data, factors)
+            data, factors = panels.to_rows(data, factors, stored.shape, stored.format.dtype)
+        return replace(stored, data=data, factors=factors)
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """A matrix in 8 bits row by row, and the scales of its blocks."""
@@ -187,7 +196,7 @@ class Quantized(nn.Module):
         if which is not None:
             factors = None if stored.factors is None else stored.factors[which]
             shape = torch.Size((*which.shape, *stored.shape[1:]))
-            stored = Stored(stored.format, shape, stored.data[which], factors)
+            stored = replace(stored, shape=shape, data=stored.data[which], factors=factors)
         return stored.dense(dtype)
 
     def to_panels(self, empty: panels.Empty = torch.empty) -> None:
@@ -204,11 +213,11 @@ class Quantized(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, (format, _) in self._stored_as.items():
+        for name in self._stored_as:
             stored = self.rows(name)
-            if format.name in FORMATS:
+            if stored.format.name in FORMATS:
                 destination[prefix + name], destination[f"{prefix}{name}_scale"] = stored.data, stored.factors
-            elif not format.is_float:
+            elif stored.format.name in GGUF:
                 destination[prefix + name] = stored.dense()
                 del destination[f"{prefix}{name}_scale"]
 
@@ -254,12 +263,12 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def quantize(module: nn.Module, format: Format) -> nn.Module:
     """Rounds every linear, embedding and expert layer inside `module` to one of `FORMATS`, in place."""
-    return _replace(module, lambda name, weight: Stored.round(weight, format))
+    return replace_matrices(module, lambda name, weight: Stored.round(weight, format))
 
 
 def put(module: nn.Module, stored: Mapping[str, Stored]) -> nn.Module:
     """Gives `module` the stored matrices, by their names in it, in place of its own."""
-    return _replace(module, lambda name, weight: stored.get(name))
+    return replace_matrices(module, lambda name, weight: stored.get(name))
 
 
 def formats_of(module: nn.Module) -> list[Format]:
@@ -276,7 +285,7 @@ def format_of(module: nn.Module) -> Format | None:
 _EXPERTS = ("gate_up_proj", "down_proj")
 
 
-def _replace(module: nn.Module, stored: Callable[[str, Tensor], Stored | None], prefix: str = "") -> nn.Module:
+def replace_matrices(module: nn.Module, stored: Callable[[str, Tensor], Stored | None], prefix: str = "") -> nn.Module:
     """Layers with a matrix for which `stored` has a form become their twins above. Experts are recognised by their two
     stacked parameters, so that this layer needs to know no model.
     """
@@ -290,7 +299,7 @@ def _replace(module: nn.Module, stored: Callable[[str, Tensor], Stored | None], 
             else {}
         )
         if not any(found.values()):
-            _replace(child, stored, path)
+            replace_matrices(child, stored, path)
             continue
         matrices = {key: Stored.keep(weights[key]) if matrix is None else matrix for key, matrix in found.items()}
         if isinstance(child, nn.Linear):

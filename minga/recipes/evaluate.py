@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minga.data.packing import MASKED, Batch
+from minga.data.shards import Shards, open_shards
 from minga.data.tokenizer import Tokenizer
 from minga.errors import UserError
 from minga.model.transformer import Transformer
@@ -68,6 +70,55 @@ def evaluate(
     return Evaluation(
         nats / tokens, nats / math.log(2) / num_bytes, hits / guesses if guesses else None, tokens, num_bytes
     )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one text, token by token. `kl`: mean KL(reference || model) in nats a token, 0 for equal models.
+
+    `top1`: share of positions where both hold the same next token most likely. Bits a byte: of each.
+    """
+
+    kl: float
+    top1: float
+    bits_per_byte_reference: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def compare(reference: Transformer, model: Transformer, batches: Iterable[Batch]) -> Comparison:
+    """How far a model is from another one with the same tokens, over the unmasked targets of depth 0. Both go to eval mode."""
+    reference.eval()
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    tokens, num_bytes = 0, 0
+    for batch in batches:
+        kept_BT = batch.targets_KBT[0] != MASKED
+        targets_M1 = batch.targets_KBT[0][kept_BT][:, None]
+        where: dict[str, Any] = {"segments_BT": batch.segments_BT, "positions_BT": batch.positions_BT}
+        p_MV, q_MV = (
+            each.head(each.hidden(batch.ids_BT, **where)[kept_BT]).log_softmax(-1) for each in (reference, model)
+        )
+        kl_M = (p_MV.exp() * (p_MV - q_MV)).sum(-1)
+        agree_M = p_MV.argmax(-1) == q_MV.argmax(-1)
+        parts = (kl_M, agree_M, -p_MV.gather(1, targets_M1), -q_MV.gather(1, targets_M1))
+        sums += torch.stack([part.double().sum() for part in parts])
+        tokens += len(targets_M1)
+        num_bytes += batch.num_bytes or 0
+    if not (tokens and num_bytes):
+        raise UserError("there is no text to compare on (compare). give more text")
+    kl, agree, nats_reference, nats = sums.tolist()
+    bits = math.log(2) * num_bytes
+    return Comparison(kl / tokens, agree / tokens, nats_reference / bits, nats / bits, tokens)
+
+
+def matching_shards(path: str | Path, tokenizer: Tokenizer) -> Shards:
+    """The shards at a path. Raises `UserError` if they were tokenized otherwise than a model's text."""
+    shards = open_shards(path)
+    if shards.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(f"the shards have another tokenizer than the model ({path}). rebuild them with its tokenizer")
+    return shards
 
 
 def text_batches(text: str, tokenizer: Tokenizer, *, seq_len: int, max_tokens: int | None = None) -> Iterable[Batch]:

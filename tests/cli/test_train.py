@@ -91,6 +91,39 @@ def test_quantize_and_eval(ask: Ask, trained: Path, shards: Path, tmp_path: Path
     assert json.loads(out)["bits_per_byte"] == pytest.approx(report["bits_per_byte_int8"], rel=1e-3)
 
 
+def test_quantize_calibrated_and_in_fp8(ask: Ask, trained: Path, shards: Path, tmp_path: Path) -> None:
+    calibrate = ("--calibrate", shards, "--calibration-tokens", 2048)
+    data = ("--data", shards, "--max-tokens", 2000, "--json")
+    reports = {}
+    for name, more in {"int4": (), "int4 calibrated": calibrate, "fp8": ()}.items():
+        code, out, _ = ask("quantize", trained, "--to", name.split()[0], "--out", tmp_path / name, *more, *data)
+        assert code == 0
+        reports[name] = json.loads(out)
+    plain, calibrated, fp8 = reports.values()
+    assert 4.5 < plain["bits_per_weight"] == calibrated["bits_per_weight"] < 8 < fp8["bits_per_weight"] < 12
+    assert plain["file_bytes"] == calibrated["file_bytes"]
+    assert 0 < fp8["kl"] < calibrated["kl"] < plain["kl"]
+    assert calibrated["calibration"]["tokens"] == 2048
+    code, out, err = ask(
+        "generate", tmp_path / "fp8", "--quant", "fp8", "--prompt", "ka lo", "--max-tokens", 4, "--json"
+    )
+    assert (code, "kernels" in err) == (0, False)
+    assert json.loads(out)
+    code, out, _ = ask("quantize", trained, "--to", "int4", "--out", tmp_path / "text", *calibrate, *data[:-1])
+    assert code == 0
+    assert "KL 0." in out
+    assert "calibration  2048 tokens, " in out
+    for mistake, message in {
+        (trained, "--to", "int8", *calibrate): "--calibrate is for int4",
+        (tmp_path / "int4", "--to", "int4"): "stored in int4 already",
+        (trained, "--to", "int4", *calibrate[:3], 5): "too few to calibrate on",
+    }.items():
+        code, _, err = ask("quantize", *mistake, "--out", tmp_path / "none")
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_eval_of_a_text_is_its_perplexity(ask: Ask, trained: Path, tmp_path: Path) -> None:
     text = "ka lo mi ru ka lo té mi " * 10
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")

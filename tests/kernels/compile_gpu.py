@@ -1,46 +1,51 @@
-"""python tests/kernels/compile_gpu.py CAPABILITY -- compiles every Triton kernel for such a GPU, on a machine with none.
+"""python tests/kernels/compile_gpu.py CAPABILITY: compiles every kernel for that chip (80, 90, ...), which need not be here.
 
-The wrappers are called as they are, but a launch only compiles. Prints a JSON list of what each launch became. This is a
-process of its own, since whether Triton interprets or compiles is decided once, when it is loaded.
+Prints a line for each. The sizes are DeepSeek-V3's; divisible ones, as there, let loads be wide and pipelined.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
-import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource
 
-from minga.kernels import fp8, reference
-from minga.kernels.gpu import latent_attention, quantize, router, tiles
-from minga.kernels.gpu.block_gemm import block_gemm
-from minga.kernels.gpu.grouped_gemm import experts
+from minga.kernels.gpu import block_gemm, grouped_gemm, latent_attention, quantize, router
 
-# the tensor cores' instructions, with the types of their operands: Ampere's, Hopper's, Blackwell's
-_TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
+KIB = 1024
+SHARED = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}  # of a program, CUDA C guide
+ANY = {"scale", "T", "active"}  # arguments that are not multiples of 16
 
 
-class _NoGpu:
-    """A driver that knows which chip to compile for, and no more."""
-
-    def __init__(self, capability: int):
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def compile_kernel(
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], **options: int
+) -> None:
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if name not in constants and name not in ANY]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    assert shared <= SHARED[capability], f"{kernel.fn.__name__} wants {shared} bytes of shared memory"
+    stack = _stack(compiled.asm["cubin"])
+    assert stack <= 256, f"{kernel.fn.__name__} spills registers: {stack} bytes of stack a thread"
+    tensor_cores = any(word in ptx for word in ("mma.sync", "wgmma", "tcgen05.mma"))
+    print(kernel.fn.__name__, capability, constants.get("DOT", ""), f"shared {shared}", f"stack {stack}", end=" ")
+    print(f"tensor cores {tensor_cores}")
+    dot = constants.get("DOT")
+    # float32 attention apart, each product is one of the tensor cores
+    assert dot is None or tensor_cores or (dot == tl.float32 and constants["PRECISION"] == "ieee")
 
 
 def _stack(cubin: bytes) -> int:
@@ -54,58 +59,55 @@ def _stack(cubin: bytes) -> int:
 
 
 def main(capability: int) -> None:
-    launched: list[dict[str, Any]] = []
-
-    def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **options: Any) -> None:
-            compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
-            ptx = compiled.asm["ptx"]
-            found = {
-                "name": kernel.fn.__name__,
-                "label": label,
-                "machine_code": len(compiled.asm["cubin"]),
-                "tensor_cores": sorted(set(_TENSOR_CORES.findall(ptx))),
-                "stack": _stack(compiled.asm["cubin"]),
-                "shared_memory": compiled.metadata.shared,
-            }
-            launched.append(found)
-
-        return launch
-
-    triton.runtime.driver.set_active(_NoGpu(capability))
-    JITFunction.__getitem__ = compile_only
-    tiles.multiplies_e4m3 = lambda device: capability >= 89
-
-    N, D, F, E, A = 256, 512, 256, 8, 2
-    index_NA = torch.randint(E, (N, A))
-    for dtype in (torch.float32, torch.bfloat16):
-        label = str(dtype).removeprefix("torch.")
-        x, gate_up, down = (torch.zeros(shape, dtype=dtype) for shape in ((N, D), (E, 2 * F, D), (E, D, F)))
-        experts(x, index_NA, torch.zeros(N, A), gate_up, down)
-        for C, R, H in ((512, 64, 128), (32, 8, 4)):
-            q_latent, q_rope = torch.zeros(2, 1, H, C, dtype=dtype), torch.zeros(2, 1, H, R, dtype=dtype)
-            pages, table = torch.zeros(8, 64, C + R, dtype=dtype), torch.arange(8).view(2, 4)
-            latent_attention.attend_latent_paged(
-                q_latent, q_rope, pages, table, torch.zeros(2, 1, dtype=torch.int64), scale=0.1, num_parts=3
-            )
-    weights = torch.zeros(E, 2 * F, D), torch.zeros(E, D, F)
-    label = "fp8"
-    (gate_up, gate_up_scale), (down, down_scale) = (fp8.quantize(w, fp8.WEIGHT) for w in weights)
-    x = torch.zeros(N, D, dtype=torch.bfloat16)
-    experts(x, index_NA, torch.zeros(N, A), gate_up, down, scales=(gate_up_scale, down_scale))
-    block_gemm(*quantize.quantize_fp8(x), gate_up[0], gate_up_scale[0], block=128, rows=128, dtype=x.dtype)
-    block_gemm(*quantize.quantize_fp8(x), *quantize.quantize_fp8(x), block=128, rows=1)
-    label = "int8"
-    (gate_up, gate_up_scale), (down, down_scale) = (reference.quantize_int8(w, 64) for w in weights)
-    experts(x, index_NA, torch.zeros(N, A), gate_up, down, scales=(gate_up_scale, down_scale), block=64)
-    block_gemm(*quantize.quantize_int8(x, 64), gate_up[0], gate_up_scale[0], block=64, rows=1, dtype=x.dtype)
-    label = "router"
-    for sigmoid, groups, kept, top in ((True, 8, 4, 2), (False, 8, 3, 1), (False, 1, 1, 1)):
-        kind = {"num_groups": groups, "groups_kept": kept, "group_top": top, "normalize": sigmoid, "scale": 2.5}
-        bias = torch.zeros(256) if sigmoid else None
-        router.route(torch.zeros(3, 256), bias, num_active=8, sigmoid=sigmoid, **kind)
-    json.dump(launched, sys.stdout)
+    native = capability >= 89
+    e4m3, in_e4m3 = ("*fp8e4nv", tl.float8e4nv) if native else ("*u8", tl.float16)
+    kinds = [  # operand, scale of a weight, type of the product, columns of a block, rows that share a weight's scale
+        (e4m3, "*fp32", in_e4m3, 128, 128),
+        ("*i8", "*fp16", tl.int8, 64, 1),
+        ("*bf16", None, tl.bfloat16, 64, 1),
+        ("*fp32", None, tl.float32, 32, 1),
+    ]
+    loop = {"num_warps": 4, "num_stages": 3}
+    for operand, scale, dot, columns, rows in kinds:
+        operands = {
+            **dict.fromkeys(("x_ptr", "hidden_ptr", "weight_ptr"), operand),
+            **dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr"), "*fp32" if scale else operand),
+            "weight_scale_ptr": scale or operand,
+            **{"out_ptr": "*fp32" if operand == "*fp32" else "*bf16", "order_ptr": "*i64", "plan_ptr": "*i64"},
+            "route_ptr": "*bf16",
+        }
+        tile = {
+            "ROWS": rows,
+            "BLOCK_M": 64,
+            "BLOCK_N": 64 if operand in ("*u8", "*fp32") else 128,
+            "BLOCK_K": columns,
+            "DOT": dot,
+            "PRECISION": "tf32x3",
+        }
+        if scale is not None:
+            compile_kernel(block_gemm._block_gemm, capability, operands, {**tile, "NEIGHBOURS": 8}, **loop)
+        for kernel in (grouped_gemm._gate_up, grouped_gemm._down):
+            compile_kernel(kernel, capability, operands, {**tile, "SCALED": scale is not None}, **loop)
+    for fp8, values, scale, block in ((True, "*u8", "*u8", 128), (False, "*i8", "*fp32", 64)):
+        pointers = {"x_ptr": "*bf16", "values_ptr": values, "scale_ptr": scale}
+        compile_kernel(quantize._quantize, capability, pointers, {"BLOCK_N": 16, "BLOCK_K": block, "FP8": fp8})
+    for operand, dot, tokens, stages in (("*bf16", tl.bfloat16, 32, 2), ("*fp32", tl.float32, 16, 1)):
+        pointers = dict.fromkeys(("q_latent_ptr", "q_rope_ptr", "pages_ptr"), operand)
+        pointers |= dict.fromkeys(("table_ptr", "positions_ptr"), "*i64")
+        pointers |= {"out_ptr": "*fp32", "log_sum_ptr": "*fp32", "scale": "fp32"}
+        tile = {"BLOCK_M": 16, "BLOCK_S": tokens, "BLOCK_C": 512, "BLOCK_R": 64, "DOT": dot, "PRECISION": "ieee"}
+        compile_kernel(latent_attention._partial, capability, pointers, tile, num_warps=4, num_stages=stages)
+    pointers = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "out_ptr": "*bf16"}
+    compile_kernel(latent_attention._combine, capability, pointers, {"BLOCK_L": 16, "BLOCK_C": 512})
+    pointers = {**dict.fromkeys(("logits_ptr", "bias_ptr", "weight_ptr", "score_ptr"), "*fp32"), "index_ptr": "*i64"}
+    rules = {"ACTIVE": 8, "GROUPS": 8, "KEPT": 4, "GROUP_TOP": 2, "SIGMOID": True, "BIASED": True, "NORMALIZE": True}
+    tile = {"BLOCK_Q": 8, "BLOCK_G": 32, "BLOCK_A": 8}
+    compile_kernel(router._route, capability, {**pointers, "scale": "fp32"}, rules | tile, num_warps=1)
 
 
 if __name__ == "__main__":
+    try:
+        triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell, triton.knobs.nvidia.cuobjdump  # noqa: B018
+    except RuntimeError as missing:
+        sys.exit(f"no assembler came with this Triton: {missing}")
     main(int(sys.argv[1]))

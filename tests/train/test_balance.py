@@ -9,6 +9,7 @@ from minga.config import TrainConfig
 from minga.config.presets import tiny
 from minga.data.loader import Loader
 from minga.data.shards import open_shards
+from minga.kernels.reference import choose_experts
 from minga.model.transformer import Transformer
 from minga.train.balance import LoadCounter, balance_rates
 from minga.train.optim import Optimizer
@@ -42,10 +43,12 @@ def test_any_router_is_levelled_and_stays_level(size: float) -> None:
     counter, config = LoadCounter(model.moe_layers()), TrainConfig(steps=100, model=tiny())
     generator = torch.Generator().manual_seed(0)
     liked_E = size * torch.linspace(-2, 2, 8)
+    num_active, no_groups = tiny().num_experts_per_tok, {"num_groups": 1, "groups_kept": 1, "group_top": 2}
     ratios = []
     for step in range(100):
         score_NE = liked_E + size * torch.randn(4096, 8, generator=generator)
-        counter.add(0, layer.gate._select(score_NE), score_NE)
+        index_NA = choose_experts(score_NE, layer.gate.e_score_correction_bias, num_active=num_active, **no_groups)
+        counter.add(0, index_NA, score_NE)
         ratios.append(float(counter.relative()[0].max()))
         counter.update_bias(balance_rates(config, step, counter.layers))
     assert ratios[0] > 2.5

@@ -568,7 +568,9 @@ static void product(const Matrix& m, int64_t number, int64_t from, int64_t to, c
   const uint16_t* s = m.is_float() ? nullptr : m.scale + number * m.panels() * m.panel_factors();
   float* at[MAX_TOKENS];
   alignas(64) float room[MAX_TOKENS][2 * PANEL];
-  bool few = nt <= 3;
+  // 8 bits wait for memory longer than 4, which have to be taken apart first: one panel after the other, read ahead, is faster
+  // for up to so many tokens (16: at 4 tokens 2.4 times, at 12 a third)
+  bool few = nt <= (m.kind == INT8 || m.kind == Q8_0 ? 16 : 3);
   for (int64_t u = from, np; u < to; u += np) {
     np = m.is_float() || few ? 1 : std::min<int64_t>(2, to - u);
     int64_t row = u * PANEL, rows = std::min<int64_t>(m.rows - row, np * PANEL);

@@ -11,7 +11,7 @@
 Nothing here waits for the GPU. A model on a GPU comes here by itself; no command puts one there yet (`model.to("cuda")`).
 
 tests/kernels/test_gpu.py has each kernel against its definition in `minga.kernels.reference`, under Triton's interpreter
-where there is no GPU, and compiles all of them for chips 8.0, 9.0 and 10.0. None has run on a GPU, so none has been timed:
+where there is no GPU, and compiles all of them for chips from 8.0 to 12.0. None has run on a GPU, so none has been timed:
 the sizes of tiles are a guess.
 """
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, tile_columns, tile_rows
+from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_columns, tile_rows
 
 _NEIGHBOURS = 8  # tiles of rows that go through the columns together, so that the second matrix stays in the L2 cache
 
@@ -78,7 +78,7 @@ def block_gemm(
 ) -> Tensor:
     """`reference.block_gemm`, (M, N) in `dtype`. Both matrices E4M3 or both int8; weight_scale: (ceil(N / rows), G).
 
-    `block` is a power of two from 32 on. Scales are float32, or of a type whose numbers float32 holds.
+    `block` is a power of two from 32 on. Scales are float32, float16 or E8M0.
     """
     M, K = x_MK.shape
     N = weight_NK.shape[0]
@@ -88,7 +88,7 @@ def block_gemm(
     x, weight = as_stored(x_MK), as_stored(weight_NK)
     block_m, block_n = tile_rows(M, 64), tile_columns(N, weight)
     _block_gemm[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-        *(x, x_scale_MG.float().contiguous(), weight, weight_scale.float().contiguous()),
+        *(x, scales(x_scale_MG), weight, scales(weight_scale)),
         *(out_MN, M, N, K),
         ROWS=rows,
         BLOCK_M=block_m,

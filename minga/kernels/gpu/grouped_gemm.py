@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minga.kernels.gpu.quantize import quantize_fp8, quantize_int8
-from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, tile_columns, tile_rows
+from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_columns, tile_rows
 
 
 @triton.jit
@@ -140,12 +140,12 @@ def experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     *,
-    scales: tuple[Tensor, Tensor] | None = None,
+    weight_scales: tuple[Tensor, Tensor] | None = None,
     block: int = 128,
 ) -> Tensor:
-    """`reference.experts` in x's dtype, accumulated in float32; with `scales`, from E4M3 or int8 weights.
+    """`reference.experts` in x's dtype, accumulated in float32; with `weight_scales`, from E4M3 or int8 weights.
 
-    scales: of the two weights. E4M3: one a block of 128 × 128, (E, ceil(G / 128), ceil(D / 128)) and likewise; the inputs of
+    weight_scales: of both. E4M3: one a block of 128 × 128, (E, ceil(G / 128), ceil(D / 128)) and likewise; the inputs of
     both products are rounded by `fp8.quantize`. int8: one a block of `block` columns of a row, (E, G, ceil(D / block)) and
     likewise; the inputs are rounded by `reference.round_activations`.
     """
@@ -157,7 +157,7 @@ def experts(
     block_m = tile_rows(N * A // len(down_EDF), 64)  # about an expert's share
     order_S, plan = _plan(index_NA, len(down_EDF), block_m)
     route_S = weight_NA.contiguous()
-    gate_up_scale, down_scale = scales or (None, None)
+    gate_up_scale, down_scale = weight_scales or (None, None)
     for kernel, x, weight, scale, out, tail, columns in (
         (_gate_up, x_ND, gate_up_EGD, gate_up_scale, hidden_SF, (A, D, F), 2 * F),
         (_down, hidden_SF, down_EDF, down_scale, out_SD, (route_S, F, D), D),
@@ -168,7 +168,7 @@ def experts(
         stored = as_stored(weight)
         block_n = tile_columns(columns, stored)
         kernel[(plan.shape[1], triton.cdiv(columns, block_n))](
-            *(as_stored(rows), _floats(x_scale, rows), stored, _floats(scale, rows), out, order_S, plan),
+            *(as_stored(rows), _scales(x_scale, rows), stored, _scales(scale, rows), out, order_S, plan),
             *(*tail, 0 if scale is None else scale[0].numel()),
             ROWS=128 if weight.dtype == torch.float8_e4m3fn else 1,
             BLOCK_M=block_m,
@@ -194,9 +194,9 @@ def _plan(index_NA: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Ten
     return order_S, torch.stack([expert.where(real, -1), first, first_E[expert + 1]])
 
 
-def _floats(scale: Tensor | None, stand_in: Tensor) -> Tensor:
+def _scales(scale: Tensor | None, stand_in: Tensor) -> Tensor:
     """A kernel without scales still wants a pointer."""
-    return stand_in if scale is None else scale.float().contiguous()
+    return stand_in if scale is None else scales(scale)
 
 
 def _loop(rows: Tensor, block: int | None) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def accumulate(
             a_scale_M = tl.load(a_scale_ptr + a_row_M * num_blocks + block, mask=a_valid_M, other=0.0)
             b_scale_N = tl.load(b_scale_ptr + b_scale_row_N * num_blocks + block, mask=b_valid_N, other=0.0)
             part_MN = tl.dot(a_MK, b_KN, out_dtype=tl.int32 if DOT.is_int() else tl.float32)
-            total_MN += part_MN.to(tl.float32) * (a_scale_M[:, None] * b_scale_N.to(tl.float32)[None, :])
+            scale_MN = a_scale_M.to(tl.float32)[:, None] * b_scale_N.to(tl.float32)[None, :]
+            total_MN += part_MN.to(tl.float32) * scale_MN
         else:
             total_MN = tl.dot(a_MK, b_KN, total_MN, input_precision=PRECISION)
         a_ptrs += BLOCK_K
@@ -82,6 +83,7 @@ def dot_arguments(tensor: Tensor) -> dict[str, Any]:
     """DOT and PRECISION for tiles of this tensor.
 
     E4M3 is multiplied as it is where tensor cores take it, from 8.9 on, and else as float16, which holds all its values.
+    float32 is three products of its halves in TF32, nearly as exact and on the tensor cores, or one if torch is allowed that.
     """
     dtype = tensor.dtype
     if dtype == torch.float8_e4m3fn:
@@ -90,7 +92,7 @@ def dot_arguments(tensor: Tensor) -> dict[str, Any]:
         dot = tl.float32 if INTERPRETED else tl.bfloat16  # the interpreter multiplies bf16 as if it were uint16
     else:
         dot = {torch.float32: tl.float32, torch.float16: tl.float16, torch.int8: tl.int8}[dtype]
-    return {"DOT": dot, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
+    return {"DOT": dot, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"}
 
 
 def multiplies_e4m3(device: torch.device) -> bool:
@@ -103,11 +105,17 @@ def as_stored(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if hidden else tensor.contiguous()
 
 
+def scales(scale: Tensor) -> Tensor:
+    """Block scales as a kernel takes them; E8M0 is a type that Triton does not know."""
+    return (scale if scale.dtype in (torch.float32, torch.float16) else scale.float()).contiguous()
+
+
 def tile_rows(rows: int, largest: int) -> int:
     """Rows of a tile for a product of so many rows; tensor cores take 16 at a time."""
     return min(max(16, triton.next_power_of_2(rows)), largest)
 
 
 def tile_columns(columns: int, stored: Tensor) -> int:
-    """Columns of a tile for a product with this matrix; fewer where bytes are to be widened, which takes registers."""
-    return tile_rows(columns, 64 if stored.dtype == torch.uint8 else 128)
+    """Columns of a tile for a product with this matrix: fewer where registers are short, since bytes are widened or float32
+    is three numbers."""
+    return tile_rows(columns, 64 if stored.dtype in (torch.uint8, torch.float32) else 128)
