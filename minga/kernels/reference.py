@@ -205,8 +205,9 @@ def round_activations(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = F.pad(x.float(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     top = blocks.abs().amax(-1)
     lost = ~top.isfinite()
-    rounded = (blocks * (127 / top.clamp(min=1e-36))[..., None]).round().masked_fill(lost[..., None], 0)
-    return rounded.to(torch.int8).flatten(-2)[..., : x.shape[-1]], (top / 127).masked_fill(lost, float("nan"))
+    end = top.new_tensor(127.0)  # not a Python number: torch then multiplies with an inverse, which rounds twice
+    rounded = (blocks * (end / top.clamp(min=1e-36))[..., None]).round().masked_fill(lost[..., None], 0)
+    return rounded.to(torch.int8).flatten(-2)[..., : x.shape[-1]], (top / end).masked_fill(lost, float("nan"))
 
 
 def block_gemm(

@@ -5,7 +5,10 @@ Prints a line for each. The sizes are DeepSeek-V3's; divisible ones, as there, l
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import triton
@@ -35,11 +38,24 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
     assert shared <= SHARED[capability], f"{kernel.fn.__name__} wants {shared} bytes of shared memory"
+    stack = _stack(compiled.asm["cubin"])
+    assert stack <= 256, f"{kernel.fn.__name__} spills registers: {stack} bytes of stack a thread"
     tensor_cores = any(word in ptx for word in ("mma.sync", "wgmma", "tcgen05.mma"))
-    print(kernel.fn.__name__, capability, constants.get("DOT", ""), f"shared {shared}", f"tensor cores {tensor_cores}")
+    print(kernel.fn.__name__, capability, constants.get("DOT", ""), f"shared {shared}", f"stack {stack}", end=" ")
+    print(f"tensor cores {tensor_cores}")
     dot = constants.get("DOT")
     # float32 attention apart, each product is one of the tensor cores
     assert dot is None or tensor_cores or (dot == tl.float32 and constants["PRECISION"] == "ieee")
+
+
+def _stack(cubin: bytes) -> int:
+    """Bytes a thread keeps in memory for want of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[0])
 
 
 def main(capability: int) -> None:
@@ -60,7 +76,14 @@ def main(capability: int) -> None:
             **{"out_ptr": "*fp32" if operand == "*fp32" else "*bf16", "order_ptr": "*i64", "plan_ptr": "*i64"},
             "route_ptr": "*bf16",
         }
-        tile = {"ROWS": rows, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": columns, "DOT": dot, "PRECISION": "tf32x3"}
+        tile = {
+            "ROWS": rows,
+            "BLOCK_M": 64,
+            "BLOCK_N": 64 if operand in ("*u8", "*fp32") else 128,
+            "BLOCK_K": columns,
+            "DOT": dot,
+            "PRECISION": "tf32x3",
+        }
         if scale is not None:
             compile_kernel(block_gemm._block_gemm, capability, operands, {**tile, "NEIGHBOURS": 8}, **loop)
         for kernel in (grouped_gemm._gate_up, grouped_gemm._down):
@@ -84,7 +107,7 @@ def main(capability: int) -> None:
 
 if __name__ == "__main__":
     try:
-        triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell  # noqa: B018
+        triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell, triton.knobs.nvidia.cuobjdump  # noqa: B018
     except RuntimeError as missing:
         sys.exit(f"no assembler came with this Triton: {missing}")
     main(int(sys.argv[1]))

@@ -7,10 +7,12 @@
   router            scores to chosen experts and their weights
   tiles             what their inner loops share
 
-Only `minga.kernels.ops` calls them, and only where `usable` says so: this package imports without Triton, its modules do
-not. Nothing here waits for the GPU, so a layer may be captured in a graph. Every kernel is tested against its definition
-in `minga.kernels.reference` under Triton's interpreter, which needs no GPU (tests/kernels/test_gpu.py). None has been
-timed on one yet: tile sizes are those that vLLM, SGLang and DeepSeek's own kernels use.
+`minga.kernels.ops` and `fp8` call them, where `usable` says so: this package imports without Triton, its modules do not.
+Nothing here waits for the GPU. A model on a GPU comes here by itself; no command puts one there yet (`model.to("cuda")`).
+
+tests/kernels/test_gpu.py has each kernel against its definition in `minga.kernels.reference`, under Triton's interpreter
+where there is no GPU, and compiles all of them for chips from 8.0 to 12.0. None has run on a GPU, so none has been timed:
+the sizes of tiles are a guess.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_rows
+from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_columns, tile_rows
 
 _NEIGHBOURS = 8  # tiles of rows that go through the columns together, so that the second matrix stays in the L2 cache
 
@@ -85,9 +85,10 @@ def block_gemm(
     out_MN = torch.empty(M, N, dtype=dtype, device=x_MK.device)
     if not out_MN.numel():
         return out_MN
-    block_m, block_n = tile_rows(M, 64), tile_rows(N, 128)
+    x, weight = as_stored(x_MK), as_stored(weight_NK)
+    block_m, block_n = tile_rows(M, 64), tile_columns(N, weight)
     _block_gemm[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-        *(as_stored(x_MK), scales(x_scale_MG), as_stored(weight_NK), scales(weight_scale)),
+        *(x, scales(x_scale_MG), weight, scales(weight_scale)),
         *(out_MN, M, N, K),
         ROWS=rows,
         BLOCK_M=block_m,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minga.kernels.gpu.quantize import quantize_fp8, quantize_int8
-from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_rows
+from minga.kernels.gpu.tiles import accumulate, as_stored, dot_arguments, scales, tile_columns, tile_rows
 
 
 @triton.jit
@@ -165,9 +165,10 @@ def experts(
         rows, x_scale = x.contiguous(), None
         if scale is not None:
             rows, x_scale = quantize_fp8(x) if weight.dtype == torch.float8_e4m3fn else quantize_int8(x, block)
-        block_n = tile_rows(columns, 128)
+        stored = as_stored(weight)
+        block_n = tile_columns(columns, stored)
         kernel[(plan.shape[1], triton.cdiv(columns, block_n))](
-            *(as_stored(rows), _scales(x_scale, rows), as_stored(weight), _scales(scale, rows), out, order_S, plan),
+            *(as_stored(rows), _scales(x_scale, rows), stored, _scales(scale, rows), out, order_S, plan),
             *(*tail, 0 if scale is None else scale[0].numel()),
             ROWS=128 if weight.dtype == torch.float8_e4m3fn else 1,
             BLOCK_M=block_m,

@@ -85,9 +85,8 @@ def _partial(
         score_MS = tl.dot(q_latent_MC, tl.trans(latent_SC), input_precision=PRECISION)
         score_MS = tl.dot(q_rope_MR, tl.trans(rope_SR), score_MS, input_precision=PRECISION)
         seen_MS = there_S[None, :] & (token_S[None, :] <= last_M[:, None])
-        score_MS = tl.where(
-            seen_MS, score_MS * (scale * 1.4426950408889634), float("-inf")
-        )  # exp(x) = exp2(x · log2 e)
+        # exp(x) = exp2(x · log2 e)
+        score_MS = tl.where(seen_MS, score_MS * (scale * 1.4426950408889634), float("-inf"))
         new_top_M = tl.maximum(top_M, tl.max(score_MS, 1))
         shift_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)  # a row that has seen nothing yet stays zero
         weight_MS = tl.exp2(score_MS - shift_M[:, None])

@@ -71,5 +71,11 @@ def _launch(x: Tensor, block: int, values_dtype: torch.dtype, scale_dtype: torch
     if x.numel():
         N = x.numel() // K
         grid = (triton.cdiv(N, _ROWS), num_blocks)
-        _quantize[grid](x, values, scale, N, K, BLOCK_N=_ROWS, BLOCK_K=block, FP8=values_dtype == torch.uint8)
+        _quantize[grid](
+            *(x, values, scale, N, K),
+            BLOCK_N=_ROWS,
+            BLOCK_K=block,
+            FP8=values_dtype == torch.uint8,
+            enable_fp_fusion=False,  # to round a product that was not rounded itself may give another whole number
+        )
     return values, scale

@@ -48,9 +48,8 @@ def _route(
     choice_QG = score_QG
     if BIASED:
         choice_QG += tl.load(bias_ptr + expert_QG, mask=there_QG, other=0.0)
-    choice_QG = tl.where(
-        choice_QG == choice_QG, choice_QG, float("inf")
-    )  # NaN is chosen, as torch does, and seen later
+    # NaN is chosen, as torch does, and so is seen later
+    choice_QG = tl.where(choice_QG == choice_QG, choice_QG, float("inf"))
     choice_QG = tl.where(there_QG, choice_QG, float("-inf"))
     if GROUPS > KEPT:
         group_score_Q = tl.max(choice_QG, 1)

@@ -113,3 +113,9 @@ def scales(scale: Tensor) -> Tensor:
 def tile_rows(rows: int, largest: int) -> int:
     """Rows of a tile for a product of so many rows; tensor cores take 16 at a time."""
     return min(max(16, triton.next_power_of_2(rows)), largest)
+
+
+def tile_columns(columns: int, stored: Tensor) -> int:
+    """Columns of a tile for a product with this matrix: fewer where registers are short, since bytes are widened or float32
+    is three numbers."""
+    return tile_rows(columns, 64 if stored.dtype in (torch.uint8, torch.float32) else 128)
