@@ -12,6 +12,7 @@ thread-safe: callers hold a lock.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import abc
 from collections.abc import Generator, Iterator
@@ -313,7 +314,9 @@ class LLM:
 
 def _disk_for(files: list[Path]) -> DiskMemory | None:
     """Room for weights that memory does not hold, twice over: as they come, and as the kernels read them."""
-    size = sum(file.stat().st_size for file in files)
+    size = sum(
+        os.path.getsize(file) for file in files if os.path.exists(file)
+    )  # what cannot be opened is refused later
     if size < _SHARE_FOR_WEIGHTS * free_memory(torch.device("cpu")):
         return None
     return DiskMemory(int(2.2 * size) + 2**23, read_speed(files[0]))

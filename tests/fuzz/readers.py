@@ -258,7 +258,7 @@ def _write_folders(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     public = {name: tensor.clone() for name, tensor in names.to_public(random_tensors(v3), v3).items()}
     for name in [name for name in public if name.endswith("_proj.weight") and "eh_proj" not in name]:
         public[name] = public[name].to(torch.float8_e4m3fn)
-        public[name + hf.SCALE_INV] = torch.ones([-(-side // 24) for side in public[name].shape])
+        public[name + names.SCALE_INV] = torch.ones([-(-side // 24) for side in public[name].shape])
     save_file(public, folder / "fp8" / hf.SINGLE)
     described = v3.to_hf() | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [24, 24]}}
     (folder / "fp8" / "config.json").write_text(json.dumps(described))

@@ -162,6 +162,6 @@ def test_blocks_of_fp8_that_no_weight_fills(tmp_path: Path, side: int) -> None:
     config = CONFIGS["llama"]
     tensors = {name: tensor.clone() for name, tensor in names.to_public(random_tensors(config), config).items()}
     name = "model.layers.0.mlp.up_proj.weight"
-    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), name + hf.SCALE_INV: torch.ones(1, 1)}
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), name + names.SCALE_INV: torch.ones(1, 1)}
     described = config.to_hf() | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [side, 32]}}
     assert "two positive numbers up to 65536" in _open(_folder(tmp_path / "m", described, tensors))
