@@ -1,4 +1,4 @@
-"""The peers of the engine: llama.cpp by way of llama-cpp-python, and the GGUF files it reads, with the same weights as ours.
+"""llama.cpp by way of llama-cpp-python, and the GGUF files it reads and makes, with the same weights as ours.
 
 Needs the extra `bench` (`pip install 'minga[bench]'`); nothing is fetched or installed from here.
 """
@@ -18,7 +18,7 @@ from minga.model.transformer import Transformer
 
 
 def write_gguf(model: Transformer, file: Path, kind: str) -> None:
-    """A deepseek2 file as llama.cpp's own converter writes it. kind: Q8_0 or Q4_0, of all matrices but the router."""
+    """A deepseek2 file as llama.cpp's own converter writes it. kind: F32, Q8_0 or Q4_0, of all matrices but the router."""
     import gguf
 
     config = model.config
@@ -36,6 +36,7 @@ def write_gguf(model: Transformer, file: Path, kind: str) -> None:
         "layer_norm_rms_eps": config.rms_norm_eps,
         "rope_freq_base": config.rope.rope_theta,
         "rope_dimension_count": config.rope_dim,
+        "q_lora_rank": config.q_lora_rank or 0,  # it asks for one
         "kv_lora_rank": latent,
         "key_length": latent + config.qk_rope_head_dim,
         "value_length": latent,
@@ -50,8 +51,6 @@ def write_gguf(model: Transformer, file: Path, kind: str) -> None:
         "expert_weights_norm": config.norm_topk_prob,
         "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
     }
-    if config.q_lora_rank is not None:
-        values["q_lora_rank"] = config.q_lora_rank
     for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
@@ -80,6 +79,18 @@ def write_gguf(model: Transformer, file: Path, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantize_gguf(source: Path, file: Path, kind: str, *, threads: int) -> None:
+    """llama.cpp's own rounding of a file in F32. kind: Q4_K_S or another, for every matrix whose rows it fits."""
+    import llama_cpp
+
+    silence()
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure = threads, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(params))
+    assert not failed, f"llama.cpp could not round the model to {kind}"
 
 
 @cache

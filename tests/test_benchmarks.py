@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from minga.config import TrainConfig
+from minga import store
+from minga.config import ModelConfig, TrainConfig
 from minga.config.presets import tiny
 from minga.recipes import pretrain as pretraining
 from minga.recipes.pretrain import pretrain
@@ -148,6 +149,69 @@ def test_engine_rows_and_failures(scripts, monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         engine.main()
     assert "decode/smollm2/int8/ctx0/threads2 is left out" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- quant
+
+
+def test_quant_beside_llama_cpp(make_config: Callable[..., TrainConfig], scripts, shards: Path) -> None:
+    """Both sides from one trained model: more bits are nearer to it, and a type that rows do not fit is told of."""
+    pytest.importorskip("llama_cpp")
+    quant = scripts("quant")
+    settings = {"path": str(pretrain(make_config(steps=2)).run), "data": str(shards), "max_tokens": 500}
+    ours = {f: quant.measure_ours(**settings, format=f, calibration=512) for f in ("int8", "int4", "int4-gptq", "fp8")}
+    theirs = {kind: quant.measure_theirs(**settings, kind=kind) for kind in ("Q8_0", "Q4_0", "Q4_K")}
+    for found in (*ours.values(), *theirs.values()):
+        assert 0 < found["kl"] < 0.1 and 0.5 < found["top1"] <= 1 and abs(found["bits-per-byte"]) < 0.05
+    assert ours["int8"]["kl"] < ours["int4"]["kl"] / 10 and theirs["Q8_0"]["kl"] < theirs["Q4_0"]["kl"] / 10
+    assert (
+        ours["int4"]["bits-per-weight"] == ours["int4-gptq"]["bits-per-weight"] < 6
+    )  # norms and routers are many here
+    assert 8 < theirs["Q8_0"]["bits-per-weight"] < 10
+    assert theirs["Q4_K"]["substituted"] and "Q4_K" not in theirs["Q4_K"]["substituted"]
+
+
+def test_quant_refuses_what_it_cannot_compare(scripts, tmp_path: Path) -> None:
+    import minga
+    from minga.errors import UserError
+    from minga.model.transformer import Transformer
+
+    quant = scripts("quant")
+    grouped = ModelConfig(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
+    model = Transformer(grouped).init_weights()
+    minga.save(model, tmp_path / "llama")
+    with pytest.raises(UserError, match="has no MLA"):
+        quant.measure_theirs(str(tmp_path / "llama"), "shards", "Q8_0", 100)
+    minga.save(store.quantize(model, "int8"), tmp_path / "int8")
+    with pytest.raises(UserError, match="in few bits already"):
+        quant.measure_ours(str(tmp_path / "int8"), "shards", "int4", 100, 100)
+
+
+def test_quant_rows(scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each side is measured once, and a peer that fails takes its own rows with it."""
+    quant, asked = scripts("quant"), []
+    found = {"kl": 0.02, "top1": 0.9, "bits-per-byte": 0.01, "bits-per-weight": 4.5, "tokens": 1000}
+
+    def measure(script: str, name: str, *, threads: int, **rest: Any) -> Any:
+        asked.append(rest.get("format") or rest["kind"])
+        if asked[-1] == "Q4_1":
+            raise quant.Failed("no llama_cpp")
+        return found if name == "ours" else {**found, "kl": 0.04, "weights": 100, "substituted": {"Q5_0": 3}}
+
+    monkeypatch.setattr(quant, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["quant.py", "runs/demo", "--data", "shards"])
+    assert quant.main() == 1
+    out = capsys.readouterr()
+    rows = {row["id"]: row for row in json.loads(out.out.splitlines()[-1])["rows"]}
+    assert sorted(asked) == ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0", "fp8", "int4", "int4-gptq", "int8"]
+    assert len(rows) == 4 * (10 - 2) and all(set(row) - {"note"} == KEYS for row in rows.values())
+    assert rows["kl/int4-gptq/q4_k"]["ratio"] == 0.5
+    assert rows["kl/int4-gptq/q4_k"]["note"] == "1,000 tokens, 3% of the weights in Q5_0"
+    assert out.err.count("no llama_cpp") == 4 * 2
+    monkeypatch.setattr(sys, "argv", ["quant.py", "--only", "kl/int8/q8_0"])
+    assert quant.main() == 1
+    assert "give --model and --data" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- train: measurements

@@ -16,6 +16,7 @@ BENCHES = {
     "train": "what training costs, against transformers and a 2023-style baseline",
     "ablation": "what each part of the training recipe gives, at equal CPU time",
     "engine": "reading and writing beside llama.cpp and transformers, memory, and what MTP drafts gain (of --model)",
+    "quant": "how far weights in few bits are from the floats, beside llama.cpp's types (of --model)",
 }
 
 EXAMPLE = """\
@@ -28,6 +29,7 @@ examples:
   minga bench train --data shards --minutes 10      text of one's own, shorter baselines
   minga bench engine --only decode/b                beside llama.cpp, from the extra `bench`
   minga bench engine --only speculate --model runs/demo
+  minga bench quant --model runs/demo --data shards
 The first lines of benchmarks/NAME.py say what its rows mean; run as a script it has a few more flags.
 """
 
@@ -51,7 +53,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--minutes", type=float, metavar="M", help="length of a baseline run, or of each run of the ablation"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of both sides (default 2)")
-    parser.add_argument("--model", metavar="PATH", help="trained model or run folder (engine)")
+    parser.add_argument("--model", metavar="PATH", help="trained model or run folder (engine, quant)")
     parser.set_defaults(run=run)
     return parser
 

@@ -33,6 +33,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, run folder or .gguf file")
     parser.add_argument("--to", choices=["int8", "int4", "fp8"], default="int8", help="number format (default int8)")
+    parser.add_argument(
+        "--scale-fmt",
+        choices=["float", "ue8m0"],
+        help="of fp8: scales are float32, as V3's (default), or powers of two",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--calibrate", metavar="DIR", help="shards: choose int4 weights for their training text (GPTQ)")
     parser.add_argument(
@@ -47,12 +52,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from minga import store
-    from minga.quant import blocks
+    from minga.quant import blocks, fp8
     from minga.recipes.evaluate import matching_shards
     from minga.recipes.quantize import calibrate_int4, calibration_batches
 
     if args.calibrate and args.to != "int4":
         raise UserError(f"--calibrate is for int4, not {args.to} (quantize). leave it out, or take --to int4")
+    if args.scale_fmt and args.to != "fp8":
+        raise UserError(f"--scale-fmt is for fp8, not {args.to} (quantize). leave it out, or take --to fp8")
     model, tokenizer = store.load(args.model), store.load_tokenizer(args.model)
     stored = blocks.format_of(model)
     if stored is not None:
@@ -64,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         batches = calibration_batches(matching_shards(args.calibrate, tokenizer), model, args.calibration_tokens)
         calibration = calibrate_int4(model, batches, lambda line: print(f"calibrated {line}", file=sys.stderr))
         report["calibration"] = vars(calibration)
+    elif args.to == "fp8":
+        fp8.quantize(model, fp8.BlockFP8(power_of_two=args.scale_fmt == "ue8m0"))
     else:
         store.quantize(model, args.to)
     format = blocks.format_of(model)
@@ -77,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         measured = _measure(store.load(args.model), model, data, args.max_tokens)
         report |= {"bits_per_byte_float32": measured.bits_per_byte_reference}
         report |= {f"bits_per_byte_{args.to}": measured.bits_per_byte, "kl": measured.kl, "top1": measured.top1}
+        report |= {"perplexity_float32": measured.perplexity_reference, f"perplexity_{args.to}": measured.perplexity}
         report["tokens"] = measured.tokens
     store.save(model, args.out, tokenizer=tokenizer)
     report["file_bytes"] = sum(file.stat().st_size for file in Path(args.out).glob("*.safetensors"))
@@ -106,6 +116,7 @@ def _lines(report: dict[str, Any], name: str) -> str:
         before, after = report["bits_per_byte_float32"], report[f"bits_per_byte_{name}"]
         lines += [
             f"quality      {before:.4f} bits a byte in float32, {after:.4f} in {name} ({after / before - 1:+.2%})",
+            f"             perplexity {report['perplexity_float32']:.3f} and {report[f'perplexity_{name}']:.3f}",
             f"             KL {report['kl']:.5f} nats a token, the same first choice at {report['top1']:.2%} of "
             f"{report['tokens']} tokens",
         ]

@@ -76,13 +76,15 @@ def evaluate(
 class Comparison:
     """Two models on one text, token by token. `kl`: mean KL(reference || model) in nats a token, 0 for equal models.
 
-    `top1`: share of positions where both hold the same next token most likely. Bits a byte: of each.
+    `top1`: share of positions where both hold the same next token most likely. Bits a byte and perplexity: of each.
     """
 
     kl: float
     top1: float
     bits_per_byte_reference: float
     bits_per_byte: float
+    perplexity_reference: float
+    perplexity: float
     tokens: int
 
 
@@ -110,7 +112,15 @@ def compare(reference: Transformer, model: Transformer, batches: Iterable[Batch]
         raise UserError("there is no text to compare on (compare). give more text")
     kl, agree, nats_reference, nats = sums.tolist()
     bits = math.log(2) * num_bytes
-    return Comparison(kl / tokens, agree / tokens, nats_reference / bits, nats / bits, tokens)
+    return Comparison(
+        kl=kl / tokens,
+        top1=agree / tokens,
+        bits_per_byte_reference=nats_reference / bits,
+        bits_per_byte=nats / bits,
+        perplexity_reference=math.exp(min(nats_reference / tokens, 700)),
+        perplexity=math.exp(min(nats / tokens, 700)),
+        tokens=tokens,
+    )
 
 
 def matching_shards(path: str | Path, tokenizer: Tokenizer) -> Shards:

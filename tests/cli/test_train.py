@@ -100,6 +100,15 @@ def test_quantize_calibrated_and_in_fp8(ask: Ask, trained: Path, shards: Path, t
         assert code == 0
         reports[name] = json.loads(out)
     plain, calibrated, fp8 = reports.values()
+    for name in reports:
+        before, after = (reports[name][f"perplexity_{kind}"] for kind in ("float32", name.split()[0]))
+        assert 1 < before == pytest.approx(after, rel=0.05)
+    code, out, _ = ask(
+        "quantize", trained, "--to", "fp8", "--scale-fmt", "ue8m0", "--out", tmp_path / "ue8m0", "--json"
+    )
+    assert json.loads(out)["bytes_fp8"] < fp8["bytes_fp8"]
+    described = json.loads((tmp_path / "ue8m0" / "config.json").read_text())["quantization_config"]
+    assert (code, described["scale_fmt"]) == (0, "ue8m0")
     assert 4.5 < plain["bits_per_weight"] == calibrated["bits_per_weight"] < 8 < fp8["bits_per_weight"] < 12
     assert plain["file_bytes"] == calibrated["file_bytes"]
     assert 0 < fp8["kl"] < calibrated["kl"] < plain["kl"]
@@ -115,6 +124,7 @@ def test_quantize_calibrated_and_in_fp8(ask: Ask, trained: Path, shards: Path, t
     assert "calibration  2048 tokens, " in out
     for mistake, message in {
         (trained, "--to", "int8", *calibrate): "--calibrate is for int4",
+        (trained, "--to", "int8", "--scale-fmt", "ue8m0"): "--scale-fmt is for fp8",
         (tmp_path / "int4", "--to", "int4"): "stored in int4 already",
         (trained, "--to", "int4", *calibrate[:3], 5): "too few to calibrate on",
     }.items():

@@ -67,3 +67,50 @@ def test_a_float_model_is_held_in_fp8(model: Transformer, tmp_path: Path) -> Non
     minga.save(model, tmp_path / "m")
     held = store.load_stored(tmp_path / "m", quant="fp8")
     assert torch.equal(held(IDS_BT).logits, fp8.quantize(model)(IDS_BT).logits)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_transformers_expects_the_same_tensors(tmp_path: Path, power_of_two: bool) -> None:
+    """Names, shapes and types of its FP8 linear layers are those of our file, cut blocks included."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
+    from transformers.utils.quantization_config import FineGrainedFP8Config
+
+    model = Transformer(tiny().replace(hidden_size=160, intermediate_size=300, kv_lora_rank=136)).init_weights()
+    minga.save(fp8.quantize(model, fp8.BlockFP8(power_of_two=power_of_two)), tmp_path / "m")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    described = FineGrainedFP8Config.from_dict(config.quantization_config)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+        replace_with_fp8_linear(theirs, ["lm_head"], described, pre_quantized=True)
+    expected = {
+        f"{name}.{part}": (tensor.shape, tensor.dtype)
+        for name, module in theirs.named_modules()
+        if isinstance(module, FP8Linear)
+        for part, tensor in module.named_parameters()
+    }
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    ours = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in stored.items()
+        if name.removesuffix(fp8.SCALE) + fp8.SCALE in stored and ".experts." not in name
+        if not name.startswith(f"model.layers.{model.config.num_hidden_layers}.")  # MTP, which it does not have
+    }
+    assert ours == expected
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_transformers_computes_the_same(tmp_path: Path, power_of_two: bool) -> None:
+    """On a CPU it widens to bfloat16, of matrices that whole blocks make up."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    sides = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "kv_lora_rank": 128}
+    heads = {"q_lora_rank": 128, "qk_rope_head_dim": 128, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    torch.manual_seed(0)
+    config = tiny().replace(initializer_range=0.1, num_nextn_predict_layers=0, **sides, **heads)
+    minga.save(fp8.quantize(Transformer(config).init_weights(), fp8.BlockFP8(power_of_two=power_of_two)), tmp_path)
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    widened = store.load(tmp_path, dtype=torch.bfloat16).float()
+    torch.testing.assert_close(theirs.float()(IDS_BT).logits, widened(IDS_BT).logits, atol=1e-4, rtol=1e-4)
