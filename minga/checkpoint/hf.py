@@ -144,7 +144,7 @@ class _Shard:
         try:
             tensor: Tensor = self._handle.get_tensor(name)
             return tensor
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # torch's, in older versions for numbers not aligned
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
