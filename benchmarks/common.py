@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from minga.runtime.machine import describe
@@ -102,6 +102,21 @@ def answer(functions: Mapping[str, Any], argv: Sequence[str]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- results
+
+
+def measure_rows(
+    bench: str, rows_of: Mapping[str, Callable[[str], Row]], parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> int:
+    """Measures the rows that `--only` wants, each shown as it comes, and ends as `finish` does. A row that fails fails alone."""
+    rows, failures = [], []
+    for id in wanted(parser, args.only, rows_of):
+        say(id)
+        try:
+            rows.append(rows_of[id](id))
+            print_table(rows[-1:], file=sys.stderr)
+        except Failed as error:
+            failures.append(f"{id}: {error}")
+    return finish(bench, rows, as_json=args.json, failures=failures)
 
 
 def finish(bench: str, rows: Sequence[Row], *, as_json: bool, failures: Sequence[str] = ()) -> int:

@@ -543,16 +543,7 @@ def main() -> int:
     )
     if args.smollm2 is None and SMOLLM2.startswith(args.only):
         say(f"{SMOLLM2} is left out: give its file with --smollm2")
-    all_rows = dict(bench.all())
-    rows, failures = [], []
-    for id in common.wanted(parser, args.only, all_rows):
-        say(id)
-        try:
-            rows.append(all_rows[id](id))
-            common.print_table(rows[-1:], file=sys.stderr)
-        except Failed as error:
-            failures.append(f"{id}: {error}")
-    return common.finish("engine", rows, as_json=args.json, failures=failures)
+    return common.measure_rows("engine", dict(bench.all()), parser, args)
 
 
 if __name__ == "__main__":

@@ -182,15 +182,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?", help="a trained float model or run folder, such as the one of `make demo`")
     args = parser.parse_args()
     bench = Bench(threads=args.threads, quick=args.quick, model=args.model, data=args.data)
-    all_rows = dict(bench.all())
-    rows, failures = [], []
-    for id in common.wanted(parser, args.only, all_rows):
-        say(id)
-        try:
-            rows.append(all_rows[id](id))
-        except Failed as error:
-            failures.append(f"{id}: {error}")
-    return common.finish("quant", rows, as_json=args.json, failures=failures)
+    return common.measure_rows("quant", dict(bench.all()), parser, args)
 
 
 if __name__ == "__main__":

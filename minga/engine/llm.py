@@ -286,6 +286,8 @@ class LLM:
                     yield
                 elif all(sequence.finished for sequence in sequences):
                     return
+                elif not self._runner.scheduler.busy:
+                    raise RuntimeError("a step failed while others waited for it, and this request was let go with it")
                 else:
                     self.step()
         finally:

@@ -70,13 +70,9 @@ class Scheduler:
         self.pool = PagePool(num_pages)
         self.waiting: deque[Entry] = deque()
         self.running: list[Entry] = []  # in the order in which they were taken
-        self._table_BP = torch.zeros(MAX_BATCH, -(-max_length // PAGE), dtype=torch.int64)
+        # the pages of every running sequence; what stands behind them in a row is anything
+        self.table_BP = torch.zeros(MAX_BATCH, -(-max_length // PAGE), dtype=torch.int64)
         self._rows = deque(range(MAX_BATCH))
-
-    @property
-    def table_BP(self) -> Tensor:
-        """The pages of every running sequence; a row's rest is anything."""
-        return self._table_BP
 
     @property
     def busy(self) -> bool:
@@ -142,7 +138,7 @@ class Scheduler:
     def _give(self, entry: Entry, pages: list[int]) -> None:
         start = len(entry.pages)
         entry.pages += pages
-        self._table_BP[entry.row, start : len(entry.pages)] = torch.tensor(pages, dtype=torch.int64)
+        self.table_BP[entry.row, start : len(entry.pages)] = torch.tensor(pages, dtype=torch.int64)
 
     def _give_up(self, entry: Entry) -> None:
         self.publish(entry)

@@ -436,6 +436,17 @@ def test_a_step_that_fails_lets_go_of_all(llm, monkeypatch):
     assert len(llm.generate([[5] * 100], GREEDY)[0].token_ids) == 20
 
 
+def test_a_stream_whose_work_another_lost_says_so(llm, monkeypatch):
+    one, two = llm.stream([5, 6, 7], GREEDY), llm.stream([8, 9], GREEDY)
+    next(one), next(two)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(llm._runner, "step", lambda: (_ for _ in ()).throw(RuntimeError("lost")))
+        list(one)
+    with pytest.raises(RuntimeError, match="let go with it"):
+        list(two)
+    assert len(llm.generate([[8, 9]], GREEDY)[0].token_ids) == 20
+
+
 # ---------------------------------------------------------------------------------------------- what was read before
 
 
