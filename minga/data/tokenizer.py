@@ -56,6 +56,8 @@ CHATML = (
 _TEXT_ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>")
 _ANSWER_ENDS = (*_TEXT_ENDS, "<|im_end|>", "<|eot_id|>", "<|end|>", "<|EOT|>")
 _MAX_BYTES = 1 << 26  # of a tokenizer.json; Gemma's, the largest, has 33 MB
+_MARKS = 0x100000  # the first character of Unicode's last private-use plane
+_MARK = re.compile("([\U00100000-\U0010ffff])")
 _TEXT_STARTS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
 
 T = TypeVar("T")
@@ -230,16 +232,38 @@ class Tokenizer:
         hidden = self._control_ids if skip_specials else ()
         return b"".join(self.token_bytes(token) for token in ids if token not in hidden).decode("utf-8", "replace")
 
-    def stream(self, skip_specials: bool = True) -> DecodeStream:
-        """A decoder for tokens that arrive one at a time; its pieces joined are `decode` of all of them."""
+    def stream(self, skip_specials: bool = True, *, mark: bool = False) -> DecodeStream:
+        """A decoder for tokens that arrive one at a time; its pieces joined are `decode` of all of them.
+
+        mark: control tokens come as one private-use character each, which no other token can write; `split_marks` says which.
+        """
+        if mark:
+            return DecodeStream(self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(self._control_ids))})
         return DecodeStream(self, self._control_ids if skip_specials else set())
+
+    def split_marks(self, text: str) -> list[tuple[str, bool]]:
+        """The parts of a marked text: what stands in it as text, and control tokens spelled out (True)."""
+        names = [self._content(id) for id in sorted(self._control_ids)]
+        parts = _MARK.split(text)  # every second one is a mark
+        return [
+            (names[ord(part) - _MARKS], True) if index % 2 else (part, False) for index, part in enumerate(parts) if part
+        ]
+
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token, None if there is none of this name."""
+        id = self._added_ids.get(name)
+        return id if id in self._control_ids else None
+
+    def json(self) -> str:
+        """The `tokenizer.json` that `save` writes."""
+        return json.dumps(self._spec, ensure_ascii=False)
 
     # ------------------------------------------------------------------ saving
 
     @cached_property
     def sha256(self) -> str:
         """Of the `tokenizer.json` that `save` writes."""
-        return hashlib.sha256(self._json().encode()).hexdigest()
+        return hashlib.sha256(self.json().encode()).hexdigest()
 
     def save(self, folder: str | Path, *, max_length: int = 10**30) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers and vLLM open.
@@ -261,7 +285,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         files = {
-            "tokenizer.json": self._json(),
+            "tokenizer.json": self.json(),
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
         }
         if self.chat_template is not None:
@@ -286,21 +310,25 @@ class Tokenizer:
             return spec
         return with_bos(spec, wanted, "" if wanted is None else self._content(wanted))
 
-    def _json(self) -> str:
-        return json.dumps(self._spec, ensure_ascii=False)
-
 
 class DecodeStream:
     """Turns tokens into text as they come, holding back the bytes of a character until it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: set[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: set[int], marks: Mapping[int, str] | None = None) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
+        self._marks = marks
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly empty."""
-        return "" if token in self._hidden else self._utf8.decode(self._tokenizer.token_bytes(token))
+        if token in self._hidden:
+            return ""
+        if self._marks is None:
+            return self._utf8.decode(self._tokenizer.token_bytes(token))
+        if token in self._marks:
+            return self.flush() + self._marks[token]
+        return _MARK.sub("\ufffd", self._utf8.decode(self._tokenizer.token_bytes(token)))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole, else nothing."""

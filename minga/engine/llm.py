@@ -27,6 +27,7 @@ import torch
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
 from minga.engine.compiled import CompiledModel, compile_model
+from minga.engine.grammar import Grammar, Grammars, Guide
 from minga.engine.lookup import Lookup
 from minga.engine.pace import Pace
 from minga.engine.plain import PlainModel
@@ -113,6 +114,7 @@ class LLM:
             raise UserError(f"cache is {cache!r} (LLM). it must be one of {', '.join(_CACHE_DTYPES)}")
         self.model, self.tokenizer = model, tokenizer
         self._stop_ids = frozenset({*self.config.eos_token_ids, *tokenizer.eos_ids})
+        self._grammars = Grammars(tokenizer, self.config.vocab_size, self._stop_ids)
         self._weights_stay = format_of(model) is not None  # floats may be in training
         fast = compile_model(model, _LOG.warning, empty=torch.empty if disk is None else disk.empty)
         self.num_drafts = 0
@@ -195,7 +197,7 @@ class LLM:
 
     # ------------------------------------------------------------------ prompts
 
-    def _sequence(self, prompt: str | list[int], params: SamplingParams) -> Sequence:
+    def _sequence(self, prompt: str | list[int], params: SamplingParams, mark: bool = False) -> Sequence:
         ids = self._encode(prompt)
         if len(ids) >= self.max_context:
             raise UserError(
@@ -209,8 +211,24 @@ class LLM:
             params,
             stop_ids=frozenset() if params.ignore_eos else self._stop_ids,
             max_length=max_length,
-            decoder=self.tokenizer.stream(),
+            decoder=self.tokenizer.stream(mark=mark),
+            guide=self._guide(params),
         )
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        grammar, thinking = params.grammar, params.thinking
+        if grammar is None and thinking is None:
+            return None
+        return Guide(
+            matcher=None if grammar is None else self._grammars.matcher(grammar),
+            triggers=frozenset() if grammar is None else grammar.triggers,
+            thinking=thinking,
+            force=params.logprobs is None,  # the probability of a forced token is not known before it is read
+        )
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises `UserError` where it does not compile for this model. Other threads may run the engine meanwhile."""
+        self._grammars.matcher(grammar)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, int):
@@ -238,9 +256,14 @@ class LLM:
 
     # ------------------------------------------------------------------ running
 
-    def submit(self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "") -> Entry:
-        """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far."""
-        return self._submit(self._sequence(prompt, params), salt)
+    def submit(
+        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", mark: bool = False
+    ) -> Entry:
+        """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far.
+
+        mark: the text has a mark for each control token, for `Tokenizer.split_marks`.
+        """
+        return self._submit(self._sequence(prompt, params, mark), salt)
 
     def step(self) -> None:
         """Everyone who runs gets some tokens, and some of what waits is read. Nothing, where there is nothing to do."""
@@ -260,7 +283,8 @@ class LLM:
         if not self._runner.scheduler.busy:
             self._start_afresh()
         entry = Entry(sequence, salt)
-        self._runner.scheduler.add(entry)
+        if not sequence.finished:  # rules may leave nothing to say
+            self._runner.scheduler.add(entry)
         return entry
 
     def _start_afresh(self) -> None:

@@ -9,6 +9,7 @@ several such steps are taken in one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -26,6 +27,7 @@ from minga.model.cache import PAGE, Cache, Pages
 PREFILL_TOKENS = {"cpu": 512}  # of one step, all prompts together: bounds what a running text waits
 PREFILL_TOKENS_ELSEWHERE = 2048
 BURST_SECONDS = 0.01  # of steps in one call
+MOST_PENDING = 8  # tokens of a text whose rows the module lacks: more, as after forced ones, are read in a step of their own
 MAX_LOOKING = 4  # texts side by side, beyond which guesses from the text are not worth the reading
 
 
@@ -115,7 +117,7 @@ class Runner:
             count = min(left, entry.sequence.length - entry.num_read)
             if count == 0:
                 break
-            if entry.num_read == entry.sequence.num_cached_tokens and not entry.sequence.answer_ids:
+            if entry.num_read == entry.sequence.num_cached_tokens and not entry.given_up:
                 self.stats.cached_tokens += entry.num_read
             parts.append((entry, entry.num_read, entry.num_read + count))
             left, num = left - count, num + count
@@ -132,9 +134,10 @@ class Runner:
             self.scheduler.publish(entry)
         self.stats.prompt_tokens += num
         if done:
-            state_BD = hidden_ND[[last for _, last in done]]
+            for entry, _ in done:
+                entry.new_ids = []
             self.stats.first_tokens += len(done)
-            self._choose([entry for entry, _ in done], state_BD, [[] for _ in done])
+            self._choose([entry for entry, _ in done], [hidden_ND[last : last + 1] for _, last in done], [[] for _ in done])
         self.stats.prefill_seconds += perf_counter() - began
 
     def _read_along(self, parts: list[tuple[Entry, int, int]], hidden_ND: torch.Tensor) -> None:
@@ -176,15 +179,19 @@ class Runner:
         return self.max_drafts if self.pace is None else self.pace.num_drafts(len(group))
 
     def _step(self, group: list[Entry], drafts: list[list[int]]) -> None:
-        """One call of the model, which reads the last token of each text and the guesses."""
-        each = zip(group, drafts, strict=True)
-        tokens = Tokens.of([([e.sequence.ids[-1], *draft], e.sequence.length - 1, e.row) for e, draft in each])
-        self._choose(group, self.model.hidden(tokens, self.cache), drafts)
+        """One call of the model, which reads the last token of each text, those forced before it, and the guesses."""
+        each = list(zip(group, drafts, strict=True))
+        parts = [([*e.unread, *draft], e.num_read, e.row) for e, draft in each]
+        states = self.model.hidden(Tokens.of(parts), self.cache).split([len(ids) for ids, _, _ in parts])
+        self._choose(group, states, drafts)
 
-    def _choose(self, group: list[Entry], hidden_ND: torch.Tensor, drafts: list[list[int]]) -> None:
-        """Gives each text the tokens that its states and its own sampling choose."""
+    def _choose(self, group: list[Entry], states: Sequence[torch.Tensor], drafts: list[list[int]]) -> None:
+        """Gives each text the tokens that its states and its own sampling choose: the last state of what was read, and those
+        of the guesses.
+        """
         counts = [len(draft) + 1 for draft in drafts]
-        states, logits = hidden_ND.split(counts), self.model.head(hidden_ND).split(counts)
+        last = torch.cat([state_TD[-count:] for state_TD, count in zip(states, counts, strict=True)])
+        logits = self.model.head(last).split(counts)
         adjusted = [e.adjusted(rows_TV, draft) for e, rows_TV, draft in zip(group, logits, drafts, strict=True)]
         how = [(entry.sequence.params, entry.sequence.seed, entry.sequence.length) for entry in group]
         chosen = self.model.choose(adjusted, how)
@@ -194,13 +201,25 @@ class Runner:
             logprobs = None if num_top is None else token_logprobs(rows_TV, new, num_top)
             self.stats.drafted += len(draft)
             self.stats.accepted += len(new) - 1
-            self._extend(entry, new, logprobs)
-            entry.new_ids, entry.state_TD = new, state_TD
+            forced = entry.unread[1:]
+            num_taken = self._extend(entry, new, logprobs)
+            if entry.guesses:
+                entry.state_TD = torch.cat([entry.state_TD[: len(entry.new_ids)], state_TD]) if entry.new_ids else state_TD
+                entry.new_ids = [*entry.new_ids, *forced, *new[:num_taken]]
+            self._share(entry)
 
-    def _extend(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
-        """What a text gets beyond its end is dropped. All tokens but its last have their rows."""
-        self.stats.tokens += entry.sequence.extend(tokens, logprobs)
-        entry.num_read = entry.sequence.length - 1
+    def _extend(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> int:
+        """What a text gets beyond its end is dropped, and what was chosen by rules that hold no more. Returns how many tokens
+        were taken: all of the text but the last of them, and what they force, has its rows.
+        """
+        before = entry.sequence.length
+        num_taken = entry.sequence.extend(tokens, logprobs)
+        self.stats.tokens += entry.sequence.length - before
+        entry.num_read = before + num_taken - 1
+        return num_taken
+
+    def _share(self, entry: Entry) -> None:
+        """Others can find what is full now; what is finished gives its place away."""
         if entry.sequence.finished:
             self.scheduler.drop(entry)
         elif entry.num_read // PAGE > entry.num_published:
@@ -214,8 +233,7 @@ class Runner:
         if steps > 1:
             self._take_burst(group, num_drafts, steps)
         else:
-            guesses = propose(self.model, self.cache, group, num_drafts) if num_drafts else [[] for _ in group]
-            self._step(group, guesses)
+            self._step(group, self._propose(group, num_drafts))
         seconds, tokens = perf_counter() - began, self.stats.tokens - before
         self._seconds_a_step[size, num_drafts] = seconds / steps
         rest = [entry for entry in group if entry.row >= 0]
@@ -224,9 +242,17 @@ class Runner:
         if self.pace.note(size, seconds, tokens / size) and self.scheduler.has_room(rest, TRIAL_TOKENS // 2):
             self.pace.compare(size, 1 / self._plain_seconds(rest))
 
+    def _propose(self, group: list[Entry], num_drafts: int) -> list[list[int]]:
+        """Guesses for those texts of which the module knows the last state."""
+        able = [entry for entry in group if entry.can_guess] if num_drafts else []
+        drafts = dict(zip(map(id, able), propose(self.model, self.cache, able, num_drafts) if able else [], strict=True))
+        for entry in able:
+            entry.new_ids = []  # their rows are written
+        return [drafts.get(id(entry), []) for entry in group]
+
     def _plain(self, group: list[Entry]) -> bool:
         """Whether several steps may be one call."""
-        return self.model.exact and all(entry.plain for entry in group)
+        return self.model.exact and all(entry.plain and len(entry.unread) == 1 for entry in group)
 
     # ------------------------------------------------------------------ several steps in one call
 
@@ -234,6 +260,8 @@ class Runner:
         """Steps that are taken in one call: at most `BURST_SECONDS`, so that a stream still flows and nobody waits long."""
         seconds = self._seconds_a_step.get((len(group), num_drafts))
         if seconds is None or not self._plain(group):
+            return 1
+        if num_drafts and not all(entry.can_guess and len(entry.new_ids) <= MOST_PENDING for entry in group):
             return 1
         left = min(entry.sequence.max_length - entry.sequence.length for entry in group)
         on_trial = num_drafts and self.pace is not None and self.pace.on_trial(len(group))
@@ -249,7 +277,10 @@ class Runner:
         for entry, each in zip(group, came, strict=True):
             self.stats.drafted += steps * num_drafts
             self.stats.accepted += sum(map(len, each)) - steps
-            self._extend(entry, [token for step in each for token in step])
+            kept = self._extend(entry, [token for step in each for token in step])
+            rest = kept - sum(map(len, each[:-1]))  # of the last step; the module has read what the others gave
+            entry.new_ids = each[-1][:rest] if rest > 0 and num_drafts else []
+            self._share(entry)
 
     def _plain_seconds(self, group: list[Entry]) -> float:
         """A step without guesses, taken for its time alone: what it writes lies beyond every end."""

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minga.engine.grammar import Grammar, Thinking
 from minga.errors import UserError
 
 MAX_SEED = 2**63 - 1
@@ -39,6 +40,7 @@ class SamplingParams:
     presence_penalty, frequency_penalty: taken from the logit of a token that the answer has, once, and for each time it
     has it (as OpenAI). repetition_penalty: divides the logit, or multiplies it if negative, of what prompt or answer have
     (arXiv 1909.05858). logit_bias: added to the logits of these tokens.
+    grammar: what the answer must look like; thinking: how its thoughts are marked, and how long they may be.
     """
 
     temperature: float = 1.0
@@ -54,6 +56,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 1e6)

@@ -34,7 +34,9 @@ class Entry:
     row: int = -1  # of the table of pages; -1 while it waits
     num_read: int = 0
     reading: bool = True  # the prompt, or what was given up
-    # Guessing by the MTP module needs its rows for the whole text, and what the last step chose, from which states.
+    given_up: bool = False  # its pages, once at least
+    # Guessing by the MTP module needs its rows for the whole text, and the tokens whose rows it does not have yet, behind
+    # which states they came.
     guesses: bool | None = None  # None: not decided yet
     new_ids: list[int] = field(default_factory=list)
     state_TD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -46,16 +48,31 @@ class Entry:
     @property
     def plain(self) -> bool:
         """Whether its next tokens follow from the logits alone, and nothing else is wanted of them."""
-        return self.sequence.params.logprobs is None and not self.sequence.params.adjusts
+        params, guide = self.sequence.params, self.sequence.guide
+        return params.logprobs is None and not params.adjusts and not (guide is not None and guide.masks)
+
+    @property
+    def unread(self) -> list[int]:
+        """The last token, behind those that were forced with it or before it."""
+        return self.sequence.ids[self.num_read :]
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether the state is known from which the module guesses: not right after forced tokens, nor a dropped end."""
+        return bool(self.new_ids) and self.num_read == self.sequence.length - 1
 
     def adjusted(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
         sequence = self.sequence
-        if not sequence.params.adjusts:
-            return logits_TV
-        # row t follows the first t guesses; a single row follows all of them
-        before = draft if len(logits_TV) == 1 else []
-        prompt = sequence.ids[: sequence.num_prompt_tokens]
-        return adjust(logits_TV, sequence.params, prompt, sequence.answer_ids + before, [] if before else draft)
+        if sequence.params.adjusts:
+            # row t follows the first t guesses; a single row follows all of them
+            before = draft if len(logits_TV) == 1 else []
+            prompt = sequence.ids[: sequence.num_prompt_tokens]
+            logits_TV = adjust(
+                logits_TV, sequence.params, prompt, sequence.answer_ids + before, [] if before else draft
+            )
+        if sequence.guide is not None and sequence.guide.masks:
+            logits_TV = sequence.guide.mask(logits_TV, draft)
+        return logits_TV
 
     def names_of(self, num_pages: int, ahead: int) -> list[bytes]:
         known = self.names[ahead]
@@ -97,7 +114,7 @@ class Scheduler:
             self.waiting.popleft()
             entry.row, entry.reading = self._rows.popleft(), True
             entry.num_read, entry.num_published = len(found) * PAGE, len(found)
-            if not entry.sequence.answer_ids:
+            if not entry.given_up:
                 entry.sequence.num_cached_tokens = entry.num_read
             self._give(entry, found + [self.pool.take() for _ in range(wanted)])
             self.running.append(entry)
@@ -143,6 +160,7 @@ class Scheduler:
     def _give_up(self, entry: Entry) -> None:
         self.publish(entry)
         self._leave(entry)
+        entry.given_up = True
         self.waiting.appendleft(entry)
 
     def _leave(self, entry: Entry) -> None:

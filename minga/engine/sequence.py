@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from minga.data.tokenizer import DecodeStream
+from minga.engine.grammar import Guide
 from minga.engine.sampler import MAX_SEED, SamplingParams, TokenLogprob
 
 
@@ -34,6 +35,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = field(default=0, compare=False)  # of the prompt: read for an earlier request
+    num_reasoning_tokens: int = 0  # of the answer: thought
 
 
 class AnswerText:
@@ -69,7 +71,8 @@ class AnswerText:
 class Sequence:
     """`ids` are prompt and answer; all but the last are in the cache, and the last is the model's next input.
 
-    `max_length` bounds prompt and answer together.
+    `max_length` bounds prompt and answer together. `guide`: the rules that the answer follows; what they force at its beginning
+    is there from the first.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Sequence:
         stop_ids: frozenset[int],
         max_length: int,
         decoder: DecodeStream,
+        guide: Guide | None = None,
     ):
         assert 0 < len(prompt_ids) < max_length
         self.ids = list(prompt_ids)
@@ -90,10 +94,12 @@ class Sequence:
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         self.num_cached_tokens = 0
+        self.guide = guide
         self._stop_ids = stop_ids
         self._decoder = decoder
         self._text = AnswerText(tuple(params.stop))
         self._num_taken_characters, self._num_taken_tokens = 0, 0
+        self.extend([])
 
     @property
     def length(self) -> int:
@@ -104,29 +110,45 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def num_reasoning_tokens(self) -> int:
+        return 0 if self.guide is None else self.guide.num_thought
+
+    @property
     def answer_ids(self) -> list[int]:
         return self.ids[self.num_prompt_tokens :]
 
     def extend(self, token_ids: list[int], logprobs: list[TokenLogprob] | None = None) -> int:
-        """Appends one token after the other up to the one that finishes the answer; returns how many that were."""
-        before = self.length
-        for token in token_ids:
-            if not self.finished:
-                self.ids.append(token)
-                self._read(token)
-        num_added = self.length - before
+        """Appends one token after the other up to the one that finishes the answer, or after which other rules hold, and what
+        these force. Returns how many of `token_ids` that were.
+        """
+        num_taken = 0
+        goes_on = not self.finished
+        while goes_on and num_taken < len(token_ids):
+            goes_on = self._append(token_ids[num_taken])
+            num_taken += 1
         if self.logprobs is not None and logprobs is not None:
-            self.logprobs += logprobs[:num_added]
-        return num_added
+            self.logprobs += logprobs[:num_taken]
+        while self.guide is not None and not self.finished and (forced := self.guide.forced()):
+            for token in forced:
+                if not self.finished:
+                    self._append(token)
+        return num_taken
 
-    def _read(self, token: int) -> None:
+    def _append(self, token: int) -> bool:
+        """False if nothing that was chosen for the places after it counts."""
+        self.ids.append(token)
         if token in self._stop_ids:
-            return self._finish("stop")
+            self._finish("stop")
+            return False
+        goes_on = self.guide is None or self.guide.take(token)
         self._text.push(self._decoder.push(token))
         if self._text.stopped:
             self.finish_reason = "stop"
+        elif self.guide is not None and self.guide.finished:
+            self._finish("stop")
         elif self.length == self.max_length:
             self._finish("length")
+        return goes_on and not self.finished
 
     def _finish(self, reason: str) -> None:
         self._text.push(self._decoder.flush())
@@ -146,5 +168,5 @@ class Sequence:
         assert self.finish_reason is not None
         return Completion(
             self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens,
-            self.num_cached_tokens,
+            self.num_cached_tokens, self.num_reasoning_tokens,
         )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Answers that must follow rules: a grammar, a limit on thinking. The rules of one answer are its `Guide`.
+
+A grammar is Lark as llguidance reads it, over bytes and control tokens. It compiles for a vocabulary into a matcher, which
+says for each place which tokens may stand there: a mask. Where only one text can follow, its tokens are *forced*: they are
+appended without asking the model, and read together with what comes next.
+
+Thinking is free, and so is what comes before a trigger: there no mask is made, and the engine runs at its full speed. What
+was chosen beyond the point where rules begin to hold, by a guess or in a call of several steps, is dropped there; so the text
+is the same with guesses and without.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minga.errors import UserError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from minga.data.tokenizer import Tokenizer
+
+_KEPT = 256  # compiled grammars of a model
+_MAX_GRAMMAR_SIZE = 50_000  # symbols, a tenth of llguidance's own limit: beyond, compiling takes seconds
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like, in llguidance's Lark. triggers: control tokens one of which begins it, and before which
+    the answer is free; none: it holds from the first token that is no thought.
+    """
+
+    lark: str
+    triggers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How an answer's thoughts are marked, as token ids. is_open: the prompt has begun them. budget: tokens between the marks,
+    at which the end is forced; None: no limit. Without an end there is nothing to count or force.
+    """
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    is_open: bool = False
+    budget: int | None = None
+
+
+class Grammars:
+    """The grammars of one vocabulary, those compiled last kept."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]):
+        self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, sorted(stop_ids)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """At the beginning of the grammar. Raises `UserError` where it does not compile. Safe to call from several threads."""
+        known = self._compiled.get(grammar.lark)
+        if known is None:
+            known = self._compile(grammar.lark)
+            self._compiled[grammar.lark] = known
+            while len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return known.deep_copy()
+
+    def _compile(self, lark: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False)
+        matcher = LLMatcher(self._backend, lark, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(f"the grammar does not compile ({_first_line(matcher.get_error())}). simplify it")
+        return matcher
+
+    @cached_property
+    def _backend(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError:
+            raise UserError("llguidance is not installed (grammar). pip install 'minga[serve]'") from None
+        # without a token that ends texts llguidance would take the last one of the vocabulary
+        ends: Any = self._stop_ids or [self._vocab_size - 1]
+        return LLTokenizer(self._tokenizer.json(), n_vocab=self._vocab_size, eos_token=ends)
+
+
+class Guide:
+    """The rules of one answer, at its end so far."""
+
+    def __init__(self, *, matcher: LLMatcher | None, triggers: frozenset[int], thinking: Thinking | None, force: bool):
+        self._matcher, self._triggers, self._thinking, self._force = matcher, triggers, thinking, force
+        self.num_thought = 0  # tokens between the marks
+        self._is_thinking = thinking is not None and thinking.is_open
+        self._may_think = thinking is not None and bool(thinking.start) and not thinking.is_open
+        self._begun: list[int] = []  # of a mark, or since it
+        self._holds = matcher is not None and not triggers and not self._is_thinking
+
+    @property
+    def masks(self) -> bool:
+        """Whether the grammar holds for the next token."""
+        return self._holds
+
+    @property
+    def finished(self) -> bool:
+        """Nothing can follow but the end."""
+        return self._holds and self._matcher is not None and self._matcher.is_stopped()
+
+    def take(self, token: int) -> bool:
+        """A token has come. False: what was chosen for the places after it was chosen by other rules."""
+        if self._holds:
+            assert self._matcher is not None
+            if not self._matcher.consume_token(token):
+                raise RuntimeError(f"a grammar refuses its own token {token}: {_first_line(self._matcher.get_error())}")
+            return True
+        if self._is_thinking:
+            self._think(token)
+        elif self._may_think and self._begins_to_think(token):
+            pass
+        elif token in self._triggers and self._matcher is not None:
+            self._holds = True
+            self.take(token)
+        return not (self._holds or self._is_over_budget)
+
+    def forced(self) -> list[int]:
+        """Tokens that must follow, each still to be taken."""
+        if self._is_over_budget and self._thinking is not None:
+            return list(self._thinking.end)
+        return self._matcher.compute_ff_tokens() if self._holds and self._force and self._matcher is not None else []
+
+    def mask(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
+        """Minus infinity for what may not stand in the places after each beginning of the draft; those T come last of all
+        len(draft) + 1.
+        """
+        assert self._matcher is not None
+        matcher, (T, V) = self._matcher, logits_TV.shape
+        first, taken = len(draft) + 1 - T, 0
+        words_TW = np.full((T, -(-V // 32)), -1, dtype=np.int32)
+        for place in range(len(draft) + 1):
+            if place >= first:
+                row = words_TW[place - first]
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            if place < len(draft) and matcher.validate_tokens(draft[place : place + 1]) == 0:
+                break  # what follows this guess will be dropped
+            if place < len(draft):
+                matcher.consume_token(draft[place])
+                taken += 1
+        if taken:
+            matcher.rollback(taken)
+        if matcher.is_error():
+            raise UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
+        bits_TV = np.unpackbits(words_TW.view(np.uint8), axis=1, count=V, bitorder="little").view(np.bool_)
+        return logits_TV.masked_fill(~torch.from_numpy(bits_TV).to(logits_TV.device), -torch.inf)
+
+    # ------------------------------------------------------------------ thinking
+
+    @property
+    def _is_over_budget(self) -> bool:
+        thinking = self._thinking
+        return self._is_thinking and thinking is not None and bool(thinking.end) and self.num_thought == thinking.budget
+
+    def _think(self, token: int) -> None:
+        assert self._thinking is not None
+        end = list(self._thinking.end)
+        self._begun = [*self._begun, token][-len(end) :] if end else []
+        self.num_thought += 1
+        if end and self._begun == end:
+            self.num_thought -= len(end)
+            self._is_thinking, self._begun = False, []
+            self._holds = self._matcher is not None and not self._triggers
+
+    def _begins_to_think(self, token: int) -> bool:
+        """Whether this token belongs to the mark that begins thoughts, which can only be an answer's first."""
+        assert self._thinking is not None
+        start = list(self._thinking.start)
+        self._begun.append(token)
+        if self._begun != start[: len(self._begun)]:
+            self._may_think, self._begun = False, []
+            return False
+        if self._begun == start:
+            self._may_think, self._is_thinking, self._begun = False, True, []
+        return True
+
+
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0][:200]

@@ -1,0 +1,255 @@
+"""Fields that several endpoints share, and what they become: sampling, tools, the format of the answer, thinking, scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from minga.data.dialects import Tool
+from minga.data.json_schema import check_choices, check_regex, check_schema
+from minga.engine.sampler import MAX_SEED, SamplingParams
+from minga.errors import UserError
+from minga.serve.errors import ApiError
+from minga.serve.generation import AnswerFormat, Scaling
+from minga.serve.schema import Body, invalid
+
+MAX_BIASES = 1024
+MAX_CHOICES = 16  # of one request
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # after each token the text is compared with every beginning of every stop
+MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**31
+# Below these float32 has nothing left to divide by. So small a temperature is greedy, so small a mass one token.
+_MIN_TEMPERATURE, _MIN_TOP_P = 1e-5, 1e-6
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class SamplingFields(Body):
+    """How to draw, as in vLLM where OpenAI has no name for it."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=MAX_SEED, description="0: no limit.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    stop: Stops | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+    ignore_eos: bool | None = Field(None, description="Goes on past the end of the text until the limit.")
+
+    def sampling(self, *, logprobs: int | None = None, temperature: float = 1.0) -> SamplingParams:
+        """`temperature`: where the request names none."""
+        warm = temperature if self.temperature is None else self.temperature
+        stop = self.stop or ()
+        return SamplingParams(
+            temperature=warm if warm >= _MIN_TEMPERATURE else 0,
+            top_p=1.0 if self.top_p is None else max(self.top_p, _MIN_TOP_P),
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            seed=None if self.seed is None else self.seed % (MAX_SEED + 1),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=logprobs,
+            ignore_eos=bool(self.ignore_eos),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else max(self.repetition_penalty, 1e-3),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+        )
+
+
+# ---------------------------------------------------------------------------------------------- tools and formats
+
+
+class FunctionSpec(Body):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments; none: no arguments.")
+    strict: bool | None = Field(None, description="true by default: the arguments follow the schema. false: any JSON object.")
+
+
+class ToolSpec(Body):
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolsChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+Tools = Annotated[list[ToolSpec], Field(min_length=1, max_length=MAX_TOOLS)]
+ToolChoice = Literal["auto", "none", "required"] | NamedTool | AllowedToolsChoice
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Body):
+    """One of these, as in vLLM."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: Annotated[str, Field(max_length=8192)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    grammar: Annotated[str, Field(max_length=8192)] | None = Field(None, description="Lark, as llguidance reads it.")
+
+
+class ScalingFields(Body):
+    """Several answers share the prompt; one is given, and what it took is told."""
+
+    method: Literal["majority", "best_of", "verifier"]
+    n: int = Field(8, ge=2, le=64)
+    early_stop: bool = True
+    verifier: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="With method verifier: a regular expression that a right answer matches."
+    )
+    max_total_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+
+
+def checked_tool(function: FunctionSpec, path: str) -> Tool:
+    """path: of the function's object in the body."""
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    try:
+        check_schema(parameters, f"{path}.parameters")
+        return Tool(
+            name=function.name, parameters=parameters, description=function.description or "",
+            strict=function.strict is not False,
+        )  # fmt: skip
+    except UserError as error:
+        raise ApiError(str(error), param=f"{path}.parameters", code="invalid_schema") from None
+
+
+def checked_tools(specs: list[ToolSpec] | None, field: str = "tools") -> tuple[Tool, ...]:
+    tools = tuple(checked_tool(spec.function, f"{field}[{index}].function") for index, spec in enumerate(specs or []))
+    refuse_twins(tools, field)
+    return tools
+
+
+def refuse_twins(tools: tuple[Tool, ...], field: str) -> None:
+    names = [tool.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise invalid(f"{field}[{index}]", f"two tools are called {name}; give each its own name")
+
+
+def chosen_tools(choice: ToolChoice | None, tools: tuple[Tool, ...], field: str = "tool_choice") -> tuple[str, tuple[Tool, ...]]:
+    """The choice as `Generation` has it, and the tools that may be called."""
+    if choice is None:
+        return "auto" if tools else "none", tools
+    if isinstance(choice, str):
+        if choice == "required" and not tools:
+            raise invalid(field, "it needs `tools`")
+        return choice if tools else "none", tools
+    names = {tool.name for tool in tools}
+    wanted = [choice.function.name] if isinstance(choice, NamedTool) else [t.function.name for t in choice.allowed_tools.tools]
+    for name in wanted:
+        if name not in names:
+            raise invalid(field, f"{name} is not among `tools`")
+    if isinstance(choice, NamedTool):
+        return wanted[0], tools
+    return choice.allowed_tools.mode, tuple(tool for tool in tools if tool.name in wanted)
+
+
+def answer_format(
+    response: TextFormat | JsonObjectFormat | JsonSchemaFormat | None, structured: StructuredOutputs | None
+) -> AnswerFormat | None:
+    """What both fields say, checked."""
+    found: list[AnswerFormat] = []
+    try:
+        if isinstance(response, JsonObjectFormat):
+            found.append(AnswerFormat("json_object"))
+        elif isinstance(response, JsonSchemaFormat):
+            field = "response_format.json_schema.schema"
+            found.append(schema_format(response.json_schema.schema_, field))
+        if structured is not None:
+            field = "structured_outputs"
+            if structured.json_ is not None:
+                check_schema(structured.json_, f"{field}.json")
+                found.append(AnswerFormat("json_schema", structured.json_))
+            if structured.regex is not None:
+                check_regex(structured.regex)
+                found.append(AnswerFormat("regex", structured.regex))
+            if structured.choice is not None:
+                check_choices(structured.choice)
+                found.append(AnswerFormat("choice", structured.choice))
+            if structured.grammar is not None:
+                found.append(AnswerFormat("lark", structured.grammar))
+    except UserError as error:
+        raise ApiError(str(error), param=field, code="invalid_schema") from None
+    if len(found) > 1 or (structured is not None and not found):
+        raise invalid("structured_outputs", "give one of json, regex, choice and grammar, and no `response_format` beside it")
+    return found[0] if found else None
+
+
+def schema_format(schema: Mapping[str, Any], field: str) -> AnswerFormat:
+    try:
+        check_schema(schema, field)
+    except UserError as error:
+        raise ApiError(str(error), param=field, code="invalid_schema") from None
+    return AnswerFormat("json_schema", schema)
+
+
+# ---------------------------------------------------------------------------------------------- thinking and scaling
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def thinks(effort: str | None) -> bool | None:
+    """Whether to think: models here know on and off. None: as the model's template does by itself."""
+    return None if effort is None else effort != "none"
+
+
+def scaling_of(fields: ScalingFields | None) -> Scaling | None:
+    if fields is None:
+        return None
+    if (fields.method == "verifier") != (fields.verifier is not None):
+        raise invalid("scaling.verifier", "method verifier needs it, and the others have none")
+    if fields.verifier is not None:
+        try:
+            check_regex(fields.verifier)
+        except UserError as error:
+            raise ApiError(str(error), param="scaling.verifier", code="invalid_value") from None
+    return Scaling(fields.method, fields.n, fields.early_stop, fields.verifier, fields.max_total_tokens)
