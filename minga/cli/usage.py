@@ -159,10 +159,12 @@ def _sum(totals: list[Total]) -> Total:
 
 
 def _range(value: Range) -> str:
-    low, high = _number(value.low), _number(value.high)
-    return low if low == high else f"{low} - {high}"
+    """Two digits that count for an estimate, three for a number that is known."""
+    exact = value.low == value.high
+    return _number(value.low, 3) if exact else f"{_number(value.low, 2)} - {_number(value.high, 2)}"
 
 
-def _number(value: float) -> str:
-    """Three digits that count, for both fractions of cents and thousands are common here."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _number(value: float, digits: int) -> str:
+    if 0 < value < 1e-4:
+        return "<0.0001"
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"

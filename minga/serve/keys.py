@@ -24,7 +24,7 @@ from minga.serve.store import Store
 STATIC_NAME = "default"
 _ID = slice(3, 15)
 _KEY = re.compile(r"mk-[0-9a-f]{64}")
-_NAME = re.compile(r"\w[\w.@+-]{0,63}")  # also fit for a table, a log and a shell
+_NAME = re.compile(r"[^\W_][\w.@+-]{0,63}")  # also fit for a table, a log and a shell
 
 
 @dataclass(frozen=True)

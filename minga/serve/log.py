@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -72,7 +72,7 @@ class AccessLog:
 def line(access: Access, now: datetime | None = None) -> str:
     """`access` as a line of JSON, with the time in UTC in front."""
     moment = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
-    entry: dict[str, Any] = {"time": moment.replace("+00:00", "Z"), **asdict(access)}
+    entry: dict[str, Any] = {"time": moment.replace("+00:00", "Z"), **vars(access)}
     entry["path"] = access.path.partition("?")[0]
     entry["seconds"] = round(access.seconds, 4)
     entry = {name: value[:_LONGEST] if isinstance(value, str) else value for name, value in entry.items()}

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Literal
 
 from minga.errors import UserError
@@ -115,7 +116,7 @@ class Meter:
         try:
             if batch:
                 with self._store.transaction() as connection:
-                    connection.executemany(_INSERT, [astuple(usage) for usage in batch])
+                    connection.executemany(_INSERT, map(_values, batch))
         except UserError as error:
             self.num_failed_writes += 1
             if not self._failing:
@@ -134,6 +135,7 @@ class Meter:
 
 
 _FIELDS = [f.name for f in fields(Usage)]
+_values = attrgetter(*_FIELDS)  # `dataclasses.astuple` copies deeply, at ten times the price
 _INSERT = f"INSERT INTO usage ({', '.join(_FIELDS)}) VALUES ({', '.join('?' * len(_FIELDS))})"
 
 

@@ -12,6 +12,7 @@ import pytest
 from minga.cli import usage
 from minga.cli.main import main
 from minga.errors import UserError
+from minga.planner.cost import Range
 from minga.runtime import machine
 from minga.serve.keys import Key, Keys
 from minga.serve.meter import Meter, Usage
@@ -129,6 +130,14 @@ def test_usage_of_a_machine_whose_power_is_not_known(used: None, capsys: pytest.
     out = capsys.readouterr().out
     assert re.search(r"^2026-11-02 .* \d\S* - \d\S* ", out, re.MULTILINE)
     assert re.search(r"busy time at \S+ - \S+ W, 0.17 USD a kWh, PUE 1", out)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0, 0, "0"), (1e-5, 0.0123, "<0.0001 - 0.012"), (9.87, 1234.5, "9.9 - 1,234"), (0.3191, 0.3191, "0.319")],
+)
+def test_numbers_for_people(low: float, high: float, text: str) -> None:
+    assert usage._range(Range(low, high)) == text
 
 
 def test_usage_as_json(used: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_the_static_key_needs_no_store(keys: Keys, tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("name", ["", "a b", "-a", "a\nb", "../a", "a" * 65, "'; DROP TABLE keys; --"])
+@pytest.mark.parametrize("name", ["", "a b", "-a", "_a", "a\nb", "../a", "a" * 65, "'; DROP TABLE keys; --"])
 def test_names_that_are_none(keys: Keys, name: str) -> None:
     with pytest.raises(UserError, match="is no name for a key"):
         keys.add(name)
