@@ -30,6 +30,8 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
     "serve": "an OpenAI-compatible API and a web page",
+    "keys": "API keys of a server, and their limits",
+    "usage": "who has used a server, and what that cost",
     "bench": "measure what it claims on this machine, beside its peers",
     "doctor": "what this machine has and what is missing",
     "completion": "print a shell's completion script",

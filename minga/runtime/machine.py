@@ -20,7 +20,8 @@ from typing import Any
 
 PACKAGES = (
     *("minga", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab", "triton"),
-    *("starlette", "uvicorn", "transformers", "openai", "httpx", "ruff", "mypy", "import-linter", "pre-commit"),
+    *("starlette", "uvicorn", "prometheus-client", "transformers", "openai", "httpx"),
+    *("ruff", "mypy", "import-linter", "pre-commit"),
     *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "gguf", "llama-cpp-python"),
 )
 # the instructions that kernels are chosen by: x86 names, then Arm names as Linux spells them
@@ -39,6 +40,7 @@ _APPLE_SIMD = {
 }
 CHECKOUT = Path(__file__).resolve().parents[2]  # or what holds the package, when it is installed
 _NO_LIMIT = 2**60  # version 1 control groups write "no limit" as a number of this size
+_NO_POWER_LIMIT = 1000.0  # watts; boards that set no limit on a processor write 4095
 _SECONDS = 10.0  # for programs that are only asked for their version
 
 
@@ -170,6 +172,23 @@ def nvidia_card() -> str | None:
     """The name of an NVIDIA card as its driver gives it, whether or not torch can use it."""
     names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return names.splitlines()[0].strip() if names else None
+
+
+def cpu_power_limit(powercap: Path = Path("/sys/class/powercap")) -> float | None:
+    """Watts that the processors may draw for long, by Intel's RAPL. Reading what they draw takes root's rights."""
+    total = 0.0
+    for zone in sorted(powercap.glob("intel-rapl:*")):
+        limit = _text(zone / "constraint_0_power_limit_uw")
+        if _text(zone / "name").startswith("package") and limit.isdigit() and int(limit) / 1e6 < _NO_POWER_LIMIT:
+            total += int(limit) / 1e6
+    return total or None
+
+
+def gpu_power_limit() -> float | None:
+    """Watts that all NVIDIA cards together may draw, by their driver."""
+    limits = (_output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits") or "").split()
+    numbers = [float(limit) for limit in limits if re.fullmatch(r"\d+(\.\d+)?", limit)]
+    return sum(numbers) or None
 
 
 def compiler() -> dict[str, str] | None:

@@ -148,3 +148,31 @@ def test_versions_list_only_what_is_installed():
 
 def test_disk_of_a_folder_that_is_not_there(tmp_path):
     assert machine.free_disk(tmp_path / "missing") is None
+
+
+def test_the_power_limit_of_all_processors(tmp_path):
+    write(
+        tmp_path,
+        {
+            "intel-rapl:0/name": "package-0\n",
+            "intel-rapl:0/constraint_0_power_limit_uw": "125000000\n",
+            "intel-rapl:0:0/name": "core\n",
+            "intel-rapl:0:0/constraint_0_power_limit_uw": "90000000\n",
+            "intel-rapl:1/name": "package-1\n",
+            "intel-rapl:1/constraint_0_power_limit_uw": "125000000\n",
+            "intel-rapl:2/name": "psys\n",
+        },
+    )
+    assert machine.cpu_power_limit(tmp_path) == 250
+
+
+def test_a_power_limit_that_is_none_or_not_known(tmp_path):
+    assert machine.cpu_power_limit(tmp_path) is None
+    write(tmp_path, {"intel-rapl:0/name": "package-0", "intel-rapl:0/constraint_0_power_limit_uw": "4095875000"})
+    assert machine.cpu_power_limit(tmp_path) is None
+
+
+@pytest.mark.parametrize(("printed", "watts"), [("450.00\n350.00\n", 800), ("[N/A]\n", None), (None, None)])
+def test_the_power_limit_of_all_gpus(printed, watts, monkeypatch):
+    monkeypatch.setattr(machine, "_output", lambda *command: printed)
+    assert machine.gpu_power_limit() == watts
