@@ -90,18 +90,17 @@ class CompiledModel:
         """Logits, (N, V)."""
         return net.head(self._net, hidden_ND.contiguous())
 
-    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, int, int]]) -> list[list[int]]:
-        """For each sequence the tokens that its rows of logits (T, V) give; each: how, seed, place of the first token."""
-        counts = [len(rows_TV) for rows_TV in logits]
-        how = _sampling([(params, seed) for params, seed, _ in each])
-        rows_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        places_N = torch.tensor(
-            [at for (_, _, first), n in zip(each, counts, strict=True) for at in range(first, first + n)]
-        )
-        tokens_N = net.choose(torch.cat(logits), how, rows_N, places_N)
+    def choose(
+        self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]
+    ) -> list[list[int]]:
+        """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
+        draws = [draw for _, draws in each for draw in draws]
+        how = _sampling([(params, seed) for params, draws in each for seed, _ in draws])
+        places_N = torch.tensor([place for _, place in draws])
+        tokens_N = net.choose(torch.cat(logits), how, torch.arange(len(draws)), places_N)
         if bool((tokens_N < 0).any()):
             raise not_numbers()
-        return [part.tolist() for part in tokens_N.split(counts)]
+        return [part.tolist() for part in tokens_N.split([len(rows_TV) for rows_TV in logits])]
 
     def decode(self, entries: Sequence[Entry], cache: Cache, *, num_drafts: int, steps: int) -> list[list[list[int]]]:
         """`steps` steps with so many guesses, in one call: for each text what each step gave. With guesses the entries'

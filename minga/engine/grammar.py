@@ -99,6 +99,8 @@ class Guide:
         self._is_thinking = thinking is not None and thinking.is_open
         self._may_think = thinking is not None and bool(thinking.start) and not thinking.is_open
         self._begun: list[int] = []  # of a mark, or since it
+        # a mark of one token may come before any grammar
+        self._may_open = thinking is not None and not thinking.is_open and len(thinking.start) == 1
         self._holds = matcher is not None and not triggers and not self._is_thinking
 
     @property
@@ -113,11 +115,14 @@ class Guide:
 
     def take(self, token: int) -> bool:
         """A token has come. False: what was chosen for the places after it was chosen by other rules."""
-        if self._holds:
+        opens = self._may_open and self._thinking is not None and token == self._thinking.start[0]
+        self._may_open = False
+        if self._holds and not opens:
             assert self._matcher is not None
             if not self._matcher.consume_token(token):
                 raise RuntimeError(f"a grammar refuses its own token {token}: {_first_line(self._matcher.get_error())}")
             return True
+        self._holds = False
         if self._is_thinking:
             self._think(token)
         elif self._may_think and self._begins_to_think(token):
@@ -131,7 +136,9 @@ class Guide:
         """Tokens that must follow, each still to be taken."""
         if self._is_over_budget and self._thinking is not None:
             return list(self._thinking.end)
-        return self._matcher.compute_ff_tokens() if self._holds and self._force and self._matcher is not None else []
+        if self._matcher is None or not self._holds or self._may_open or not self._force:
+            return []
+        return self._matcher.compute_ff_tokens()
 
     def mask(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
         """Minus infinity for what may not stand in the places after each beginning of the draft; those T come last of all
@@ -145,6 +152,8 @@ class Guide:
             if place >= first:
                 row = words_TW[place - first]
                 matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+                if place == 0 and self._may_open and self._thinking is not None:
+                    _allow(row, self._thinking.start[0])
             if place < len(draft) and matcher.validate_tokens(draft[place : place + 1]) == 0:
                 break  # what follows this guess will be dropped
             if place < len(draft):
@@ -185,6 +194,10 @@ class Guide:
         if self._begun == start:
             self._may_think, self._is_thinking, self._begun = False, True, []
         return True
+
+
+def _allow(words_W: np.ndarray, token: int) -> None:
+    words_W.view(np.uint8)[token // 8] |= 1 << token % 8
 
 
 def _first_line(message: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 from collections import abc
 from collections.abc import Generator, Iterator
 from itertools import chain
@@ -23,6 +24,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from minga.config import ModelConfig
 from minga.data.tokenizer import Tokenizer
@@ -145,6 +147,17 @@ class LLM:
         return self._runner.stats
 
     @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Of the cache: what running texts take, and all there is."""
+        pool = self._runner.scheduler.pool
+        return (pool.num_pages - pool.num_free) * self._page_bytes, pool.num_pages * self._page_bytes
+
+    @property
+    def totals(self) -> Stats:
+        """As `stats`, since the engine was made."""
+        return self._runner.totals
+
+    @property
     def max_context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.config.max_position_embeddings
@@ -194,6 +207,30 @@ class LLM:
     def stream_chat(self, messages: Messages, params: SamplingParams = DEFAULT_PARAMS) -> Generator[Delta, None, None]:
         """`chat` as a stream."""
         return self.stream(self.tokenizer.render_chat(messages), params)
+
+    def embed(self, texts: list[str] | list[list[int]]) -> Tensor:
+        """The mean of the model's last states over each text, of length 1: (N, D) float32.
+
+        A measure of likeness that any model has; one that was trained for it has a better one. Raises `UserError` as
+        `generate`.
+        """
+        entries = [self.submit_embedding(text) for text in texts]
+        try:
+            while any(not entry.sequence.finished for entry in entries):
+                self.step()
+        finally:
+            for entry in entries:
+                self.cancel(entry)
+        return torch.stack([entry.embedding() for entry in entries])
+
+    def submit_embedding(self, text: str | list[int]) -> Entry:
+        """As `submit`; once its sequence is finished, its `embedding` is there."""
+        sequence = self._sequence(text, SamplingParams(max_tokens=1))
+        # what others have read has left no states
+        entry = self._submit(sequence, salt=secrets.token_hex(16))
+        entry.guesses = False
+        entry.sum_D = torch.zeros(self.config.hidden_size, dtype=torch.float32, device=self.model.device)
+        return entry
 
     # ------------------------------------------------------------------ prompts
 
@@ -289,10 +326,11 @@ class LLM:
 
     def _start_afresh(self) -> None:
         """Counts from zero; where weights may be in training, looks at them anew and forgets what was read with the old."""
-        if self._weights_stay:
-            self._runner.stats = Stats()
-        else:
+        self._runner.begin_stats()
+        if not self._weights_stay:
+            totals = self._runner.totals
             self._runner = self._make_runner(compile_model(self.model, _LOG.warning))
+            self._runner.before = totals
 
     def _make_runner(self, model: PlainModel | CompiledModel) -> Runner:
         return Runner(model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup)

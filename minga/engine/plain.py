@@ -61,8 +61,10 @@ class PlainModel:
         """Logits, (N, V)."""
         return self.model.head(hidden_ND)
 
-    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, int, int]]) -> list[list[int]]:
-        """For each sequence the tokens that its rows of logits (T, V) give; each: how, seed, place of the first token."""
+    def choose(
+        self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]
+    ) -> list[list[int]]:
+        """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
         return [choose(rows_TV, *how) for rows_TV, how in zip(logits, each, strict=True)]
 
     def _side_by_side(self, tokens: Tokens, cache: Cache) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Cache]:

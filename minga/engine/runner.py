@@ -10,7 +10,7 @@ several such steps are taken in one call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
 
 import torch
@@ -39,11 +39,18 @@ class Stats:
     cached_tokens: int = 0  # of the prompts: found in the cache
     tokens: int = 0
     first_tokens: int = 0  # of them, those that came with the end of reading
-    drafted: int = 0
-    accepted: int = 0
+    drafts: int = 0  # how often was guessed,
+    drafted: int = 0  # how many tokens,
+    accepted: int = 0  # and how many of them stood
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    preempted: int = 0  # texts that gave up their pages for others
     ttft: float | None = None  # seconds from the call to the first token
+
+    def __add__(self, other: Stats) -> Stats:
+        """Of both together; the time to the first token is of neither."""
+        names = [field.name for field in fields(self) if field.name != "ttft"]
+        return Stats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def acceptance(self) -> float | None:
@@ -74,11 +81,19 @@ class Runner:
     ):
         self.model = model
         self.max_drafts, self.pace, self.lookup = max_drafts, pace, lookup
-        self.stats = Stats()
+        self.stats, self.before = Stats(), Stats()
         longest = model.config.max_position_embeddings + max_drafts + 1
         self.scheduler = Scheduler(pages.slots.shape[1], longest)
         self.cache = Cache(pages, self.scheduler.table_BP)
         self._seconds_a_step: dict[tuple[int, int], float] = {}  # the last, by texts side by side and guesses
+
+    @property
+    def totals(self) -> Stats:
+        return self.before + self.stats
+
+    def begin_stats(self) -> None:
+        """Counts from zero."""
+        self.before, self.stats = self.totals, Stats()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -126,12 +141,19 @@ class Runner:
         hidden_ND = self.model.hidden(tokens, self.cache)
         self._read_along(parts, hidden_ND)
         done = []
-        for (entry, _, end), last in zip(parts, ends, strict=True):
+        for (entry, start, end), last in zip(parts, ends, strict=True):
             entry.num_read = end
-            if end == entry.sequence.length:
+            if entry.sum_D is not None:
+                entry.sum_D += hidden_ND[last + 1 + start - end : last + 1].sum(0)
+            if end < entry.sequence.length:
+                self.scheduler.publish(entry)
+            elif entry.sum_D is not None:
+                entry.sequence.close()
+                self.scheduler.drop(entry)
+            else:
                 entry.reading = False
                 done.append((entry, last))
-            self.scheduler.publish(entry)
+                self.scheduler.publish(entry)
         self.stats.prompt_tokens += num
         if done:
             for entry, _ in done:
@@ -160,8 +182,10 @@ class Runner:
         """The next tokens of texts that all guess by the module, or none of which does."""
         began = perf_counter()
         num_drafts = self._num_drafts(group)
+        asked = len(group)
         group = [entry for entry in group if self.scheduler.make_room(entry, entry.sequence.length + num_drafts)]
         group = [entry for entry in group if entry.row >= 0]  # a later one's room may have been an earlier one's
+        self.stats.preempted += asked - len(group)
         if not group:
             return
         if num_drafts == 0:
@@ -193,12 +217,13 @@ class Runner:
         last = torch.cat([state_TD[-count:] for state_TD, count in zip(states, counts, strict=True)])
         logits = self.model.head(last).split(counts)
         adjusted = [e.adjusted(rows_TV, draft) for e, rows_TV, draft in zip(group, logits, drafts, strict=True)]
-        how = [(entry.sequence.params, entry.sequence.seed, entry.sequence.length) for entry in group]
+        how = [(entry.sequence.params, entry.draws(draft)) for entry, draft in zip(group, drafts, strict=True)]
         chosen = self.model.choose(adjusted, how)
         for entry, draft, tokens, state_TD, rows_TV in zip(group, drafts, chosen, states, logits, strict=True):
             num_top = entry.sequence.params.logprobs
             new = accepted(draft, tokens)
             logprobs = None if num_top is None else token_logprobs(rows_TV, new, num_top)
+            self.stats.drafts += bool(draft)
             self.stats.drafted += len(draft)
             self.stats.accepted += len(new) - 1
             forced = entry.unread[1:]
@@ -275,6 +300,7 @@ class Runner:
             self.scheduler.make_room(entry, entry.sequence.length + steps * (num_drafts + 1))
         came = self.model.decode(group, self.cache, num_drafts=num_drafts, steps=steps)
         for entry, each in zip(group, came, strict=True):
+            self.stats.drafts += steps if num_drafts else 0
             self.stats.drafted += steps * num_drafts
             self.stats.accepted += sum(map(len, each)) - steps
             kept = self._extend(entry, [token for step in each for token in step])

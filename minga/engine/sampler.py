@@ -14,7 +14,7 @@ it, not of a pause, and not of guesses, which stand if the race of the same posi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class SamplingParams:
     presence_penalty, frequency_penalty: taken from the logit of a token that the answer has, once, and for each time it
     has it (as OpenAI). repetition_penalty: divides the logit, or multiplies it if negative, of what prompt or answer have
     (arXiv 1909.05858). logit_bias: added to the logits of these tokens.
-    grammar: what the answer must look like; thinking: how its thoughts are marked, and how long they may be.
+    grammar: what the answer must look like; thinking: how its thoughts are marked, and how long they may be. watermark: the
+    secret number with which the draws are marked (minga/engine/watermark.py).
     """
 
     temperature: float = 1.0
@@ -58,6 +59,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     thinking: Thinking | None = None
+    watermark: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 1e6)
@@ -71,6 +73,8 @@ class SamplingParams:
             _check_whole("seed", self.seed, 0)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, 0)
+        if self.watermark is not None:
+            _check_whole("watermark", self.watermark, 0)
         _check_number("presence_penalty", self.presence_penalty, -1e3, 1e3)
         _check_number("frequency_penalty", self.frequency_penalty, -1e3, 1e3)
         _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
@@ -145,15 +149,15 @@ def adjust(logits_TV: Tensor, params: SamplingParams, prompt: list[int], answer:
     return logits_TV
 
 
-def choose(logits_TV: Tensor, params: SamplingParams, seed: int, position: int) -> list[int]:
-    """The tokens for the places `position`, `position` + 1, .. of a text."""
+def choose(logits_TV: Tensor, params: SamplingParams, draws: Sequence[tuple[int, int]]) -> list[int]:
+    """The tokens that the rows give; draws: seed and place of the race of each."""
     best = logits_TV.amax(-1)
     if bool(best.isnan().any()):
         raise not_numbers()
     if params.greedy:
         return [int(token) for token in logits_TV.argmax(-1).tolist()]
     weights_TV = distribution(logits_TV, params)
-    return [race(weights_V, seed, position + row) for row, weights_V in enumerate(weights_TV)]
+    return [race(weights_V, *draw) for weights_V, draw in zip(weights_TV, draws, strict=True)]
 
 
 def not_numbers() -> UserError:
@@ -162,12 +166,16 @@ def not_numbers() -> UserError:
 
 def race(weights_V: Tensor, seed: int, position: int) -> int:
     """A token with probability in proportion to its weight, which need not sum to 1: a function of seed and position."""
-    key = _draw_key(seed, position)
     tokens = weights_V.nonzero().squeeze(-1)
+    return int(tokens[(weights_V[tokens].double() / exponentials(tokens, seed, position)).argmax()])
+
+
+def exponentials(tokens: Tensor, seed: int, position: int) -> Tensor:
+    """The numbers of these tokens in the race of a place, float64."""
+    key = _draw_key(seed, position)
     h = _mix((tokens * 0x9E3779B1 & _WORD) ^ (key & _WORD))
     h = _mix(h + (key >> 32) & _WORD)
-    exponential = -torch.log1p(-(h.double() + 0.5) / 2**32)
-    return int(tokens[(weights_V[tokens].double() / exponential).argmax()])
+    return -torch.log1p(-(h.double() + 0.5) / 2**32)
 
 
 _WORD = 0xFFFFFFFF

@@ -19,6 +19,7 @@ from minga.engine.blocks import PagePool, page_names
 from minga.engine.lookup import Grams
 from minga.engine.sampler import adjust
 from minga.engine.sequence import Sequence
+from minga.engine.watermark import Marker
 from minga.model.cache import PAGE
 
 MAX_BATCH = 64  # beyond it a CPU gains nothing, and a cache of many unfinished answers only takes room
@@ -44,12 +45,20 @@ class Entry:
     names: tuple[list[bytes], list[bytes]] = field(default_factory=lambda: ([], []))
     num_published: int = 0
     grams: Grams = field(default_factory=Grams)
+    marker: Marker | None = None
+    sum_D: Tensor | None = None  # of the states of what was read, where they are wanted and no answer is
+
+    def __post_init__(self) -> None:
+        sequence = self.sequence
+        if sequence.params.watermark is not None:
+            self.marker = Marker(sequence.params.watermark, sequence.seed, sequence.num_prompt_tokens)
 
     @property
     def plain(self) -> bool:
         """Whether its next tokens follow from the logits alone, and nothing else is wanted of them."""
         params, guide = self.sequence.params, self.sequence.guide
-        return params.logprobs is None and not params.adjusts and not (guide is not None and guide.masks)
+        is_free = guide is None or not guide.masks
+        return params.logprobs is None and not params.adjusts and is_free and params.watermark is None
 
     @property
     def unread(self) -> list[int]:
@@ -60,6 +69,17 @@ class Entry:
     def can_guess(self) -> bool:
         """Whether the state is known from which the module guesses: not right after forced tokens, nor a dropped end."""
         return bool(self.new_ids) and self.num_read == self.sequence.length - 1
+
+    def embedding(self) -> Tensor:
+        """The mean of the states, of length 1: (D). Of an entry of `LLM.submit_embedding` that is finished."""
+        assert self.sum_D is not None and self.sequence.finished
+        return torch.nn.functional.normalize(self.sum_D.float(), dim=0).cpu()
+
+    def draws(self, draft: list[int]) -> list[tuple[int, int]]:
+        """Seed and place of the races for the next place, and for the one after each guess."""
+        if self.marker is not None:
+            return self.marker.draws(self.sequence.ids, draft)
+        return [(self.sequence.seed, self.sequence.length + row) for row in range(len(draft) + 1)]
 
     def adjusted(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
         sequence = self.sequence

@@ -155,6 +155,10 @@ class Sequence:
         self._text.close()
         self.finish_reason = reason
 
+    def close(self) -> None:
+        """No answer is wanted."""
+        self._finish("stop")
+
     def take_delta(self) -> Delta:
         """What was added since the last call."""
         text = self._text.shown[self._num_taken_characters :]

@@ -47,7 +47,7 @@ def propose(model: PlainModel | CompiledModel, cache: Cache, entries: list[Entry
     while True:
         logits_BV = model.head(state_BD)
         place = len(guesses[0])
-        each = [(e.sequence.params, e.sequence.seed, e.sequence.length + place) for e in entries]
+        each = [(e.sequence.params, e.draws(guess)[-1:]) for e, guess in zip(entries, guesses, strict=True)]
         rows = [
             entry.adjusted(logits_V[None], guess)
             for entry, logits_V, guess in zip(entries, logits_BV, guesses, strict=True)

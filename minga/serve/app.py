@@ -1,16 +1,15 @@
-"""The routes: OpenAI's chat API under /v1, the page at /, and what the page reads under /api.
+"""The routes: OpenAI's and Anthropic's APIs under /v1, the page at /, and what the page and operators read.
 
-A request runs through `chat_completions`: its body is checked (protocol.py), its model's worker queues it (worker.py),
-and an `Answer` sends what comes out, whole or as server-sent events, until the client has it or is gone.
+A request for an answer runs through one of the first routes of `Api`: its body is checked (schema.py and the endpoint's
+file), becomes a `Generation` (generation.py), is admitted (service.py), and an `Answer` (answer.py) sends what comes out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +19,29 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 import minga
-from minga.engine.sampler import TokenLogprob
-from minga.serve.guard import Guard
-from minga.serve.protocol import (
-    ApiError,
-    ChatRequest,
-    Reply,
-    json_bytes,
-    json_response,
-    logprobs_document,
-    parse_chat_request,
-    parse_json,
-    usage,
-)
+from minga.serve import responses
+from minga.serve.answer import Answer
+from minga.serve.answering import Answering
+from minga.serve.chat import ChatBody, ChatWriter
+from minga.serve.completions import CompletionBody, CompletionWriter
+from minga.serve.embeddings import EmbeddingBody, embed
+from minga.serve.errors import ApiError, json_response
+from minga.serve.gate import Gate
+from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_tokens, error_document
+from minga.serve.metrics import CONTENT_TYPE
+from minga.serve.openapi import describe
+from minga.serve.responses import ResponsesBody, ResponsesWriter
 from minga.serve.runs import Runs
-from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Job, Worker
+from minga.serve.schema import parse_body
+from minga.serve.service import Service, Settings
+from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody, detokenize, moderate, tokenize
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
-MAX_BODY_BYTES = 4 << 20
+MAX_BODY_BYTES = 10 << 20
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
 # Said here, not left to the system's own table: browsers run no module that is called text/plain.
@@ -50,104 +49,141 @@ _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg
 _STATIC_FILES = {path.name: _MEDIA_TYPES[path.suffix] for path in _PAGE.iterdir() if path.suffix in _MEDIA_TYPES}
 
 
-def create_app(
-    models: Mapping[str, LLM],
-    runs_dir: str | Path,
-    *,
-    host: str = "127.0.0.1",
-    api_key: str | None = None,
-    max_running: int = MAX_RUNNING,
-    max_waiting: int = MAX_WAITING,
-) -> Starlette:
-    """The ASGI application. `host` is the address it is bound to; a model answers `max_running` requests side by side."""
-    limits = {"max_running": max_running, "max_waiting": max_waiting}
-    api = Api({name: Worker(name, llm, **limits) for name, llm in models.items()}, Runs(Path(runs_dir)))
+def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settings | None = None) -> Starlette:
+    """The ASGI application."""
+    service = Service(models, settings or Settings())
+    api = Api(service, Runs(Path(runs_dir)))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        for worker in api.workers.values():
-            worker.close()
+        service.close()
 
+    gate = Middleware(
+        Gate,
+        host=service.settings.host,
+        keys=service.settings.keys,
+        access_log=service.settings.access_log,
+        refused=service.metrics.refused,
+    )
     app = Starlette(
         routes=[
+            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/responses", api.responses, methods=["POST"]),
+            Route("/v1/responses/{id}", api.show_response, methods=["GET"]),
+            Route("/v1/responses/{id}", api.delete_response, methods=["DELETE"]),
+            Route("/v1/responses/{id}/input_items", api.list_input_items),
+            Route("/v1/messages", api.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", api.count_tokens, methods=["POST"]),
+            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
+            Route("/v1/moderations", api.moderations, methods=["POST"]),
             Route("/v1/models", api.list_models),
             Route("/v1/models/{name:path}", api.show_model),
-            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/health", api.health),
+            Route("/ready", api.ready),
+            Route("/metrics", api.metrics),
+            Route("/openapi.json", api.openapi),
             Route("/api/status", api.status),
             Route("/api/runs", api.list_runs),
             Route("/api/runs/{name}", api.show_run),
             Route("/", show_page),
+            Route("/docs", show_docs),
             Route("/static/{name}", show_static_file),
         ],
-        middleware=[Middleware(Guard, host=host, api_key=api_key)],
+        middleware=[gate],
         exception_handlers={
-            ApiError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _give_up, Exception: _fail,
+            ApiError: api.refuse, HTTPException: api.refuse_http, ClientDisconnect: _give_up, Exception: _fail,
         },
         lifespan=lifespan,
     )  # fmt: skip
     app.router.redirect_slashes = False
+    app.state.service = service
     return app
 
 
 class Api:
     """The endpoints that speak JSON."""
 
-    def __init__(self, workers: dict[str, Worker], runs: Runs):
-        self.workers, self.runs = workers, runs
+    def __init__(self, service: Service, runs: Runs):
+        self.service, self.runs = service, runs
+        self.stored = responses.ResponseStore()
         self._created = int(time.time())
 
-    # ------------------------------------------------------------------ OpenAI's
+    # ------------------------------------------------------------------ answers
 
     async def chat_completions(self, request: Request) -> Answer:
-        chat = parse_chat_request(parse_json(await _read_body(request)))
-        worker = self._worker(chat.model)
-        return Answer(worker.submit(chat), worker)
+        data = await _read_body(request)
+        body = parse_body(ChatBody, data)
+        worker = self.service.worker(body.model)
+        writer = ChatWriter(body, worker.name, worker.llm.tokenizer)
+        return self.service.answer(request, body.generation(), writer, worker, num_bytes=len(data))
+
+    async def completions(self, request: Request) -> Answer:
+        data = await _read_body(request)
+        body = parse_body(CompletionBody, data)
+        worker = self.service.worker(body.model)
+        writer = CompletionWriter(body, worker.name, worker.llm.tokenizer)
+        return self.service.answer(request, body.generation(), writer, worker, num_bytes=len(data))
+
+    # RESPONSES AND MESSAGES
+
+    # ------------------------------------------------------------------ models, embeddings, words
+
+    async def embeddings(self, request: Request) -> Response:
+        data = await _read_body(request)
+        body = parse_body(EmbeddingBody, data)
+        return json_response(await self.service.embed(request, body, len(data)))
+
+    async def moderations(self, request: Request) -> Response:
+        body = parse_body(ModerationBody, await _read_body(request))
+        guard = self.service.settings.guard
+        if guard is None:
+            message = "this server has no guard; start it without `--guard none`"
+            raise ApiError(message, status=404, code="no_guard")
+        return json_response(await asyncio.to_thread(moderate, body, guard))
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse_body(TokenizeBody, await _read_body(request))
+        return json_response(await asyncio.to_thread(tokenize, body, self.service.worker(body.model)))
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse_body(DetokenizeBody, await _read_body(request))
+        return json_response(await asyncio.to_thread(detokenize, body, self.service.worker(body.model)))
 
     async def list_models(self, _: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model_document(name) for name in self.workers]})
+        documents = [self._model_document(name) for name in self.service.workers]
+        return json_response({"object": "list", "data": documents})
 
     async def show_model(self, request: Request) -> Response:
-        return json_response(self._model_document(self._worker(request.path_params["name"]).name))
+        return json_response(self._model_document(self.service.worker(request.path_params["name"]).name))
 
     def _model_document(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "minga"}
+        context = self.service.workers[name].llm.max_context
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "minga", "max_model_len": context}
 
-    def _worker(self, name: str | None) -> Worker:
-        """The worker of the named model; the name may be left out where there is one model only."""
-        known = ", ".join(self.workers)
-        if name is None and len(self.workers) > 1:
-            raise ApiError(
-                f"`model` is missing; it is one of {known}", param="model", code="missing_required_parameter"
-            )
-        worker = next(iter(self.workers.values())) if name is None else self.workers.get(name)
-        if worker is None:
-            asked = str(name) if len(str(name)) <= 80 else f"{str(name)[:77]}..."
-            raise ApiError(
-                f"there is no model `{asked}` here; there is {known}",
-                status=404, param="model", code="model_not_found",
-            )  # fmt: skip
-        return worker
-
-    # ------------------------------------------------------------------ ours
+    # ------------------------------------------------------------------ for operators, and for the page
 
     async def health(self, _: Request) -> Response:
         return json_response({"status": "ok"})
 
+    async def ready(self, _: Request) -> Response:
+        """503 while the server shuts down: send no more."""
+        if self.service.draining:
+            raise ApiError("the server stops", status=503, code="shutting_down", headers={"retry-after": "5"})
+        return json_response({"status": "ready", "models": list(self.service.workers)})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self.service.metrics.exposition(self.service.model_states()), media_type=CONTENT_TYPE)
+
+    async def openapi(self, _: Request) -> Response:
+        return json_response(describe(list(self.service.workers)))
+
     async def status(self, _: Request) -> Response:
-        """The version, each model with its speed and its queue, and the sums of these."""
-        models: list[dict[str, Any]] = [
-            {
-                "name": name,
-                "parameters": worker.num_parameters,
-                "max_context": worker.llm.max_context,
-                "tokens_per_second": worker.tokens_per_second,
-                "running": worker.running,
-                "waiting": worker.waiting,
-            }
-            for name, worker in self.workers.items()
-        ]
+        """The version, each model with its speed, queue, cache and price, and the sums of the first two."""
+        models = self.service.status()
         sums = {name: sum(model[name] for model in models) for name in ("tokens_per_second", "running", "waiting")}
         return json_response({"version": minga.__version__, "models": models, **sums})
 
@@ -163,89 +199,23 @@ class Api:
             raise ApiError("there is no such run; /api/runs lists them", status=404, param="name", code="run_not_found")
         return json_response(found)
 
+    # ------------------------------------------------------------------ refusals
 
-# ---------------------------------------------------------------------------------------------- chat
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        self.service.metrics.refused(str(error.code))
+        document = error_document(error) if request.url.path.startswith("/v1/messages") else error.document()
+        return json_response(document, error.status, error.headers)
 
-
-class Answer:
-    """An ASGI response: a job's answer. A client that goes away cancels the job, streamed or not."""
-
-    def __init__(self, job: Job, worker: Worker):
-        self._job, self._worker = job, worker
-        self._request: ChatRequest = job.request
-        self._reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), worker.name)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answering = asyncio.create_task(self._answer(scope, receive, send))
-        leaving = asyncio.create_task(_disconnect(receive))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        except asyncio.CancelledError:  # the server is told to stop, and its patience is over
-            message = "the server stops, and this answer took too long to finish"
-            self._job.abort(ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"}))
-            await answering
-        finally:
-            answering.cancel()
-            leaving.cancel()
-            self._job.cancel()
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        num_prompt_tokens = await self._job.started()  # refusals come before the first header
-        if not self._request.stream:
-            return await (await self._whole(num_prompt_tokens))(scope, receive, send)
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(self._events(num_prompt_tokens)) as events:
-            async for document in events:
-                await send(_body(b"data: " + json_bytes(document) + b"\n\n"))
-        await send(_body(b"data: [DONE]\n\n", last=True))
-
-    async def _whole(self, num_prompt_tokens: int) -> Response:
-        text, num_tokens, finish_reason = "", 0, "stop"
-        logprobs: list[TokenLogprob] = []
-        async for delta in self._job.deltas():
-            text += delta.text
-            num_tokens += len(delta.token_ids)
-            logprobs += delta.logprobs or []
-            finish_reason = delta.finish_reason or finish_reason
-        wanted = None if self._request.sampling.logprobs is None else logprobs
-        document = self._reply.completion(
-            text,
-            finish_reason,
-            logprobs_document(wanted, self._worker.llm.tokenizer),
-            usage(num_prompt_tokens, num_tokens),
-        )
-        return json_response(document)
-
-    async def _events(self, num_prompt_tokens: int) -> AsyncGenerator[dict[str, Any], None]:
-        """The documents of a stream. A model that fails in the middle ends it with an error."""
-        no_usage = {"usage": None} if self._request.include_usage else {}
-        yield self._reply.chunk({"role": "assistant", "content": ""}) | no_usage
-        num_tokens, finish_reason = 0, "stop"
-        try:
-            async for delta in self._job.deltas():
-                num_tokens += len(delta.token_ids)
-                finish_reason = delta.finish_reason or finish_reason
-                if delta.text or delta.logprobs:
-                    logprobs = logprobs_document(delta.logprobs, self._worker.llm.tokenizer)
-                    yield self._reply.chunk({"content": delta.text}, logprobs) | no_usage
-        except ApiError as error:
-            yield error.document()
-            return
-        yield self._reply.chunk({}, finish_reason=finish_reason) | no_usage
-        if self._request.include_usage:
-            yield self._reply.usage_chunk(usage(num_prompt_tokens, num_tokens))
-
-
-def _body(data: bytes, *, last: bool = False) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": not last}
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def refuse_http(self, request: Request, error: Exception) -> Response:
+        """What Starlette itself refuses: unknown paths and wrong methods."""
+        assert isinstance(error, HTTPException)
+        path = request.url.path[:200]
+        messages = {404: f"there is nothing at {path}", 405: f"{request.method} does not work at {path}"}
+        message = messages.get(error.status_code, error.detail)
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code)
+        return await self.refuse(request, ApiError(message, status=error.status_code, code=code, headers=error.headers))
 
 
 async def _read_body(request: Request) -> bytes:
@@ -268,6 +238,10 @@ async def show_page(_: Request) -> Response:
     return FileResponse(_PAGE / "index.html")
 
 
+async def show_docs(_: Request) -> Response:
+    return FileResponse(_PAGE / "docs.html")
+
+
 async def show_static_file(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _STATIC_FILES:
@@ -276,23 +250,6 @@ async def show_static_file(request: Request) -> Response:
 
 
 # ---------------------------------------------------------------------------------------------- errors
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown paths and wrong methods."""
-    assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
-    messages = {404: f"there is nothing at {path}", 405: f"{request.method} does not work at {path}"}
-    message = messages.get(error.status_code, error.detail)
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    return ApiError(
-        message, status=error.status_code, code=codes.get(error.status_code), headers=error.headers
-    ).response()
 
 
 async def _give_up(_: Request, __: Exception) -> Response:

@@ -15,6 +15,7 @@ from minga.serve.common import (
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     Effort,
+    ModerationFields,
     ResponseFormat,
     SamplingFields,
     ScalingFields,
@@ -24,6 +25,7 @@ from minga.serve.common import (
     answer_format,
     checked_tools,
     chosen_tools,
+    moderated,
     scaling_of,
     thinks,
 )
@@ -116,10 +118,6 @@ class StreamOptions(Body):
     include_obfuscation: Ignored = None
 
 
-class ModerationOptions(Body):
-    model: str | None = Field(None, description="The guard; the server's own if left out.")
-
-
 class ChatBody(SamplingFields):
     model: str | None = Field(None, description="May be left out where one model is served.")
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -138,7 +136,7 @@ class ChatBody(SamplingFields):
     reasoning_effort: Effort | None = Field(None, description="none: no thinking. Otherwise the model thinks, if it can.")
     thinking_budget: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Tokens of thought at most.")
     scaling: ScalingFields | None = None
-    moderation: ModerationOptions | None = None
+    moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = None
@@ -174,7 +172,7 @@ class ChatBody(SamplingFields):
             raise invalid("tool_choice", "a call that must come leaves no room for the format that the answer must have")
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
-            messages=[_plain(message) for message in self.messages],
+            messages=[plain_message(message) for message in self.messages],
             max_tokens=old if new is None else new,
             num_choices=self.n or 1,
             tools=tools,
@@ -184,13 +182,13 @@ class ChatBody(SamplingFields):
             thinking=thinks(self.reasoning_effort),
             thinking_budget=self.thinking_budget,
             scaling=scaling_of(self.scaling),
-            moderate=self.moderation is not None,
+            moderation=moderated(self.moderation),
             watermark=bool(self.watermark),
             salt=self.prompt_cache_key or "",
         )
 
 
-def _plain(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
+def plain_message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
     """The message as chat templates know it."""
     plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     plain["content"] = joined(message.content)

@@ -12,7 +12,7 @@ from minga.data.json_schema import check_choices, check_regex, check_schema
 from minga.engine.sampler import MAX_SEED, SamplingParams
 from minga.errors import UserError
 from minga.serve.errors import ApiError
-from minga.serve.generation import AnswerFormat, Scaling
+from minga.serve.generation import AnswerFormat, Moderated, Scaling
 from minga.serve.schema import Body, invalid
 
 MAX_BIASES = 1024
@@ -147,6 +147,30 @@ class ScalingFields(Body):
         None, description="With method verifier: a regular expression that a right answer matches."
     )
     max_total_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+
+
+class ModerationMode(Body):
+    mode: Literal["score", "block"]
+
+
+class ModerationPolicy(Body):
+    input: ModerationMode | None = None
+    output: ModerationMode | None = None
+
+
+class ModerationFields(Body):
+    """Verdicts of the server's guard come with the answer; by the policy "block", what is flagged does not."""
+
+    model: str | None = Field(None, description="There is one guard, whatever its name here.")
+    policy: ModerationPolicy | None = None
+
+
+def moderated(fields: ModerationFields | None) -> Moderated | None:
+    if fields is None:
+        return None
+    policy = fields.policy or ModerationPolicy()
+    blocks = [mode is not None and mode.mode == "block" for mode in (policy.input, policy.output)]
+    return Moderated(*blocks)
 
 
 def checked_tool(function: FunctionSpec, path: str) -> Tool:

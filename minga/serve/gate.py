@@ -7,13 +7,18 @@ server's, and an Origin, which browsers send and other clients do not, must be t
 
 from __future__ import annotations
 
-import hmac
+import re
+import secrets
+from collections.abc import Callable
+from time import monotonic
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minga.serve.protocol import ApiError
+from minga.serve.errors import ApiError
+from minga.serve.keys import Key, Keys
+from minga.serve.log import Access, AccessLog
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _EVERY_ADDRESS = ("0.0.0.0", "::")
@@ -27,54 +32,86 @@ _REPLY_HEADERS = {
 }
 
 
-class Guard:
-    """Middleware: refuses what may not pass, and adds the security headers to what comes back.
+_PUBLIC = {"/", "/health", "/ready", "/docs"}  # the page's files too: what they ask the server for is not
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+EVERYBODY = Key("")  # who asks where no key is needed
 
+
+class Gate:
+    """Middleware: refuses what may not pass, names each request and its key, and logs it.
+
+    The state of a request that passes has `key` and `request_id`; routes may put `access` there, what the log says of them.
     Bound to every address, a server has names that it does not know. There it does not check Host: the API key, which
     such a server must have, keeps strangers out.
     """
 
-    def __init__(self, app: ASGIApp, *, host: str, api_key: str | None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        keys: Keys | None,
+        access_log: AccessLog | None = None,
+        refused: Callable[[str], None] = lambda code: None,
+    ):
         self._app = app
         self._hosts = None if host in _EVERY_ADDRESS else {*_LOOPBACK, host.lower()}
-        self._api_key = None if api_key is None else api_key.encode()
+        self._keys, self._access_log, self._refused = keys, access_log, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        began, headers, status = monotonic(), Headers(scope=scope), 500
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "key": EVERYBODY, "access": {}}
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
+                status = message["status"]
+                reply = MutableHeaders(scope=message)
+                reply["x-request-id"] = request_id
                 for name, value in _REPLY_HEADERS.items():
-                    headers.setdefault(name, value)
+                    reply.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(Headers(scope=scope), scope["path"])
-        await (self._app if refusal is None else refusal.response())(scope, receive, send_with_headers)
+        try:
+            try:
+                self._check_address(headers)
+                state["key"] = self._key(headers, scope["path"])
+            except ApiError as error:
+                self._refused(str(error.code))
+                await error.response()(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
+        finally:
+            if self._access_log is not None:
+                key, seconds = state["key"].name or None, monotonic() - began
+                access = Access(request_id, scope["method"], scope["path"], status, seconds, key, **state["access"])
+                self._access_log.write(access)
 
-    def _refusal(self, headers: Headers, path: str) -> ApiError | None:
+    def _check_address(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if self._hosts is not None and _without_port(host) not in self._hosts:
             message = "the Host header is not an address of this server"
-            return ApiError(message, status=403, code="host_not_allowed")
+            raise ApiError(message, status=403, code="host_not_allowed")
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             message = "requests from other web pages are not allowed"
-            return ApiError(message, status=403, code="origin_not_allowed")
-        if self._api_key is None or _is_public(path) or self._has_key(headers.get("authorization", "")):
-            return None
-        message = "this server needs its API key; send it as `Authorization: Bearer KEY`"
-        return ApiError(message, status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+            raise ApiError(message, status=403, code="origin_not_allowed")
 
-    def _has_key(self, authorization: str) -> bool:
-        scheme, _, key = authorization.partition(" ")
-        given = key.strip().encode("latin-1")
-        return scheme.lower() == "bearer" and self._api_key is not None and hmac.compare_digest(given, self._api_key)
-
-
-def _is_public(path: str) -> bool:
-    return path in ("/", "/health") or path.startswith("/static/")
+    def _key(self, headers: Headers, path: str) -> Key:
+        if self._keys is None or path in _PUBLIC or path.startswith("/static/"):
+            return EVERYBODY
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        presented = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        key = self._keys.find(presented)
+        if key is None:
+            message = "this server needs an API key; send a good one as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+            raise ApiError(message, status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return key
 
 
 def _without_port(host: str) -> str | None:

@@ -42,12 +42,20 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Moderated:
+    """Verdicts on input and output are wanted in the answer; what is flagged is kept back where it says so."""
+
+    blocks_input: bool = False
+    blocks_output: bool = False
+
+
+@dataclass(frozen=True)
 class Generation:
     """A checked request. `messages` are in the shape of OpenAI's chat: texts, tool calls with arguments as text, reasoning.
 
     prompt: a plain text or token ids, instead of messages. echo: the prompt belongs to the answer's text.
     tool_choice: "auto", "none", "required" or the name of a tool. thinking: None leaves it to the model's template.
-    max_tokens: None takes `DEFAULT_MAX_TOKENS`, or what room there is. salt: cached prompts are shared with the same salt only.
+    max_tokens: None takes `default_max_tokens`, or what room there is. salt: cached prompts are shared with the same salt only.
     field: what the endpoint calls the messages, for refusals.
     """
 
@@ -55,6 +63,7 @@ class Generation:
     messages: Sequence[dict[str, Any]] = ()
     prompt: str | list[int] | None = None
     max_tokens: int | None = None
+    default_max_tokens: int = DEFAULT_MAX_TOKENS
     num_choices: int = 1
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
@@ -63,14 +72,14 @@ class Generation:
     thinking: bool | None = None
     thinking_budget: int | None = None
     scaling: Scaling | None = None
-    moderate: bool = False  # the verdicts are wanted in the answer, whether or not the server has a guard of its own
+    moderation: Moderated | None = None
     watermark: bool = False
     salt: str = ""
     field: str = "messages"
 
     def params_within(self, room: int) -> SamplingParams:
         """How to sample an answer for which the context has `room` tokens left."""
-        return replace(self.sampling, max_tokens=min(self.max_tokens or DEFAULT_MAX_TOKENS, room))
+        return replace(self.sampling, max_tokens=min(self.max_tokens or self.default_max_tokens, room))
 
 
 # ---------------------------------------------------------------------------------------------- what comes

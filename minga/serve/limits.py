@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+from minga.serve.errors import ApiError
 from minga.serve.keys import Key
-from minga.serve.protocol import ApiError
 
 _MINUTE = 60.0
 

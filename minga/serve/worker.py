@@ -1,9 +1,10 @@
 """One thread a model: requests are answered side by side, and what the model says goes to the event loop piece by piece.
 
-An `LLM` is not thread-safe, so a model has one thread, which takes new requests between two steps of those that run. The
-thread is an executor's: it works while there is something to do. Whatever fails ends in the future of the request, and
-the next ones run as if nothing had happened. All counters are read and written on the event loop only; the thread reaches
-it through `call_soon_threadsafe`.
+An `LLM` is not thread-safe, so a model has one thread, which takes new jobs in between two steps of those that run. The
+thread is an executor's: it works while there is something to do. Of those that wait, the next is the first of the tenant
+that has the fewest running, so nobody who asks for much keeps the others out. Whatever fails ends the job, and the next ones
+run as if nothing had happened. All counters are read and written on the event loop only; the thread reaches it through
+`call_soon_threadsafe`, once a step.
 """
 
 from __future__ import annotations
@@ -11,42 +12,99 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from minga.data.dialects import dialect_of
+from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
-from minga.serve.protocol import ApiError, ChatRequest
+from minga.serve.errors import ApiError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from minga.engine.llm import LLM
     from minga.engine.scheduler import Entry
     from minga.engine.sequence import Delta
 
-MAX_RUNNING = 32
-MAX_WAITING = 32
+MAX_RUNNING = 64
+MAX_WAITING = 128
 RETRY_AFTER_SECONDS = 5
 _SPEED_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Job:
+    """One answer of a model. `receive` is called on the event loop: with a `Delta` for what is new, with None when the
+    answer is over, and with the error that ended it.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    receive: Callable[[Delta | BaseException | None], None]
+    tenant: str = ""
+    salt: str = ""
+    asked: float = field(default_factory=monotonic)
+    began: float | None = None  # when the model's thread took it
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    entry: Entry | None = None
+    busy_seconds: float = 0.0  # of the model's time: its share, where several are answered side by side
+    ended: bool = False
+    embeds: bool = False  # `receive` gets the state of the text, and no answer
+
+    @classmethod
+    def to_embed(cls, ids: list[int], future: asyncio.Future[Tensor], tenant: str) -> Job:
+        """A job whose result is the text's embedding."""
+
+        def receive(item: Any) -> None:
+            if future.done():
+                return
+            if isinstance(item, BaseException):
+                future.set_exception(item)
+            elif item is None:
+                assert job.entry is not None
+                future.set_result(job.entry.embedding())
+
+        job = cls(ids, SamplingParams(max_tokens=1), receive, tenant, embeds=True)
+        return job
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return 0 if self.entry is None else self.entry.sequence.num_cached_tokens
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return 0 if self.entry is None else self.entry.sequence.num_reasoning_tokens
+
+    def cancel(self) -> None:
+        """Leaves the queue, or stops the model after its current step. Does nothing to a job that is done."""
+        self.cancelled.set()
+
+
 class Worker:
-    """A model, those whom it answers, and those who wait for it."""
+    """A model, those whom it answers, and those who wait for it. Made on the event loop that it answers to, or before."""
 
     def __init__(self, name: str, llm: LLM, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING):
         self.name, self.llm = name, llm
+        self.dialect = dialect_of(llm.tokenizer)
         self.num_parameters = count_parameters(llm.config).total
+        self.busy_seconds = 0.0  # of the model
         self._max_running, self._max_waiting = max_running, max_waiting
         self._num_pending = 0
         self._speed = Speed()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"minga-{name}")
-        self._inbox: deque[Job] = deque()
-        self._at_work = threading.Lock()  # held while it is decided whether the thread goes on
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()  # held while it is decided whether the thread goes on
+        self._inbox: OrderedDict[str, deque[Job]] = OrderedDict()  # by tenant
+        self._at_work = False
 
     @property
     def running(self) -> int:
@@ -60,30 +118,28 @@ class Worker:
     def tokens_per_second(self) -> float:
         return self._speed.tokens_per_second()
 
-    def submit(self, request: ChatRequest) -> Job:
-        """Queues a request; call it on the event loop. Raises `ApiError` 429 when the queue is full."""
-        if self.waiting >= self._max_waiting and self.running == self._max_running:
+    def refuse_if_full(self) -> None:
+        """Raises `ApiError` 429 where nobody more may wait."""
+        if self._num_pending >= self._max_running + self._max_waiting:
             raise ApiError(
                 f"the queue is full: {self.waiting} requests are waiting for {self.name}; try again later",
                 status=429, code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)},
             )  # fmt: skip
-        job = Job(request)
-        job.future.add_done_callback(lambda _: self._announce_end(job))
-        with self._at_work:
-            self._inbox.append(job)
-            if len(self._inbox) == 1:
-                self._executor.submit(
-                    self._work
-                )  # if the thread is at work it finds the job, and this one has nothing to do
+
+    def submit(self, job: Job) -> None:
+        """Queues a job; call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
         self._num_pending += 1
-        return job
+        with self._lock:
+            self._inbox.setdefault(job.tenant, deque()).append(job)
+            if not self._at_work:
+                self._at_work = True
+                self._executor.submit(self._work)
 
     def close(self) -> None:
         """Drops what waits. The caller has cancelled what runs."""
-        with self._at_work:
-            waiting, self._inbox = self._inbox, deque()
-        for job in waiting:
-            job.future.cancel()
+        with self._lock:
+            self._inbox.clear()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ on the model's thread
@@ -92,143 +148,117 @@ class Worker:
         """Answers until nobody is left."""
         running: list[Job] = []
         while True:
-            self._take_in(running)
-            if not running:
+            news = self._take_in(running)
+            if not running and self._rests():
+                self._tell(news)
                 return
+            began = monotonic()
             try:
                 self.llm.step()
             except BaseException as error:
                 for job in running:
-                    self._end(job, error)
+                    self._end(job, error, news)
                 running = []
-            running = [job for job in running if self._deliver(job)]
+            seconds = monotonic() - began
+            self.busy_seconds += seconds
+            share = seconds / max(1, len(running))
+            for job in running:
+                job.busy_seconds += share
+            running = [job for job in running if self._collect(job, news)]
+            self._tell(news)
 
-    def _take_in(self, running: list[Job]) -> None:
-        while len(running) < self._max_running:
-            with self._at_work:
-                if not self._inbox:
-                    return
-                job = self._inbox.popleft()
-            if not job.future.set_running_or_notify_cancel():  # its client has left the queue
+    def _rests(self) -> bool:
+        with self._lock:
+            self._at_work = bool(self._inbox)
+            return not self._at_work
+
+    def _take_in(self, running: list[Job]) -> list[tuple[Job, Any]]:
+        """Opens as many as may run; returns what is to be told of those that did not get so far."""
+        news: list[tuple[Job, Any]] = []
+        while len(running) < self._max_running and (job := self._next(running)) is not None:
+            if job.cancelled.is_set():  # its client has left the queue
+                self._end(job, None, news)
                 continue
             try:
-                num_prompt_tokens, job.entry = self._open(job.request)
+                job.began = monotonic()
+                job.entry = self._open(job)
             except BaseException as error:
-                job.future.set_exception(error)
+                self._end(job, error, news)
                 continue
-            job.call_soon(job.put, num_prompt_tokens)
             running.append(job)
+        return news
 
-    def _deliver(self, job: Job) -> bool:
-        """Sends what is new; False once the answer is over."""
+    def _open(self, job: Job) -> Entry:
+        if job.embeds:
+            return self.llm.submit_embedding(job.prompt_ids)
+        return self.llm.submit(job.prompt_ids, job.params, salt=f"{job.tenant}\0{job.salt}", mark=True)
+
+    def _next(self, running: list[Job]) -> Job | None:
+        """The first in the queue of the tenant with the fewest running; of equals, who was served longest ago."""
+        with self._lock:
+            if not self._inbox:
+                return None
+            count = Counter(job.tenant for job in running)
+            tenant = min(self._inbox, key=lambda tenant: count[tenant])
+            queue = self._inbox.pop(tenant)
+            job = queue.popleft()
+            if queue:
+                self._inbox[tenant] = queue  # now the last of equals
+            return job
+
+    def _collect(self, job: Job, news: list[tuple[Job, Any]]) -> bool:
+        """What is new of a job; False once the answer is over."""
         assert job.entry is not None
-        sequence = job.entry.sequence
+        sequence, error = job.entry.sequence, None
         if not job.cancelled.is_set():
-            delta = sequence.take_delta()
-            if delta.token_ids:
-                job.call_soon(self._arrive, job, delta)
-            if not sequence.finished:
-                return True
-        self._end(job)
+            try:
+                delta = sequence.take_delta()
+            except Exception as failure:
+                error = failure
+            else:
+                if delta.token_ids:
+                    news.append((job, delta))
+                if not sequence.finished:
+                    return True
+        self._end(job, error, news)
         return False
 
-    def _end(self, job: Job, error: BaseException | None = None) -> None:
-        assert job.entry is not None
-        self.llm.cancel(job.entry)
-        if error is None:
-            job.future.set_result(None)
-        else:
-            job.future.set_exception(error)
+    def _end(self, job: Job, error: BaseException | None, news: list[tuple[Job, Any]]) -> None:
+        if job.entry is not None:
+            self.llm.cancel(job.entry)
+        news.append((job, error))
 
-    def _open(self, request: ChatRequest) -> tuple[int, Entry]:
-        """The number of prompt tokens, and the answer to come. What cannot be answered is refused here."""
-        try:
-            ids = self._prompt_ids(request)
-            room = self.llm.max_context - len(ids)
-            if room < 1:
-                raise ApiError(
-                    f"the messages have {len(ids)} tokens and the context of {self.name} {self.llm.max_context}, "
-                    "which must hold the answer too; shorten them",
-                    param="messages", code="context_length_exceeded",
-                )  # fmt: skip
-            return len(ids), self.llm.submit(ids, request.params_within(room))
-        except UserError as error:
-            raise ApiError(str(error), param="messages", code="invalid_value") from None
-
-    def _prompt_ids(self, request: ChatRequest) -> list[int]:
-        """A model without a chat template was only ever shown plain text: it goes on from the end of what was said."""
-        if self.llm.tokenizer.chat_template is not None:
-            return self.llm.tokenizer.render_chat(request.messages)
-        contents = (message["content"] for message in request.messages)
-        return self.llm.encode("\n\n".join(content for content in contents if content))
+    def _tell(self, news: list[tuple[Job, Any]]) -> None:
+        if news and self._loop is not None:
+            with suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
+                self._loop.call_soon_threadsafe(self._arrive, news)
 
     # ------------------------------------------------------------------ on the event loop
 
-    def _arrive(self, job: Job, delta: Delta) -> None:
-        self._speed.add(len(delta.token_ids))
-        job.put(delta)
+    def _arrive(self, news: list[tuple[Job, Any]]) -> None:
+        num_tokens = 0
+        for job, item in news:
+            if item is None or isinstance(item, BaseException):
+                self._num_pending -= 1
+                job.ended = True
+            else:
+                num_tokens += len(item.token_ids)
+            job.receive(item)
+        if num_tokens:
+            self._speed.add(num_tokens)
 
-    def _announce_end(self, job: Job) -> None:
-        with suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
-            job.call_soon(self._note_end, job)
 
-    def _note_end(self, job: Job) -> None:
-        self._num_pending -= 1
-        job.put(None)
-
-
-class Job:
-    """One request's way through a worker, seen from the event loop: first `started`, then `deltas`."""
-
-    def __init__(self, request: ChatRequest):
-        self.request = request
-        self.future: Future[None] = Future()
-        self.entry: Entry | None = None  # once it runs
-        self.cancelled = threading.Event()
-        self._aborted_by: ApiError | None = None
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Any] = asyncio.Queue()  # the number of prompt tokens, deltas, None at the end
-
-    def call_soon(self, function: Callable[..., None], *args: Any) -> None:
-        self._loop.call_soon_threadsafe(function, *args)
-
-    def put(self, item: int | Delta | None) -> None:
-        self._items.put_nowait(item)
-
-    async def started(self) -> int:
-        """Waits for the request's turn; returns its number of prompt tokens. Raises `ApiError` if it is refused."""
-        item = await self._items.get()
-        if item is None:
-            self._raise_failure()
-        return int(item)
-
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """The answer. Raises `ApiError` if the model fails."""
-        while (item := await self._items.get()) is not None:
-            yield item
-        self._raise_failure()
-
-    def cancel(self) -> None:
-        """Leaves the queue, or stops the model after its current step. Does nothing to a job that is done."""
-        self.cancelled.set()
-        self.future.cancel()
-
-    def abort(self, error: ApiError) -> None:
-        """Cancels, and raises `error` in whoever reads the answer."""
-        self._aborted_by = error
-        self.cancel()
-        self.put(None)
-
-    def _raise_failure(self) -> None:
-        error = self._aborted_by or self.future.exception()
-        if isinstance(error, ApiError):
-            raise error
-        if error is not None:
-            log.error("a request failed", exc_info=error)
-            raise ApiError(
-                "the model failed while answering; the server's log has the details",
-                status=500, code="generation_failed", headers={"x-should-retry": "false"},
-            ) from error  # fmt: skip
+def refusal_of(error: BaseException, field: str) -> ApiError:
+    """What a job's error is to the client. field: that it is about, if it is the client's own."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(str(error), param=field, code="invalid_value")
+    log.error("a request failed", exc_info=error)
+    return ApiError(
+        "the model failed while answering; the server's log has the details",
+        status=500, code="generation_failed", headers={"x-should-retry": "false"},
+    )  # fmt: skip
 
 
 class Speed:

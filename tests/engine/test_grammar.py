@@ -132,6 +132,16 @@ def test_thoughts_that_the_model_begins_itself_are_counted_and_come_before_the_g
     assert answer.token_ids[0] == start and answer.num_reasoning_tokens == 6 and answer.token_ids[7] == end
 
 
+@pytest.mark.parametrize("speculate", [False, "always"])
+def test_thoughts_may_come_before_a_grammar_that_holds_from_the_start(model, tokenizer, speculate):
+    start, end = ids(tokenizer, "<think>", "</think>")
+    thinking = Thinking((start,), (end,), budget=4)
+    params = SamplingParams(0, max_tokens=90, thinking=thinking, grammar=JSON, logit_bias={start: 100})
+    (answer,) = make(model, tokenizer, speculate=speculate).generate([[5, 6, 7]], params)
+    assert answer.token_ids[0] == start and answer.token_ids[5] == end
+    assert json.loads(tokenizer.decode(answer.token_ids[6:])) and answer.finish_reason == "stop"
+
+
 def test_a_bias_cannot_break_the_grammar(model, tokenizer):
     params = SamplingParams(0, max_tokens=60, grammar=JSON, logit_bias={7: 100}, logprobs=2)
     (answer,) = make(model, tokenizer).generate(["Where?"], params)

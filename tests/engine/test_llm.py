@@ -532,3 +532,16 @@ def test_a_smaller_cache_says_nearly_the_same(model, tokenizer, forward_pass, ca
         assert out.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=off)
         if forward_pass == "compiled":
             assert small.generate([prompt], params)[0] == out
+
+
+def test_embeddings_are_the_mean_of_the_last_states(model, llm):
+    prompts = mixed_prompts(5) + [list(range(3, 250)) * 2]
+    prompts[-1] = prompts[-1][: llm.max_context - 1]
+    found_ND = llm.embed(prompts)
+    assert found_ND.shape == (6, model.config.hidden_size)
+    for ids, found_D in zip(prompts, found_ND, strict=True):
+        with torch.no_grad():
+            expected_D = model.hidden(torch.tensor([ids]))[0].mean(0)
+        torch.testing.assert_close(found_D, expected_D / expected_D.norm(), atol=1e-4, rtol=1e-4)
+    again = llm.embed(prompts[:1])
+    torch.testing.assert_close(again[0], found_ND[0], atol=1e-5, rtol=1e-5)

@@ -92,7 +92,7 @@ def test_a_large_vocabulary_is_drawn_from_evenly():
 def test_choose_refuses_what_is_not_a_number():
     for temperature in (0, 1):
         with pytest.raises(UserError, match="not numbers"):
-            choose(torch.tensor([[math.nan, math.nan]]), SamplingParams(temperature=temperature), 0, 0)
+            choose(torch.tensor([[math.nan, math.nan]]), SamplingParams(temperature=temperature), [(0, 0)])
 
 
 def test_penalties_and_biases():
@@ -163,11 +163,11 @@ def test_the_compiled_choice_is_this_one(forward_pass, kind):
         pytest.skip("there is one form only")
     model = compile_model(Transformer(tiny()).init_weights())
     logits_NV = 3 * torch.randn(400, 1003, generator=torch.Generator().manual_seed(0))
-    each = [(SamplingParams(temperature=0.5 + n % 3, **kind), 7 * n, 11 * n) for n in range(400)]
+    each = [(SamplingParams(temperature=0.5 + n % 3, **kind), [(7 * n, 11 * n)]) for n in range(400)]
     ours = model.choose(list(logits_NV[:, None]), each)
     expected = [choose(row_V[None], *how) for row_V, how in zip(logits_NV, each, strict=True)]
     assert sum(a != b for a, b in zip(ours, expected, strict=True)) <= 2
-    greedy = (SamplingParams(temperature=0), 0, 0)
+    greedy = (SamplingParams(temperature=0), [(0, 0)] * 3)
     assert model.choose([logits_NV[:3]], [greedy]) == [logits_NV[:3].argmax(-1).tolist()]
     for how in (greedy, each[0]):
         with pytest.raises(UserError, match="not numbers"):

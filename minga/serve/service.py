@@ -1,0 +1,198 @@
+"""What all routes share: the models' workers, who may ask how much, and what is written down of each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+
+from minga.planner.cost import Rates
+from minga.serve.answer import Answer
+from minga.serve.answering import Answering
+from minga.serve.errors import ApiError
+from minga.serve.generation import Generation, Writer
+from minga.serve.keys import Key, Keys
+from minga.serve.limits import Admission, Limits
+from minga.serve.log import AccessLog
+from minga.serve.meter import Meter, Usage
+from minga.serve.metrics import Metrics, ModelState, RequestTimes
+from minga.serve.moderation import Guard
+from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Worker
+
+if TYPE_CHECKING:
+    from minga.engine.llm import LLM
+
+MAX_SECONDS = 600.0
+_BYTES_A_TOKEN = 3  # of a body, for an estimate that is corrected at the end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """host: the address that is bound. keys: who may ask; None: everybody. moderate: keep back what the guard flags, asked
+    for or not. deadline: seconds that an answer may take. watermark: the secret with which every answer is marked that does
+    not refuse it; None: none can be.
+    """
+
+    host: str = "127.0.0.1"
+    keys: Keys | None = None
+    meter: Meter | None = None
+    access_log: AccessLog | None = None
+    guard: Guard | None = None
+    moderate: bool = False
+    rates: Rates | None = None
+    deadline: float = MAX_SECONDS
+    max_running: int = MAX_RUNNING
+    max_waiting: int = MAX_WAITING
+    watermark: int | None = None
+
+
+@dataclass
+class Service:
+    models: Mapping[str, LLM]
+    settings: Settings
+    workers: dict[str, Worker] = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = {"max_running": self.settings.max_running, "max_waiting": self.settings.max_waiting}
+        self.workers = {name: Worker(name, llm, **limits) for name, llm in self.models.items()}
+        self.limits = Limits()
+        self.metrics = Metrics({name: llm.max_context for name, llm in self.models.items()})
+        self.draining = False
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        if self.settings.meter is not None:
+            self.settings.meter.close()
+        if self.settings.access_log is not None:
+            self.settings.access_log.close()
+
+    def worker(self, name: str | None) -> Worker:
+        """The worker of the named model; the name may be left out where there is one model only."""
+        known = ", ".join(self.workers)
+        if name is None and len(self.workers) > 1:
+            message = f"`model` is missing; it is one of {known}"
+            raise ApiError(message, param="model", code="missing_required_parameter")
+        worker = next(iter(self.workers.values())) if name is None else self.workers.get(name)
+        if worker is None:
+            asked = str(name) if len(str(name)) <= 80 else f"{str(name)[:77]}..."
+            message = f"there is no model `{asked}` here; there is {known}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+        return worker
+
+    # ------------------------------------------------------------------ answers
+
+    def answer(
+        self,
+        request: Request,
+        generation: Generation,
+        writer: Writer,
+        worker: Worker,
+        *,
+        num_bytes: int,
+        refusal: Callable[[ApiError], dict[str, Any]] = ApiError.document,
+        finished: Callable[[Answering], None] = lambda answering: None,
+    ) -> Answer:
+        """The response. num_bytes: of the body, for an estimate of its tokens. finished: called once it is whole."""
+        key: Key = request.state.key
+        wanted = generation.max_tokens or generation.default_max_tokens
+        if key.max_output_tokens is not None and wanted > key.max_output_tokens:
+            if generation.max_tokens is not None:
+                message = f"{wanted} tokens of answer are asked for, and the key {key.name} allows {key.max_output_tokens}"
+                raise ApiError(message, param="max_tokens", code="max_output_tokens_exceeded")
+            wanted = key.max_output_tokens
+        admission = self.limits.admit(key, num_bytes // _BYTES_A_TOKEN + wanted * generation.num_choices)
+        answering = Answering(
+            generation, worker, tenant=key.name, guard=self.settings.guard, blocks=self.settings.moderate,
+            watermark=self.settings.watermark, most_tokens=key.max_output_tokens,
+        )  # fmt: skip
+        request.state.access["model"] = worker.name
+
+        def done(error: ApiError | None) -> None:
+            self._account(request, answering, admission, error)
+            if error is None:
+                finished(answering)
+
+        return Answer(
+            answering, writer, refusal=refusal, deadline=self.settings.deadline, done=done,
+            headers=self._headers(key, worker, answering),
+        )  # fmt: skip
+
+    def _headers(self, key: Key, worker: Worker, answering: Answering) -> dict[str, str]:
+        """Limits; and that a machine wrote this, with what (EU AI Act, article 50)."""
+        mark = "; watermark" if answering.watermarked else ""
+        return self.limits.headers(key) | {"x-content-provenance": f'ai-generated; generator="minga"; model="{worker.name}"{mark}'}
+
+    def _account(self, request: Request, answering: Answering, admission: Admission, error: ApiError | None) -> None:
+        """Once, when an answer is over: limits, meter, metrics and log."""
+        usage, worker, now = answering.outcome.usage, answering.worker, monotonic()
+        admission.release(usage.prompt + usage.completion)
+        reason = answering.outcome.choices[0].finish_reason
+        if error is not None:
+            reason = "abort" if error.status == 499 else "error"
+            (self.metrics.cancelled(worker.name) if error.status == 499 else self.metrics.refused(str(error.code)))
+        for _ in range(answering.num_malformed_calls):
+            self.metrics.malformed_tool_call(worker.name)
+        if answering.was_blocked:
+            self.metrics.moderation_blocked(worker.name)
+        if error is not None and error.code == "invalid_schema":
+            self.metrics.grammar_rejected(worker.name)
+        began, first, last = answering.began, answering.first_token, answering.last_token
+        if first is not None:
+            times = RequestTimes(
+                worker.name, reason, usage.prompt, usage.cached, usage.completion, now - answering.asked,
+                queue_seconds=None if began is None else began - answering.asked,
+                prefill_seconds=None if began is None else first - began,
+                first_token_seconds=first - answering.asked,
+                decode_seconds=None if last is None else last - first,
+                inter_token_seconds=answering.pauses,
+            )  # fmt: skip
+            self.metrics.observe(times)
+        request.state.access.update(prompt_tokens=usage.prompt, completion_tokens=usage.completion)
+        if self.settings.meter is not None:
+            self.settings.meter.record(
+                Usage(
+                    request.state.key.name, worker.name, request.url.path, request.state.request_id,
+                    status=200 if error is None else error.status, finish_reason=reason, prompt_tokens=usage.prompt,
+                    cached_tokens=usage.cached, completion_tokens=usage.completion, reasoning_tokens=usage.reasoning,
+                    busy_seconds=answering.busy_seconds,
+                )
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------ the state
+
+    def model_states(self) -> dict[str, ModelState]:
+        return {name: _state(worker) for name, worker in self.workers.items()}
+
+    def status(self) -> list[dict[str, Any]]:
+        return [self._model_status(worker) for worker in self.workers.values()]
+
+    def _model_status(self, worker: Worker) -> dict[str, Any]:
+        used, there = worker.llm.cache_bytes
+        rates, totals = self.settings.rates, worker.llm.totals
+        tokens = totals.prompt_tokens + totals.tokens
+        price = None if rates is None else rates.price_per_million_tokens(worker.busy_seconds, tokens)
+        return {
+            "name": worker.name,
+            "parameters": worker.num_parameters,
+            "max_context": worker.llm.max_context,
+            "tokens_per_second": worker.tokens_per_second,
+            "running": worker.running,
+            "waiting": worker.waiting,
+            "kv_bytes": used,
+            "kv_bytes_total": there,
+            "price_per_million_tokens": None if price is None else price.high,
+            "currency": None if rates is None else rates.currency,
+        }
+
+
+def _state(worker: Worker) -> ModelState:
+    used, there = worker.llm.cache_bytes
+    totals = worker.llm.totals
+    return ModelState(
+        worker.running, worker.waiting, used / max(there, 1), num_preemptions=totals.preempted, num_drafts=totals.drafts,
+        num_draft_tokens=totals.drafted, num_accepted_tokens=totals.accepted,
+    )  # fmt: skip
