@@ -250,74 +250,8 @@ _PHONE_WORDS = (
 )
 
 # The length of an IBAN: its countries.
-_IBAN_COUNTRIES = {
-}
+_IBAN_COUNTRIES = {}
 _IBAN_LENGTHS = {country: length for length, countries in _IBAN_COUNTRIES.items() for country in countries.split()}
-_IBAN_RESTS.get(match[0].upper()[:2])
-        whole = rest and rest.match(text, match.end())
-        if whole and is_iban(text[match.start() : whole.end()]):
-            yield match.start(), whole.end()
-
-
-def _is_ipv4(text: str) -> bool:
-    return all(len(part) < 4 and int(part) < 256 and part == str(int(part)) for part in text.split("."))
-
-
-def _is_ipv6(text: str) -> bool:
-    """At least three groups, or a first one of four characters: `a::b` and `std::dec` are more often code."""
-    groups = [group for group in text.split(":") if group]
-    try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
-        return False
-    return any(char.isdigit() for char in text) and (len(groups) > 2 or (len(groups) > 1 and len(groups[0]) == 4))
-
-
-def _is_international(text: str) -> bool:
-    digits = "".join(map(str, _digits(text)))
-    if digits.startswith("00"):
-        digits = digits[2:]
-    return 8 <= len(digits) <= 15 and re.match(_COUNTRY_CODES, digits) is not None
-
-
-def _is_number_to_call(text: str) -> bool:
-    return 7 <= len(_digits(text)) <= 15 and re.fullmatch(r"(?:19|20)\d\d[-./]\d\d?[-./]\d\d?.*", text) is None
-
-
-# E.164: the assigned country codes by zone.
-_COUNTRY_CODES = (
-    r"1[2-9]|7|2[07]|21[123568]|2[2346]\d|25[0-8]|29[01789]|3[0-4691]|35\d|37[0-8]|38[0-35-79]|4[013-9]|42[013]|"
-    r"50\d|5[1-8]|59\d|6[0-6]|67\d|68\d|69[012]|8[1246]|85[02356]|88[06]|9[0-58]|96\d|97\d|99[2-68]"
-)
-_NATIONAL_PHONES = (
-    r"\(?[2-9]\d{2}\)[ ]?[2-9]\d{2}[ .\-]\d{4}",  # North America: (415) 555-2671
-    r"[2-9]\d{2}([.\-])[2-9]\d{2}\1\d{4}",  # 415-555-2671
-    r"1-[2-9]\d{2}-[2-9]\d{2}-\d{4}",  # 1-800-555-2671
-    r"[679]\d{2}([ .\-])\d{3}\1\d{3}",  # Spain: 612 345 678
-    r"[679]\d{2}([ .\-])\d{2}\1\d{2}\1\d{2}",  # 612 34 56 78
-    r"\(\d{2,3}\)[ ]?9?[ ]?\d{4}-?\d{4}",  # Brazil: (11) 91234-5678; Argentina: (011) 4321-1234
-    r"0[1-9](?:([ .])\d{2})(?:\1\d{2}){3}",  # France: 06 12 34 56 78
-    r"07\d{3}[ ]\d{3}[ ]?\d{3}|02\d[ ]\d{4}[ ]\d{4}|01\d{3}[ ]\d{6}",  # United Kingdom
-    r"9[ ]\d{4}[ ]\d{4}",  # Chile: 9 8765 4321
-    r"09\d[ \-]?\d{3}[ \-]?\d{4}",  # Ecuador: 099 123 4567
-    r"(?:55|33|81)[ \-]\d{4}[ \-]\d{4}",  # Mexico: 55 1234 5678
-    r"9\d{2}[ ]\d{3}[ ]\d{3}",  # Peru: 987 654 321
-    r"3\d{2}[ ]\d{3}[ ]\d{4}",  # Colombia: 310 456 7890
-)
-_PHONE_WORDS = (
-    r"tel|tels|tél|telf?|tfno|telephone|tel[eé]fonos?|phone|phones|mobile|m[oó]vil|celular|cel|cell|fax|whats?app|"
-    r"call|call me|llama|ll[aá]mame|llamar|text me|ring|contact|contacto|fono|telefone"
-)
-
-_IBAN_LENGTHS = {
-    entry[:2]: int(entry[2:])
-    for entry in [
-        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 EG29 ES24 FI18 "
-        "FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 "
-        "LU20 LV21 LY25 MC27 MD24 ME22 MK19 MR27 MT31 MU30 NI28 NL18 NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 "
-        "SE24 SI19 SK24 SM27 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20"
-    ].split()
-}
 _IBAN_RESTS = {
     country: re.compile(rf"(?:[ ]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
     for country, length in _IBAN_LENGTHS.items()
