@@ -128,8 +128,8 @@ def _is_cpf(text: str) -> bool:
 
 def _is_rut(text: str) -> bool:
     """Chile: mod 11 with the weights 2 to 7 from the right; a check digit of ten is written K."""
-    *number, check = re.sub(r"[.\-]", "", text).upper()
-    total = _weighted([int(digit) for digit in number[::-1]], (2, 3, 4, 5, 6, 7, 2, 3))
+    number, check = re.sub(r"[.\-]", "", text[:-1]), text[-1].upper()
+    total = _weighted(_digits(number)[::-1], (2, 3, 4, 5, 6, 7, 2, 3))
     return check == "0123456789K0"[11 - total % 11]
 
 
@@ -250,7 +250,25 @@ _PHONE_WORDS = (
 )
 
 # The length of an IBAN: its countries.
-_IBAN_COUNTRIES = {}
+_IBAN_COUNTRIES = {
+    15: "NO",
+    16: "BE",
+    18: "DK FI FO GL NL",
+    19: "MK SI",
+    20: "AT BA EE KZ LT LU XK",
+    21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA",
+    23: "AE GI IL IQ TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST",
+    26: "IS TR",
+    27: "FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HU LB NI PL SV",
+    29: "BR EG PS QA UA",
+    30: "JO KW MU",
+    31: "MT SC",
+    32: "LC",
+}
 _IBAN_LENGTHS = {country: length for length, countries in _IBAN_COUNTRIES.items() for country in countries.split()}
 _IBAN_RESTS = {
     country: re.compile(rf"(?:[ ]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
@@ -341,7 +359,8 @@ def _presidio() -> Any:
     """An analyzer with a blank spaCy pipeline, so without a model to fetch, and without the list of domains that
     tldextract would fetch for each e-mail address: it takes the one it brings along."""
     try:
-        spacy, tldextract = importlib.import_module("spacy"), importlib.import_module("tldextract")
+        spacy = importlib.import_module("spacy")
+        tldextract: Any = importlib.import_module("tldextract")
         analyzer = importlib.import_module("presidio_analyzer")
         engines = importlib.import_module("presidio_analyzer.nlp_engine")
     except ImportError as error:
