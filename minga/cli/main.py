@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model from scratch",
     "quantize": "store a model in 8 or 4 bits",
     "eval": "measure a model on held-out text",
+    "guard": "judge a text, or train the classifier that judges",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
     "serve": "an OpenAI-compatible API and a web page",
