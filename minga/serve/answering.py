@@ -92,9 +92,11 @@ def _within_context(generation: Generation, num_prompt_tokens: int, worker: Work
 
 
 def _thinking(generation: Generation, llm: LLM, dialect: dialects.Dialect, is_open: bool) -> Thinking | None:
-    if dialect.think is None or generation.prompt is not None:
+    if generation.prompt is not None:
         return None
-    start, end = (tuple(llm.tokenizer.encode(mark, specials=True)) for mark in dialect.think)
+    start, end = (
+        tuple(llm.tokenizer.encode(mark.strip(), specials=True)) for mark in (dialect.think, dialect.end_think)
+    )
     return Thinking(start, end, is_open, generation.thinking_budget)
 
 
@@ -109,12 +111,12 @@ def _grammar(generation: Generation, llm: LLM, dialect: dialects.Dialect) -> Gra
             "lark": lambda: answer.value,
         }
         return Grammar(makers[answer.kind]())
-    if generation.tool_choice == "none":
+    if generation.tool_choice == "none" or not generation.tools:
         return None
     found = dialects.call_grammar(
         dialect, generation.tools, choice=generation.tool_choice, parallel=generation.parallel_calls,
-        tokenizer=llm.tokenizer, may_think=False,
-    )  # fmt: skip
+        tokenizer=llm.tokenizer,
+    )  # fmt: skip  # thoughts are the guide's
     return Grammar(found.lark, found.triggers)
 
 

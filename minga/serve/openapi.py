@@ -1,0 +1,167 @@
+"""The OpenAPI document: made from the bodies that are checked, so that it says what is accepted and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+import minga
+from minga.serve.chat import ChatBody
+from minga.serve.completions import CompletionBody
+from minga.serve.embeddings import EmbeddingBody
+from minga.serve.messages import CountTokensBody, MessagesBody
+from minga.serve.responses import ResponsesBody
+from minga.serve.schema import Body
+from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody
+
+_REF = "#/components/schemas/{model}"
+_ERRORS = {
+    400: "Something in the request is wrong; `error.param` names the field.",
+    401: "The key is missing or no good.",
+    404: "There is no such thing here.",
+    408: "The answer took too long.",
+    413: "The body is too large.",
+    429: "The queue is full, or a limit of the key is reached; `retry-after` says when to come again.",
+    500: "The server failed.",
+    503: "The server stops.",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """stream: it may answer with server-sent events. media: of a reply that is no JSON. reply: a short schema of the JSON."""
+
+    method: str
+    path: str
+    summary: str
+    body: type[Body] | None = None
+    stream: bool = False
+    media: str = "application/json"
+    required: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, str, str], ...] = ()  # name, where, what it is
+    errors: tuple[int, ...] = (401,)
+    public: bool = False
+
+
+_ANSWER_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503)
+_CHECK_ERRORS = (400, 401, 404, 413)
+
+OPERATIONS = (
+    Operation("post", "/v1/chat/completions", "Answers a conversation (OpenAI).", ChatBody, True,
+              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS),
+    Operation("post", "/v1/completions", "Goes on with a text (OpenAI).", CompletionBody, True,
+              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS),
+    Operation("post", "/v1/responses", "Answers, and remembers (OpenAI).", ResponsesBody, True,
+              required=("id", "object", "created_at", "model", "output", "status"), errors=_ANSWER_ERRORS),
+    Operation("get", "/v1/responses/{id}", "An answer that was kept.", parameters=(("id", "path", "its id"),), required=("id",),
+              errors=(401, 404)),
+    Operation("delete", "/v1/responses/{id}", "Forgets an answer.", parameters=(("id", "path", "its id"),), required=("id",),
+              errors=(401, 404)),
+    Operation("get", "/v1/responses/{id}/input_items", "What an answer was asked.",
+              parameters=(("id", "path", "its id"),), required=("object", "data"), errors=(400, 401, 404)),
+    Operation("post", "/v1/messages", "Answers a conversation (Anthropic).", MessagesBody, True,
+              required=("id", "type", "role", "model", "content", "usage"), errors=_ANSWER_ERRORS),
+    Operation("post", "/v1/messages/count_tokens", "How many tokens a conversation has (Anthropic).", CountTokensBody,
+              required=("input_tokens",), errors=_CHECK_ERRORS),
+    Operation("post", "/v1/embeddings", "The mean of the model's last states.", EmbeddingBody,
+              required=("object", "data", "model", "usage"), errors=_ANSWER_ERRORS),
+    Operation("post", "/v1/moderations", "The guard's verdict on texts.", ModerationBody, required=("id", "model", "results"),
+              errors=_CHECK_ERRORS),
+    Operation("get", "/v1/models", "The models that are served.", required=("object", "data")),
+    Operation("get", "/v1/models/{name}", "One of them.", parameters=(("name", "path", "its name"),), required=("id", "object"),
+              errors=(401, 404)),
+    Operation("post", "/tokenize", "The tokens of a text or a conversation.", TokenizeBody,
+              required=("count", "max_model_len", "tokens"), errors=_CHECK_ERRORS),
+    Operation("post", "/detokenize", "The text of tokens.", DetokenizeBody, required=("prompt",), errors=_CHECK_ERRORS),
+    Operation("get", "/health", "The server is there.", required=("status",), public=True, errors=()),
+    Operation("get", "/ready", "The server takes requests.", required=("status",), public=True, errors=(503,)),
+    Operation("get", "/metrics", "For Prometheus, by vLLM's names.", media="text/plain"),
+    Operation("get", "/api/status", "Speed, queue, cache and price of each model.", required=("version", "models")),
+    Operation("get", "/api/runs", "Training runs, the latest first.", required=("runs",)),
+    Operation("get", "/api/runs/{name}", "The lines of a run.",
+              parameters=(("name", "path", "its name"), ("after", "query", "the first line")), required=("lines", "next"),
+              errors=(400, 401, 404)),
+)  # fmt: skip
+
+
+def describe(models: Sequence[str]) -> dict[str, Any]:
+    """OpenAPI 3.1. models: that are served, for the requests to name."""
+    schemas, components = _schemas()
+    named = {name: _with_models(schema, models) for name, schema in components.items()}
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas)
+    bearer = {"type": "http", "scheme": "bearer"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Minga", "version": minga.__version__, "description": "Models of one's own, by the APIs that exist."},
+        "paths": paths,
+        "components": {"schemas": named | {"Error": _ERROR}, "securitySchemes": {"key": bearer}},
+        "security": [{"key": []}, {}],  # a server without keys takes everybody
+    }
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        },
+    },
+}
+
+
+@cache
+def _schemas() -> tuple[dict[Any, Any], dict[str, Any]]:
+    """References of the bodies, and the components to which they lead."""
+    bodies = [(operation.body, "validation") for operation in OPERATIONS if operation.body is not None]
+    references, document = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
+    return {body: reference for (body, _), reference in references.items()}, document["$defs"]
+
+
+def _with_models(schema: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """`model` as it can be here: one of these, and left out only where there is one."""
+    if "model" not in schema.get("properties", {}) or not schema.get("title", "").endswith("Body"):
+        return schema
+    if schema["title"] == "ModerationBody":
+        return schema
+    properties = schema["properties"] | {"model": {"enum": [*models, *([None] if len(models) == 1 else [])]}}
+    required = schema.get("required", []) if len(models) == 1 else sorted({*schema.get("required", []), "model"})
+    return schema | {"properties": properties, "required": required}
+
+
+def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
+    reply: dict[str, Any] = {"type": "object", "required": list(operation.required)}
+    content: dict[str, Any] = {operation.media: {"schema": reply if operation.media == "application/json" else {"type": "string"}}}
+    if operation.stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    replies: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+    replies |= {str(status): {"description": _ERRORS[status], "content": error} for status in operation.errors}
+    document: dict[str, Any] = {"summary": operation.summary, "responses": replies}
+    if operation.body is not None:
+        document["requestBody"] = {"required": True, "content": {"application/json": {"schema": schemas[operation.body]}}}
+    if operation.parameters:
+        document["parameters"] = [
+            {
+                "name": name, "in": where, "description": what, "required": where == "path",
+                "schema": {"type": "string"} if where == "path" else {"type": "string", "pattern": "^[0-9]{1,15}$"},
+            }
+            for name, where, what in operation.parameters
+        ]  # fmt: skip
+    if operation.public:
+        document["security"] = []
+    return document
