@@ -49,8 +49,8 @@ $("lang").addEventListener("click", () => {
 	runs.repaint();
 	showStatus();
 });
-speak(lang);
 chat.startChat();
+speak(lang);
 route();
 begin();
 pulse();

@@ -37,8 +37,3 @@ export function tell(text) {
 	$("announce").append(el("p", {}, text));
 	if ($("announce").childElementCount > 4) $("announce").firstElementChild.remove();
 }
-
-export async function copy(text, button, done) {
-	await navigator.clipboard?.writeText(text); // browsers have no clipboard on http: pages of other machines
-	if (navigator.clipboard) tell(button.textContent = done);
-}

@@ -215,7 +215,7 @@ export class Lane {
 		this.#follow(() => view.paint());
 		this.hooks.changed();
 		if (!this.state.messages.includes(message)) return; // cleared meanwhile
-		if (this.#waits(message)) view.askResult();
+		if (this.#waits(message) && !document.activeElement.value) view.askResult(); // who is writing goes on writing
 		tell(this.#told(message));
 	}
 

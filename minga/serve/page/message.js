@@ -1,13 +1,20 @@
 // How a message looks, while it arrives and after. What changes is painted in place: nothing that is read, held by the
 // focus or unfolded by the reader is made anew.
-import { build, copy, el, grow } from "./dom.js";
+import { build, el, grow, tell } from "./dom.js";
 import { markdown } from "./markdown.js";
 import { duration, number, said, t, whole } from "./words.js";
+
+async function copy(text, button) {
+	await navigator.clipboard?.writeText(text); // browsers have no clipboard on http: pages of other machines
+	if (!navigator.clipboard) return;
+	tell(button.textContent = t("copied"));
+	setTimeout(() => { button.textContent = t("copy"); }, 2_000);
+}
 
 // A code block gets a head with its language and a button.
 function dress(node) {
 	if (node.localName !== "pre") return node;
-	const button = said("button", "copy", { class: "ghost small", type: "button", onclick: () => copy(node.textContent, button, t("copied")) });
+	const button = said("button", "copy", { class: "ghost small", type: "button", onclick: () => copy(node.textContent, button) });
 	return el("div", { class: "code" }, el("div", { class: "code-head" }, el("span", {}, node.dataset.language ?? ""), button), node);
 }
 
@@ -143,7 +150,7 @@ export class Answer {
 		this.actions = actions;
 		this.#think.append(this.#summary, this.#thought.node);
 		const button = (word, onclick) => said("button", word, { class: `ghost small ${word}`, type: "button", onclick });
-		const copied = button("copy", () => copy(message.content, copied, t("copied")));
+		const copied = button("copy", () => copy(message.content, copied));
 		const foot = el("div", { class: "foot" }, this.#stats, button("retry", actions.retry), copied);
 		this.node = el("article", { class: "msg bot" }, el("p", { class: "who" }, message.model), this.#think, this.#wait,
 			this.#answer.node, this.#calls, this.#notice, this.#error, foot);
@@ -158,7 +165,7 @@ export class Answer {
 		if (thought) {
 			if (this.#think.hidden) this.#think.open = thinking;
 			this.#think.hidden = false;
-			this.#summary.textContent = thinking ? `${t("thinking")}…` : seconds ? `${t("thought")} ${duration(seconds, 1)}` : t("thoughts");
+			this.#summary.textContent = thinking ? `${t("thinking")}…` : seconds >= 0 ? `${t("thought")} ${duration(seconds, 1)}` : t("thoughts");
 			this.#thought.show(thought);
 			if (!thinking && !this.#folded) this.#think.open = false; // once: the reader may open it again
 			this.#folded ||= !thinking;

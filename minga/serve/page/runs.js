@@ -16,6 +16,7 @@ const condition = (run) => run.alive ? "running" : run.ended === "stopped" ? "ha
 // What the lines of one run.jsonl say so far.
 class Run {
 	next = 0; // the line to go on reading at
+	read = false; // have we had a look?
 	config = {};
 	last = {}; // step
 	samples = [];
@@ -123,7 +124,7 @@ function showRun() {
 	view.state.textContent = t(how);
 	view.bar.hidden = !finite(share);
 	view.bar.value = how === "done" ? 1 : Math.min(1, share || 0);
-	view.note.hidden = start && how !== "dead";
+	view.note.hidden = !open.read || start && how !== "dead";
 	view.note.textContent = t(start ? "deadText" : "nothing");
 	const known = facts(open, how).filter(([, value]) => value !== "–");
 	view.tiles.replaceChildren(...known.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
@@ -171,8 +172,10 @@ async function refresh() {
 	const wanted = decodeURIComponent(location.hash.split("/")[1] ?? "");
 	const name = wanted || open?.name || (runs.find((run) => run.alive) ?? runs[0])?.name;
 	if (!name) return showInstead(el("p", {}, t("noRuns")), el("code", {}, "minga train --data data --out runs/mine"));
-	if (open?.name !== name) openRun(new Run(name));
+	const other = open?.name !== name;
+	if (other) openRun(new Run(name));
 	showList();
+	if (other) $("run-list").scrollLeft = rows.get(name)?.offsetLeft - $("run-list").offsetLeft; // on a narrow page the list is a strip
 	const mine = open;
 	for (let more = true; more;) { // the server hands out a long run in parts
 		const { lines, next } = await read(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`);
@@ -180,7 +183,7 @@ async function refresh() {
 		if (next < mine.next) return openRun(new Run(name)); // the file was begun anew
 		for (const line of lines) mine.absorb(line);
 		more = next > mine.next && lines.length > 0;
-		mine.next = next;
+		Object.assign(mine, { next, read: true });
 	}
 	showRun();
 }

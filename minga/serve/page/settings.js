@@ -32,6 +32,7 @@ function accept(name) {
 	if (name === "tools") {
 		const wrong = $("tools-error").textContent = complaint(field.value);
 		field.ariaInvalid = !!wrong;
+		$("tools-error").scrollIntoView({ block: "nearest" });
 		if (wrong) return tell(wrong);
 	} else if (!field.reportValidity()) return;
 	settings[name] = field.value.trim();

@@ -143,8 +143,9 @@ export const whole = (x) => format(x, { maximumFractionDigits: 0 });
 export const compact = (x) => format(x, { notation: "compact", maximumSignificantDigits: 3 });
 export const percent = (x) => format(x, { style: "percent" });
 export const gigabytes = (x) => finite(x) ? `${number(x / 1e9)} GB` : "–";
-export function money(amount, currency) { // cents and less, as far as they say something
-	try { return format(amount, { style: "currency", currency, maximumSignificantDigits: 3 }); } catch { return `${number(amount, 4)} ${currency}`; }
+export function money(amount, currency) { // of less than a cent as much as says something
+	const digits = amount < 0.01 ? { maximumSignificantDigits: 2 } : {};
+	try { return format(amount, { style: "currency", currency, ...digits }); } catch { return `${number(amount, 4)} ${currency}`; }
 }
 export function duration(seconds, digits = 0) { // with `digits`, of less than a minute
 	if (!finite(seconds)) return "–";
