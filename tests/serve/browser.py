@@ -17,6 +17,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 PATIENCE = 30  # seconds that a page has for what a test waits for
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 _FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+# What goes wrong on a page without a test's noticing: errors that nobody caught, and what its security policy refused.
+_WATCH = """
+    window.faults = [];
+    addEventListener("error", (event) => faults.push(event.message));
+    addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
+    addEventListener("securitypolicyviolation", (event) => faults.push(`${event.violatedDirective}: ${event.blockedURI}`));
+"""
 _KEYS = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowRight": 39, "Tab": 9, " ": 32, "?": 191}
 
 
@@ -35,6 +42,7 @@ class Browser:
         os.close(write_replies)
         self._numbers = itertools.count(1)
         self._rest = b""
+        self._tabs: dict[str, Tab] = {}  # by the context that each is alone in
 
     def close(self) -> None:
         # Its own close takes its children along; the group is for one that no longer listens.
@@ -70,13 +78,22 @@ class Browser:
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
 
+    def close_tabs(self) -> list[str]:
+        """Closes all tabs and tells what went wrong on their pages."""
+        faults = [fault for tab in self._tabs.values() for fault in tab.js("faults")]
+        for context in self._tabs:
+            self.call("Target.disposeBrowserContext", browserContextId=context)
+        self._tabs.clear()
+        return faults
+
     def open(self, url: str, *, width: int = 1100, height: int = 760, language: str = "en", phone: bool = False) -> Tab:
         """A new tab with a storage of its own, once its document is loaded."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = Tab(self, session)
+        tab = self._tabs[context] = Tab(self, session)
         tab.call("Page.enable")
+        tab.call("Page.addScriptToEvaluateOnNewDocument", source=_WATCH)
         tab.call("Emulation.setFocusEmulationEnabled", enabled=True)
         tab.call("Network.setUserAgentOverride", userAgent="Chromium", acceptLanguage=language)
         tab.resize(width, height, phone=phone)
@@ -131,6 +148,7 @@ class Tab:
         """Puts a text into a field and leaves it, as a reader would."""
         field = f"document.querySelector({json.dumps(selector)})"
         self.js(f"{field}.focus(); {field}.select?.()")
+        assert self.js(f"document.activeElement === {field}"), f"{selector} takes no focus"
         self.write(text)
         self.js(f"{field}.dispatchEvent(new Event('change'))")
 

@@ -156,10 +156,16 @@ def test_hostile_markdown_is_read_in_no_time():
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
+def chromium(tmp_path_factory) -> Iterator[Browser]:
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+@pytest.fixture
+def browser(chromium) -> Iterator[Browser]:
+    yield chromium
+    assert chromium.close_tabs() == []
 
 
 @pytest.fixture

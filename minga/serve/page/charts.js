@@ -63,9 +63,10 @@ export class Chart {
 		this.draw();
 	}
 
+	get empty() { return !this.series.some(({ points }) => points.length); }
+
 	draw() {
 		const shown = this.series.filter(({ points }) => points.length), all = shown.flatMap(({ points }) => points);
-		this.node.hidden = !all.length;
 		const width = this.#svg.clientWidth;
 		if (!width || !all.length) return;
 		const [x0, last] = range(all.map(([x]) => x)), [low, high] = range(all.map(([, y]) => y));

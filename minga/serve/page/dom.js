@@ -29,7 +29,7 @@ export const keep = (key, value, store = localStorage) => {
 // As high as its text.
 export function grow(box) {
 	box.style.height = "auto";
-	box.style.height = `${box.scrollHeight}px`;
+	box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`; // and its border
 }
 
 // For those who cannot see the page: says what has just happened. Two answers may end at once, so the last few stay.

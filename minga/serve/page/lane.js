@@ -187,7 +187,7 @@ export class Lane {
 		try {
 			for await (const event of events(await api("/v1/chat/completions", asked))) {
 				if (event.error) throw new Error(event.error.message);
-				const { delta = {}, finish_reason } = event.choices[0] ?? {}, now = performance.now();
+				const { delta = {}, finish_reason } = event.choices?.[0] ?? {}, now = performance.now();
 				message.end = finish_reason ?? message.end;
 				if (delta.reasoning_content || delta.content || delta.tool_calls) {
 					message.tokens++;

@@ -80,7 +80,13 @@ export class Question {
 	paint() {}
 }
 
-const pretty = (json) => { try { return JSON.stringify(JSON.parse(json), null, 2); } catch { return json; } };
+// JSON on one line where it is short; what is no JSON, or not yet, as it is.
+function pretty(json) {
+	try {
+		const value = JSON.parse(json), line = JSON.stringify(value, null, 1).replace(/\n\s*/g, " ");
+		return line.length <= 64 ? line : JSON.stringify(value, null, 2);
+	} catch { return json; }
+}
 
 // A function that the model wants called: its name, its arguments, and what it gave or a place to write that.
 class Call {
@@ -120,7 +126,7 @@ class Call {
 }
 
 function footnote({ tokens, rate, end, usage }) {
-	const parts = tokens ? [`${whole(tokens)} ${t("tokens")}`] : [];
+	const parts = tokens ? [`${whole(tokens)} ${t(tokens === 1 ? "token" : "tokens")}`] : [];
 	if (rate) parts.push(`${number(rate, 1)} ${t("tokens")}/s`);
 	const thinking = usage?.completion_tokens_details?.reasoning_tokens, cached = usage?.prompt_tokens_details?.cached_tokens;
 	if (thinking) parts.push(`${whole(thinking)} ${t("ofThem")}`);

@@ -92,7 +92,7 @@ function openRun(run) {
 		state: el("span"), bar: el("progress", { max: 1, "aria-label": run.name }), note: el("p", { class: "note" }),
 		tiles: el("dl", { class: "tiles" }), charts: CHARTS.map(([title]) => new Chart(title)),
 		history: new HeatHistory(), heat: new HeatMap(),
-		samples: el("div", { class: "card" }),
+		samples: el("div", { class: "card samples" }),
 	};
 	const title = el("div", { class: "title" }, el("h2", {}, run.name), view.state);
 	const pair = el("div", { class: "pair" }, ...view.charts.map((chart) => chart.node));
@@ -152,7 +152,9 @@ function sample({ step, prompt, text }) {
 // ---- the clock
 
 export function redraw() {
-	for (const chart of open?.view.charts ?? []) chart.draw();
+	const charts = open?.view.charts ?? [];
+	for (const chart of charts) chart.node.hidden = chart.empty; // first: what is shown decides how wide each is
+	for (const chart of charts) chart.draw();
 }
 
 // In another language, say.

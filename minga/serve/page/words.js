@@ -61,6 +61,7 @@ const WORDS = {
 	stopped: ["stopped", "detenida"],
 	cut: ["cut at the limit", "cortada en el límite"],
 	failed: ["The answer did not arrive", "La respuesta no llegó"],
+	token: ["token", "token"],
 	tokens: ["tokens", "tokens"],
 	ofThem: ["for thinking", "para razonar"],
 	cached: ["of the prompt cached", "de la entrada en caché"],
