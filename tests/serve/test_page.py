@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import minga.serve
 from tests.serve.browser import CHROMIUM, Browser, Tab
@@ -150,6 +152,18 @@ def test_hostile_markdown_is_read_in_no_time():
     ]
     texts.append("\n".join(" " * n + "- a" for n in range(2_000)))
     assert len(_markdown(*texts)) == len(texts)  # within the timeout, and without a stack overflow
+
+
+def _leaves(tree: Any) -> str:
+    return tree if isinstance(tree, str) else "".join(_leaves(child) for child in tree[1:])
+
+
+@needs_node
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(st.text("ab *_#>-[]()\\!+.\n", max_size=60), min_size=100, max_size=300))
+def test_no_letter_is_lost_whatever_stands_around_it(texts):
+    for text, trees in zip(texts, _markdown(*texts), strict=True):
+        assert re.sub(r"[^ab]", "", "".join(map(_leaves, trees))) == re.sub(r"[^ab]", "", text), text
 
 
 # ---------------------------------------------------------------------------------------------- browser
@@ -378,6 +392,18 @@ def test_two_models_are_asked_side_by_side(browser, fake, url) -> None:
     assert top < bottom
     tab.click("#compare")
     assert tab.text(".lane:not([hidden]) .bot > .text") == "salt"
+
+
+@needs_chromium
+def test_one_model_is_compared_with_itself(browser, fake, url) -> None:
+    fake.models = ("alone",)
+    fake.answers_of = {"alone": [*words("yes"), "stop"]}
+    tab = _ready(browser, url)
+    tab.click("#compare")
+    tab.fill(".lane + .lane .heat input", "1.5")
+    _ask(tab, "well?")
+    tab.wait("document.querySelectorAll('.bot').length === 2 && !document.querySelector('.live')")
+    assert sorted(request["temperature"] for request in fake.requests) == [0.7, 1.5]
 
 
 @needs_chromium
