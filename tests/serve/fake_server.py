@@ -48,7 +48,6 @@ class FakeServer:
         self.answers: list[list[Any]] = []
         self.answers_of: dict[str, list[Any]] = {}
         self.requests: list[dict[str, Any]] = []
-        self.num_left = 0  # streams that the page has given up
         self.usage: dict[str, Any] = {}
         self.status: dict[str, Any] = {}  # what each model says besides its name
         self.gate = threading.Event()
@@ -86,24 +85,19 @@ class FakeServer:
 
     async def _stream(self, parts: list[Any]) -> AsyncIterator[bytes]:
         *deltas, end = parts
-        whole = False
-        try:
-            yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-            for delta in deltas:
-                if delta == HOLD:
-                    await asyncio.to_thread(self.gate.wait, 30)
-                elif "error" in delta:
-                    yield _event(delta)
-                else:
-                    yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-            yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
-            num_said = sum(isinstance(delta, dict) for delta in deltas)
-            usage = {"prompt_tokens": 20, "completion_tokens": num_said, "total_tokens": 20 + num_said} | self.usage
-            yield _event({"choices": [], "usage": usage})
-            yield b"data: [DONE]\n\n"
-            whole = True
-        finally:
-            self.num_left += not whole
+        yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        for delta in deltas:
+            if delta == HOLD:
+                await asyncio.to_thread(self.gate.wait, 30)
+            elif "error" in delta:
+                yield _event(delta)
+            else:
+                yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
+        num_said = sum(isinstance(delta, dict) for delta in deltas)
+        usage = {"prompt_tokens": 20, "completion_tokens": num_said, "total_tokens": 20 + num_said} | self.usage
+        yield _event({"choices": [], "usage": usage})
+        yield b"data: [DONE]\n\n"
 
 
 def _event(document: dict[str, Any]) -> bytes:

@@ -66,6 +66,31 @@ def test_every_element_that_a_script_looks_up_is_there():
     assert {found for text in _scripts().values() for found in re.findall(r'\$\("([\w-]+)"\)', text)} <= set(ids)
 
 
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast of two colours, #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_words_stand_out_by_day_and_by_night():
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    palettes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})\b", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(palettes) == 2
+    for palette in palettes:
+        for ground in ("paper", "card", "sunk", "teal-wash"):
+            for ink in ("ink", "soft", "teal", "amber", "red", "blue"):
+                assert _contrast(palette[ink], palette[ground]) >= 4.5, (ink, ground)
+        assert _contrast(palette["red"], palette["red-wash"]) >= 4.5
+
+
 # ---------------------------------------------------------------------------------------------- Markdown
 
 

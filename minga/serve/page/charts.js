@@ -143,13 +143,15 @@ export class HeatHistory {
 			const [kind, shade] = key.split(" ");
 			return el("svg:path", { class: kind, "fill-opacity": shade / 5, d: parts.join("") });
 		});
-		const box = { viewBox: `0 0 ${columns} ${y - 4}`, preserveAspectRatio: "none", height: y - 4 };
+		const box = { viewBox: `0 0 ${columns} ${y - 4}`, preserveAspectRatio: "none", height: y - 4,
+			role: "img", "aria-label": `${t("expertsOverTime")}: ${span}` };
 		const ground = el("svg:rect", { class: "cell", width: columns, height: y - 4 });
-		this.#map.replaceChildren(el("svg:svg", { ...box, role: "img", "aria-label": `${t("expertsOverTime")}: ${span}` }, ground, ...drawn));
+		this.#map.replaceChildren(el("svg:svg", box, ground, ...drawn));
 	}
 }
 
-// Rows are layers (numbered while they are few), columns experts; colour is the distance from an even share, full at twice or half of it.
+// Rows are layers, numbered while they are few, and columns experts; colour is the distance from an even share, full at
+// twice or half of it.
 export class HeatMap {
 	#map = el("div");
 	#readout = el("p", { class: "readout" });
@@ -162,7 +164,8 @@ export class HeatMap {
 		this.#drawn = table;
 		const said = finite(worst) ? `${t("worst")} ${number(worst)}` : "";
 		this.#readout.replaceChildren(...heatKey(), said && ` · ${said}`);
-		const named = table.length <= 12, left = 3, width = (100 - left) / Math.max(...table.map((row) => row.length)), height = named ? 24 : 10;
+		const named = table.length <= 12, height = named ? 24 : 10;
+		const left = named ? 3 : 0, width = (100 - left) / Math.max(...table.map((row) => row.length)); // in percent
 		const names = named ? table.map((_, layer) => el("svg:text", { x: 0, y: layer * height + 15 }, whole(layer + 1))) : [];
 		const cells = table.flatMap((row, layer) => row.map((load, expert) => {
 			const distance = Math.min(1, Math.abs(Math.log2(Math.max(load, 0.05)))).toFixed(2);
@@ -171,6 +174,7 @@ export class HeatMap {
 			return el("svg:g", {}, el("svg:rect", { ...box, class: "cell" }),
 				el("svg:rect", { ...box, class: load > 1 ? "hot" : "cold", "fill-opacity": distance }), title);
 		}));
-		this.#map.replaceChildren(el("svg:svg", { role: "img", "aria-label": `${t("experts")}: ${said}`, height: table.length * height }, ...names, ...cells));
+		const box = { role: "img", "aria-label": `${t("experts")}: ${said}`, height: table.length * height };
+		this.#map.replaceChildren(el("svg:svg", box, ...names, ...cells));
 	}
 }

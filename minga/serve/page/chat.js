@@ -44,7 +44,8 @@ function showButtons() {
 function welcome() {
 	if (chat.both) return said("p", "compareHint", { class: "welcome" });
 	const idea = (word) => said("button", word, { type: "button", onclick: () => send(t(word)) });
-	return el("div", { class: "welcome" }, said("h1", "tagline"), said("p", "welcome"), el("div", { class: "chips" }, idea("idea1"), idea("idea2")));
+	const ideas = el("div", { class: "chips" }, idea("idea1"), idea("idea2"));
+	return el("div", { class: "welcome" }, said("h1", "tagline"), said("p", "welcome"), ideas);
 }
 
 // ---- what the reader does

@@ -10,7 +10,10 @@ const TEMPERATURE = "0.7";
 
 // What the server is told of a message: nothing of how fast it came or how it looked.
 function wire({ role, content, reasoning_content, tool_calls, tool_call_id }, whole) {
-	return { role, content, ...(reasoning_content && { reasoning_content }), ...(whole && { tool_calls }), ...(tool_call_id && { tool_call_id }) };
+	return {
+		role, content,
+		...(reasoning_content && { reasoning_content }), ...(whole && { tool_calls }), ...(tool_call_id && { tool_call_id }),
+	};
 }
 
 // A stream brings a call's name once and its arguments in pieces.
@@ -98,7 +101,8 @@ export class Lane {
 
 	// What the tools gave stands right after the answer that asked for it.
 	#results(message) {
-		const rest = this.state.messages.slice(this.state.messages.indexOf(message) + 1), end = rest.findIndex(({ role }) => role !== "tool");
+		const { messages } = this.state, rest = messages.slice(messages.indexOf(message) + 1);
+		const end = rest.findIndex(({ role }) => role !== "tool");
 		return end < 0 ? rest : rest.slice(0, end);
 	}
 

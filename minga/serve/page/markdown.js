@@ -98,8 +98,10 @@ function blocks(lines, depth) {
 			i++;
 			out.push(["hr", {}]);
 		} else if (item) out.push(list(item));
-		else if (heading) out.push([`h${Math.min(5, Math.max(3, heading[1].length + 1))}`, {}, ...inline(lines[i++].replace(HEADING, ""))]);
-		else if (nested && QUOTE.test(line)) {
+		else if (heading) {
+			const level = Math.min(5, Math.max(3, heading[1].length + 1)); // below the page's own
+			out.push([`h${level}`, {}, ...inline(lines[i++].replace(HEADING, ""))]);
+		} else if (nested && QUOTE.test(line)) {
 			const quoted = takeWhile((line) => QUOTE.test(line)).map((line) => line.replace(QUOTE, ""));
 			out.push(["blockquote", {}, ...blocks(quoted, depth + 1)]);
 		} else if (startsTable(i)) {

@@ -66,7 +66,8 @@ export class Question {
 			}
 		});
 		const cancel = said("button", "cancel", { class: "ghost small", type: "button", onclick: () => { close(); this.#pen.focus(); } });
-		this.#form = el("form", { class: "edit" }, box, el("p", { class: "row" }, cancel, said("button", "send", { class: "solid small", type: "submit" })));
+		const submit = said("button", "send", { class: "solid small", type: "submit" });
+		this.#form = el("form", { class: "edit" }, box, el("p", { class: "row" }, cancel, submit));
 		this.#form.addEventListener("submit", (event) => {
 			event.preventDefault();
 			if (box.value.trim()) this.onedit(box.value.trim());
@@ -107,8 +108,10 @@ class Call {
 	paint(result, open) {
 		this.#name.textContent = this.call.function.name;
 		this.#arguments.textContent = pretty(this.call.function.arguments);
-		if (result !== null) this.#result.replaceChildren(said("p", "result", { class: "label" }), el("pre", { tabindex: 0 }, el("code", {}, pretty(result))));
-		else if (open && !this.#asked) this.#ask();
+		if (result !== null) {
+			const text = el("pre", { tabindex: 0 }, el("code", {}, pretty(result)));
+			this.#result.replaceChildren(said("p", "result", { class: "label" }), text);
+		} else if (open && !this.#asked) this.#ask();
 		else if (!open) this.#result.replaceChildren();
 		this.#asked = open && result === null;
 	}
@@ -171,7 +174,8 @@ export class Answer {
 		if (thought) {
 			if (this.#think.hidden) this.#think.open = thinking;
 			this.#think.hidden = false;
-			this.#summary.textContent = thinking ? `${t("thinking")}…` : seconds >= 0 ? `${t("thought")} ${duration(seconds, 1)}` : t("thoughts");
+			const thoughts = seconds >= 0 ? `${t("thought")} ${duration(seconds, 1)}` : t("thoughts");
+			this.#summary.textContent = thinking ? `${t("thinking")}…` : thoughts;
 			this.#thought.show(thought);
 			if (!thinking && !this.#folded) this.#think.open = false; // once: the reader may open it again
 			this.#folded ||= !thinking;

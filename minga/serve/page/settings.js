@@ -23,7 +23,8 @@ function complaint(text) {
 	let tools;
 	try { tools = JSON.parse(text); } catch (error) { return `${t("toolsNoJson")}: ${error.message}`; }
 	if (!Array.isArray(tools) || !tools.length) return t("toolsNoList");
-	const wrong = tools.findIndex((tool) => tool?.type !== "function" || typeof tool.function?.name !== "string" || !tool.function.name);
+	const named = (tool) => tool?.type === "function" && typeof tool.function?.name === "string" && tool.function.name;
+	const wrong = tools.findIndex((tool) => !named(tool));
 	return wrong < 0 ? "" : `${t("toolsWrong")} ${wrong + 1}: {"type": "function", "function": {"name": …}}`;
 }
 
