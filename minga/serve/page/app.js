@@ -3,9 +3,11 @@ import { read } from "./api.js";
 import * as chat from "./chat.js";
 import { $, tell } from "./dom.js";
 import * as runs from "./runs.js";
+import { readStatus, showStatus } from "./status.js";
 import { lang, speak, switchLanguage } from "./words.js";
 
-const TICK = 2_000, PULSE = 10_000; // milliseconds
+const TICK = 2_000; // milliseconds
+const REST = 5; // ticks between two looks at a server that answers nobody here
 
 // The part of the address after # says what is shown: #chat, #runs or #runs/NAME.
 function route() {
@@ -18,11 +20,12 @@ function route() {
 	runs.tick();
 }
 
-// Is the server there, and which Minga is it? api() shows the banner and takes it away.
+// Is the server there, and how is it? api() shows the banner and takes it away. While it answers us it is asked more often.
+let beats = 0;
 async function pulse() {
-	if (document.hidden) return;
+	if (document.hidden || !chat.busy() && beats++ % REST) return;
 	try {
-		$("version").textContent = `Minga ${(await read("/api/status", true)).version}`;
+		await readStatus();
 		await chat.loadModels(true);
 	} catch { /* the next pulse tries again */ }
 }
@@ -30,6 +33,7 @@ async function pulse() {
 // ?say=... sends a first message; a reload does not send it again.
 async function begin() {
 	try { await chat.loadModels(); } catch (error) { return tell(error.message); }
+	performance.mark("ready"); // what is written can be sent
 	const address = new URL(location), say = address.searchParams.get("say");
 	if (!say) return;
 	address.searchParams.delete("say");
@@ -43,11 +47,12 @@ $("lang").addEventListener("click", () => {
 	switchLanguage();
 	chat.repaint();
 	runs.repaint();
+	showStatus();
 });
-speak(lang);
 chat.startChat();
+speak(lang);
 route();
 begin();
 pulse();
 setInterval(runs.tick, TICK);
-setInterval(pulse, PULSE);
+setInterval(pulse, TICK);

@@ -2,7 +2,7 @@
 import { el, tell } from "./dom.js";
 import { compact, finite, number, t, whole } from "./words.js";
 
-const HEIGHT = 210, LEFT = 38, RIGHT = 8, TOP = 10, BOTTOM = 24;
+const HEIGHT = 210, LEFT = 48, RIGHT = 8, TOP = 10, BOTTOM = 24;
 
 const mean = (points) => points.reduce((sum, [, y]) => sum + y, 0) / points.length;
 const nearest = (points, x) => points.reduce((best, point) => Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best);
@@ -63,9 +63,10 @@ export class Chart {
 		this.draw();
 	}
 
+	get empty() { return !this.series.some(({ points }) => points.length); }
+
 	draw() {
 		const shown = this.series.filter(({ points }) => points.length), all = shown.flatMap(({ points }) => points);
-		this.node.hidden = !all.length;
 		const width = this.#svg.clientWidth;
 		if (!width || !all.length) return;
 		const [x0, last] = range(all.map(([x]) => x)), [low, high] = range(all.map(([, y]) => y));
@@ -107,11 +108,14 @@ export class Chart {
 	}
 }
 
+const heatKey = () => ["hot", "cold"].flatMap((kind) => [el("span", { class: `key ${kind}` }), t(kind)]);
+
 // Experts over time: one band a layer, one row an expert, the latest to the right. Cells of one shade are one path.
 export class HeatHistory {
 	#map = el("div");
+	#readout = el("p", { class: "readout" });
 	#drawn = 0;
-	node = el("div", { class: "card", hidden: "" }, el("h3", {}, t("expertsOverTime")), this.#map);
+	node = el("div", { class: "card", hidden: "" }, el("h3", {}, t("expertsOverTime")), this.#readout, this.#map);
 
 	// `loads` holds [step, layers x experts].
 	draw(loads) {
@@ -119,6 +123,8 @@ export class HeatHistory {
 		this.node.hidden = loads.length < 2 || !rows;
 		if (this.node.hidden || this.#drawn === loads.at(-1)[0]) return;
 		this.#drawn = loads.at(-1)[0];
+		const span = `${t("step")} ${whole(loads[0][0])} → ${whole(this.#drawn)}`;
+		this.#readout.replaceChildren(...heatKey(), ` · ${span}`);
 		const columns = Math.min(loads.length, 100, Math.max(8, Math.floor(6000 / rows)));
 		const shown = Array.from({ length: columns }, (_, i) => loads[Math.floor((i + 1) * loads.length / columns) - 1][1]);
 		const high = Math.min(8, Math.max(1, 200 / rows)), paths = {};
@@ -137,13 +143,15 @@ export class HeatHistory {
 			const [kind, shade] = key.split(" ");
 			return el("svg:path", { class: kind, "fill-opacity": shade / 5, d: parts.join("") });
 		});
-		const box = { viewBox: `0 0 ${columns} ${y - 4}`, preserveAspectRatio: "none", height: y - 4 };
+		const box = { viewBox: `0 0 ${columns} ${y - 4}`, preserveAspectRatio: "none", height: y - 4,
+			role: "img", "aria-label": `${t("expertsOverTime")}: ${span}` };
 		const ground = el("svg:rect", { class: "cell", width: columns, height: y - 4 });
-		this.#map.replaceChildren(el("svg:svg", { ...box, role: "img", "aria-label": t("expertsOverTime") }, ground, ...drawn));
+		this.#map.replaceChildren(el("svg:svg", box, ground, ...drawn));
 	}
 }
 
-// Rows are layers, columns experts; colour is the distance from an even share, full at twice or half of it.
+// Rows are layers, numbered while they are few, and columns experts; colour is the distance from an even share, full at
+// twice or half of it.
 export class HeatMap {
 	#map = el("div");
 	#readout = el("p", { class: "readout" });
@@ -154,16 +162,19 @@ export class HeatMap {
 		this.node.hidden = !table;
 		if (!table || table === this.#drawn) return;
 		this.#drawn = table;
-		const key = (kind) => [el("span", { class: `key ${kind}` }), t(kind)];
-		this.#readout.replaceChildren(...key("hot"), ...key("cold"), finite(worst) ? ` · ${t("worst")} ${number(worst)}` : "");
-		const width = 100 / Math.max(...table.map((row) => row.length)), height = table.length > 12 ? 10 : 24;
+		const said = finite(worst) ? `${t("worst")} ${number(worst)}` : "";
+		this.#readout.replaceChildren(...heatKey(), said && ` · ${said}`);
+		const named = table.length <= 12, height = named ? 24 : 10;
+		const left = named ? 3 : 0, width = (100 - left) / Math.max(...table.map((row) => row.length)); // in percent
+		const names = named ? table.map((_, layer) => el("svg:text", { x: 0, y: layer * height + 15 }, whole(layer + 1))) : [];
 		const cells = table.flatMap((row, layer) => row.map((load, expert) => {
 			const distance = Math.min(1, Math.abs(Math.log2(Math.max(load, 0.05)))).toFixed(2);
-			const box = { x: `${expert * width}%`, y: layer * height, width: `${width * 0.96}%`, height: height - 2, rx: 3 };
+			const box = { x: `${left + expert * width}%`, y: layer * height, width: `${width * 0.96}%`, height: height - 2, rx: 3 };
 			const title = el("svg:title", {}, `${layer + 1}/${expert + 1}: ${number(load)}×`);
 			return el("svg:g", {}, el("svg:rect", { ...box, class: "cell" }),
 				el("svg:rect", { ...box, class: load > 1 ? "hot" : "cold", "fill-opacity": distance }), title);
 		}));
-		this.#map.replaceChildren(el("svg:svg", { role: "img", "aria-label": t("experts"), height: table.length * height }, ...cells));
+		const box = { role: "img", "aria-label": `${t("experts")}: ${said}`, height: table.length * height };
+		this.#map.replaceChildren(el("svg:svg", box, ...names, ...cells));
 	}
 }

@@ -1,208 +1,145 @@
-// The conversation: kept in this browser, sent whole with each message, the answer painted as it arrives.
-import { api, events, read } from "./api.js";
-import { $, build, el, keep, recall, tell } from "./dom.js";
-import { markdown } from "./markdown.js";
-import { number, t, whole } from "./words.js";
+// The chat: one column, or two that are asked the same side by side; what is written for them, and what they cost.
+import { read } from "./api.js";
+import { $, el, grow, keep, recall, tell } from "./dom.js";
+import { Lane } from "./lane.js";
+import { startSettings, toggleDrawer } from "./settings.js";
+import { cost, showSpent } from "./status.js";
+import { said, t } from "./words.js";
 
-const DIALS = { system: "", temperature: "0.7", top_p: "0.95", max_tokens: "256" };
-const chat = { messages: [], model: "", ...DIALS, ...recall("chat", {}) };
+const chat = { lanes: [{}, {}], both: false, spent: null, ...recall("chat", {}) };
 const save = () => keep("chat", chat);
-let abort = null; // stops the answer under way; null when there is none
+const lanes = chat.lanes.map((state) => new Lane(state, { changed, used, edit, welcome }));
+const shown = () => chat.both ? lanes : lanes.slice(0, 1);
+export const busy = () => lanes.some((lane) => lane.abort);
+const stop = () => lanes.forEach((lane) => lane.abort?.abort());
 
 export async function loadModels(quiet) {
-	if (chat.model && $("model").options.length) return;
+	if (lanes[0].state.model && document.querySelector(".model").options.length) return;
 	const names = (await read("/v1/models", quiet)).data.map((model) => model.id);
-	if (!names.includes(chat.model)) chat.model = names[0];
-	$("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-	$("model").value = chat.model;
-	showSend();
+	lanes.forEach((lane, i) => lane.offer(names, names[i] ?? names[0]));
+	showButtons();
 }
 
-function showSend() {
-	const button = $("send");
-	button.dataset.t = abort ? "stop" : "send";
+function changed() {
+	save();
+	showButtons();
+}
+
+function used(model, usage) {
+	const more = cost(model, usage);
+	if (!more) return;
+	const before = chat.spent?.currency === more.currency ? chat.spent.amount : 0;
+	showSpent(chat.spent = { ...more, amount: before + more.amount });
+}
+
+function showButtons() {
+	const button = $("send"), stops = busy();
+	button.dataset.t = stops ? "stop" : "send";
 	button.textContent = t(button.dataset.t);
-	button.classList.toggle("stop", !!abort);
-	button.disabled = !abort && !(chat.model && $("say").value.trim());
-}
-
-// ---- what is on the page
-
-function footnote({ tokens, rate, end }) {
-	const parts = tokens ? [`${whole(tokens)} ${t("tokens")}`] : [];
-	if (rate) parts.push(`${number(rate, 1)} ${t("tokens")}/s`);
-	if (end === "length") parts.push(t("cut"));
-	if (end === "stopped") parts.push(t("stopped"));
-	return parts.join(" · ");
-}
-
-// The parts of an answer that change while it arrives.
-function paint(node, message) {
-	const waiting = abort && !message.content && message === chat.messages.at(-1);
-	const text = waiting ? [el("span", { class: "wait" })] : markdown(message.content).map(build);
-	if (message.error) text.push(el("p", { class: "error" }, `${t("failed")}: ${message.error}`));
-	node.querySelector(".text").replaceChildren(...text);
-	node.querySelector(".stats").textContent = footnote(message);
-}
-
-function bubble(message, last) {
-	const text = el("div", { class: "text" });
-	if (message.role === "user") {
-		text.append(message.content);
-		return el("article", { class: "msg user" }, el("span", { class: "sr" }, t("you")), text);
-	}
-	const foot = el("div", { class: "foot" }, el("span", { class: "stats" }));
-	const button = (word, onclick) => foot.append(el("button", { class: "ghost small", type: "button", onclick }, t(word)));
-	if (last && !abort) button("retry", retry);
-	if (!(last && abort) && message.content) button("copy", ({ target }) => copy(message.content, target));
-	const node = el("article", { class: "msg bot" }, el("p", { class: "who" }, message.model), text, foot);
-	paint(node, message);
-	return node;
-}
-
-async function copy(text, button) {
-	await navigator.clipboard?.writeText(text); // browsers have no clipboard on http: pages of other machines
-	if (navigator.clipboard) tell(button.textContent = t("copied"));
+	button.classList.toggle("stop", stops);
+	button.disabled = !stops && !(lanes[0].state.model && $("say").value.trim());
+	$("clear").disabled = !shown().some((lane) => lane.state.messages.length);
 }
 
 function welcome() {
-	const ideas = [t("idea1"), t("idea2")].map((idea) => el("button", { type: "button", onclick: () => send(idea) }, idea));
-	return el("div", { class: "welcome" }, el("h1", {}, `Minga: ${t("tagline")}`), el("p", {}, t("welcome")),
-		el("div", { class: "chips" }, ...ideas));
-}
-
-function showChat() {
-	const log = $("log"), { messages } = chat;
-	log.replaceChildren(...(messages.length ? messages.map((message) => bubble(message, message === messages.at(-1))) : [welcome()]));
-	log.scrollTop = log.scrollHeight;
-	$("clear").disabled = !messages.length;
-	showSend();
-}
-
-// In another language, say. An answer that is arriving keeps its place on the page.
-export const repaint = () => abort ? showSend() : showChat();
-
-// ---- asking
-
-export function send(text) {
-	if (abort || !chat.model || !text.trim()) return;
-	chat.messages.push({ role: "user", content: text.trim() });
-	answer();
-}
-
-function retry() {
-	if (abort) return;
-	if (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
-	answer();
-	$("say").focus();
-}
-
-function request() {
-	const told = [{ role: "system", content: chat.system.trim() }, ...chat.messages].filter((message) => message.content);
-	const messages = told.map(({ role, content }) => ({ role, content }));
-	const body = { model: chat.model, messages, stream: true, stream_options: { include_usage: true } };
-	for (const dial of ["temperature", "top_p", "max_tokens"]) if (chat[dial] !== "") body[dial] = Number(chat[dial]);
-	return { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-}
-
-async function answer() {
-	const asked = request(), control = abort = new AbortController(), log = $("log");
-	const message = { role: "assistant", content: "", model: chat.model, tokens: 0 };
-	chat.messages.push(message);
-	showChat();
-	tell(t("answering"));
-	const node = log.lastElementChild;
-	let began = 0, frame = 0;
-	const follow = (change) => { // to the end, unless the reader has scrolled away
-		const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-		change();
-		if (atEnd) log.scrollTop = log.scrollHeight;
-	};
-	const draw = () => { frame = 0; follow(() => paint(node, message)); };
-	try {
-		for await (const event of events(await api("/v1/chat/completions", { ...asked, signal: control.signal }))) {
-			if (event.error) throw new Error(event.error.message);
-			const choice = event.choices[0], text = choice?.delta.content;
-			message.end = choice?.finish_reason ?? message.end;
-			if (text) {
-				message.content += text;
-				message.tokens++;
-				began ||= performance.now();
-			}
-			if (event.usage) message.tokens = event.usage.completion_tokens; // exact: a piece may hold several
-			const elapsed = performance.now() - began;
-			if (began && elapsed > 50) message.rate = (message.tokens - 1) / elapsed * 1000;
-			frame ||= requestAnimationFrame(draw);
-		}
-	} catch (error) {
-		if (control.signal.aborted) message.end = "stopped";
-		else message.error = error.message;
-	}
-	cancelAnimationFrame(frame);
-	abort = null;
-	if (!chat.messages.includes(message)) return showSend(); // cleared meanwhile
-	save();
-	follow(() => node.replaceWith(bubble(message, true)));
-	showSend();
-	tell(message.error ? `${t("failed")}: ${message.error}` : message.content || t("stopped"));
+	if (chat.both) return said("p", "compareHint", { class: "welcome" });
+	const idea = (word) => said("button", word, { type: "button", onclick: () => send(t(word)) });
+	const ideas = el("div", { class: "chips" }, idea("idea1"), idea("idea2"));
+	return el("div", { class: "welcome" }, said("h1", "tagline"), said("p", "welcome"), ideas);
 }
 
 // ---- what the reader does
 
+export function send(text) {
+	if (busy() || !lanes[0].state.model || !text.trim() || shown().some((lane) => lane.blocked)) return false;
+	for (const lane of shown()) lane.say(text.trim());
+	return true;
+}
+
 function submit() {
-	const text = $("say").value;
-	if (abort || !chat.model) return;
+	if (!send($("say").value)) return;
 	$("say").value = "";
-	grow();
-	send(text);
+	grow($("say"));
+	showButtons();
 }
 
-function grow() {
-	const box = $("say");
-	box.style.height = "auto";
-	box.style.height = `${box.scrollHeight}px`;
+// Both columns hold the same questions, so one that is edited in one of them is edited in both.
+function edit(n, text) {
+	stop();
+	for (const lane of shown()) lane.edit(n, text);
+	$("say").focus();
 }
 
-function toggleDrawer() {
-	const hidden = $("drawer").toggleAttribute("hidden");
-	$("settings").ariaExpanded = !hidden;
-	$(hidden ? "settings" : "system").focus();
+function clear() {
+	for (const lane of lanes) lane.clear();
+	showSpent(chat.spent = null);
+	changed();
+	$("say").focus();
+}
+
+// The second column begins with what has been said in the first.
+function compare() {
+	stop();
+	chat.both = !chat.both;
+	lanes[1].state.messages = chat.both ? structuredClone(lanes[0].state.messages) : [];
+	lanes.forEach((lane) => lane.show());
+	showLanes();
+	tell(t(chat.both ? "compareOn" : "compareOff"));
+	changed();
+}
+
+function showLanes() {
+	lanes[1].node.hidden = !chat.both;
+	$("chat").classList.toggle("both", chat.both);
+	$("compare").ariaPressed = chat.both;
+	lanes.forEach((lane, i) => { lane.node.ariaLabel = `${t("model")} ${i + 1}`; });
+}
+
+export function repaint() {
+	lanes.forEach((lane) => lane.repaint());
+	showLanes();
+	showButtons();
+}
+
+const writes = (node) => node.closest("input, textarea, select");
+
+function onKey(event) {
+	if (document.querySelector("dialog[open]")) return;
+	if (event.key === "Escape") {
+		if (busy()) stop();
+		else if (!$("drawer").hidden) toggleDrawer();
+	} else if (event.key === "?" && !writes(event.target)) $("help-dialog").showModal();
+}
+
+function onComposerKey(event) {
+	if (event.isComposing) return; // an input method's keys are not ours
+	if (event.key === "Enter" && !event.shiftKey) {
+		event.preventDefault();
+		submit();
+	} else if (event.key === "ArrowUp" && !$("say").value) {
+		event.preventDefault();
+		lanes[0].editLast();
+	}
 }
 
 export function startChat() {
+	$("lanes").append(...lanes.map((lane) => lane.node));
 	$("composer").addEventListener("submit", (event) => {
 		event.preventDefault();
-		if (abort) abort.abort();
+		if (busy()) stop();
 		else submit();
-		$("say").focus();
+		if (!document.activeElement.closest(".call")) $("say").focus();
 	});
-	$("say").addEventListener("input", () => { grow(); showSend(); });
-	$("say").addEventListener("keydown", (event) => {
-		if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // an input method's Enter is not ours
-		event.preventDefault();
-		submit();
-	});
-	document.addEventListener("keydown", (event) => {
-		if (event.key !== "Escape" || $("key-dialog").open) return;
-		if (abort) abort.abort();
-		else if (!$("drawer").hidden) toggleDrawer();
-	});
-	$("settings").addEventListener("click", toggleDrawer);
-	for (const dial of Object.keys(DIALS)) {
-		$(dial).value = chat[dial];
-		$(dial).addEventListener("change", () => {
-			if ($(dial).reportValidity()) chat[dial] = $(dial).value;
-			save();
-		});
-	}
-	$("model").addEventListener("change", () => { chat.model = $("model").value; save(); });
-	$("clear").addEventListener("click", () => {
-		abort?.abort();
-		chat.messages = [];
-		save();
-		showChat();
-		$("say").focus();
-	});
+	$("say").addEventListener("input", () => { grow($("say")); showButtons(); });
+	$("say").addEventListener("keydown", onComposerKey);
+	document.addEventListener("keydown", onKey);
+	$("compare").addEventListener("click", compare);
+	$("clear").addEventListener("click", clear);
+	$("help").addEventListener("click", () => $("help-dialog").showModal());
 	addEventListener("pagehide", save);
-	showChat();
+	startSettings();
+	lanes.forEach((lane) => lane.show());
+	showLanes();
+	showButtons();
+	showSpent(chat.spent);
 }

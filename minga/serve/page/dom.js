@@ -15,8 +15,9 @@ export function el(tag, attributes = {}, ...children) {
 	return node;
 }
 
-// A tree of [tag, attributes, ...children], as markdown.js makes it, into nodes.
-export const build = (tree) => typeof tree === "string" ? tree : el(tree[0], tree[1], ...tree.slice(2).map(build));
+// A tree of [tag, attributes, ...children], as markdown.js makes it, into nodes, each of which `dress` may wrap.
+export const build = (tree, dress) =>
+	typeof tree === "string" ? tree : dress(el(tree[0], tree[1], ...tree.slice(2).map((child) => build(child, dress))));
 
 export const recall = (key, fallback, store = localStorage) => {
 	try { return JSON.parse(store.getItem(`minga.${key}`)) ?? fallback; } catch { return fallback; }
@@ -25,5 +26,14 @@ export const keep = (key, value, store = localStorage) => {
 	try { store.setItem(`minga.${key}`, JSON.stringify(value)); } catch { /* full or closed: the page works without */ }
 };
 
-// For those who cannot see the page: says what has just happened.
-export const tell = (text) => { $("announce").textContent = text; };
+// As high as its text.
+export function grow(box) {
+	box.style.height = "auto";
+	box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`; // and its border
+}
+
+// For those who cannot see the page: says what has just happened. Two answers may end at once, so the last few stay.
+export function tell(text) {
+	$("announce").append(el("p", {}, text));
+	if ($("announce").childElementCount > 4) $("announce").firstElementChild.remove();
+}

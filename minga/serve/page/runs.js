@@ -16,6 +16,7 @@ const condition = (run) => run.alive ? "running" : run.ended === "stopped" ? "ha
 // What the lines of one run.jsonl say so far.
 class Run {
 	next = 0; // the line to go on reading at
+	read = false; // have we had a look?
 	config = {};
 	last = {}; // step
 	samples = [];
@@ -91,7 +92,7 @@ function openRun(run) {
 		state: el("span"), bar: el("progress", { max: 1, "aria-label": run.name }), note: el("p", { class: "note" }),
 		tiles: el("dl", { class: "tiles" }), charts: CHARTS.map(([title]) => new Chart(title)),
 		history: new HeatHistory(), heat: new HeatMap(),
-		samples: el("div", { class: "card" }),
+		samples: el("div", { class: "card samples" }),
 	};
 	const title = el("div", { class: "title" }, el("h2", {}, run.name), view.state);
 	const pair = el("div", { class: "pair" }, ...view.charts.map((chart) => chart.node));
@@ -123,7 +124,7 @@ function showRun() {
 	view.state.textContent = t(how);
 	view.bar.hidden = !finite(share);
 	view.bar.value = how === "done" ? 1 : Math.min(1, share || 0);
-	view.note.hidden = start && how !== "dead";
+	view.note.hidden = !open.read || start && how !== "dead";
 	view.note.textContent = t(start ? "deadText" : "nothing");
 	const known = facts(open, how).filter(([, value]) => value !== "–");
 	view.tiles.replaceChildren(...known.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
@@ -151,7 +152,9 @@ function sample({ step, prompt, text }) {
 // ---- the clock
 
 export function redraw() {
-	for (const chart of open?.view.charts ?? []) chart.draw();
+	const charts = open?.view.charts ?? [];
+	for (const chart of charts) chart.node.hidden = chart.empty; // first: what is shown decides how wide each is
+	for (const chart of charts) chart.draw();
 }
 
 // In another language, say.
@@ -171,8 +174,10 @@ async function refresh() {
 	const wanted = decodeURIComponent(location.hash.split("/")[1] ?? "");
 	const name = wanted || open?.name || (runs.find((run) => run.alive) ?? runs[0])?.name;
 	if (!name) return showInstead(el("p", {}, t("noRuns")), el("code", {}, "minga train --data data --out runs/mine"));
-	if (open?.name !== name) openRun(new Run(name));
+	const other = open?.name !== name;
+	if (other) openRun(new Run(name));
 	showList();
+	if (other) $("run-list").scrollLeft = rows.get(name)?.offsetLeft - $("run-list").offsetLeft; // on a narrow page the list is a strip
 	const mine = open;
 	for (let more = true; more;) { // the server hands out a long run in parts
 		const { lines, next } = await read(`/api/runs/${encodeURIComponent(name)}?after=${mine.next}`);
@@ -180,7 +185,7 @@ async function refresh() {
 		if (next < mine.next) return openRun(new Run(name)); // the file was begun anew
 		for (const line of lines) mine.absorb(line);
 		more = next > mine.next && lines.length > 0;
-		mine.next = next;
+		Object.assign(mine, { next, read: true });
 	}
 	showRun();
 }
