@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": "an OpenAI-compatible API and a web page",
     "keys": "API keys of a server, and their limits",
     "usage": "who has used a server, and what that cost",
+    "watermark": "make a watermark's secret, or look for its mark in a text",
     "bench": "measure what it claims on this machine, beside its peers",
     "doctor": "what this machine has and what is missing",
     "completion": "print a shell's completion script",

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minga.cli.usage import add_rates, rates_of
 from minga.errors import UserError
 
 DESCRIPTION = """\
@@ -37,12 +38,45 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--port", type=int, default=8000, metavar="N", help="port; 0 finds a free one (default %(default)s)"
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="training runs to show (default %(default)s)")
-    parser.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
-    parser.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print the address as one JSON line when ready")
+
+    engine = parser.add_argument_group("the models")
+    engine.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
+    engine.add_argument("--cache", choices=["float32", "float16", "int8"], help="numbers of the attention cache")
+    engine.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
+    engine.add_argument(
+        "--max-running", type=int, default=64, metavar="N", help="requests of a model side by side (default 64)"
+    )
+    engine.add_argument(
+        "--max-waiting", type=int, default=128, metavar="N", help="more are refused with 429 (default 128)"
+    )
+    engine.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for an answer (default 600)"
+    )
+    engine.add_argument(
+        "--shutdown-timeout", type=float, default=30.0, metavar="SECONDS",
+        help="for requests under way when the server is told to stop (default 30)",
+    )  # fmt: skip
+
+    who = parser.add_argument_group("who may ask, and what is written down")
+    who.add_argument(
         "--api-key", metavar="KEY", help="clients must send this key (default: the environment's MINGA_API_KEY)"
     )
-    parser.add_argument("--json", action="store_true", help="print the address as one JSON line when ready")
+    who.add_argument(
+        "--keys", metavar="FILE", help="keys of `minga keys`, with their limits; usage is metered there for `minga usage`"
+    )
+    who.add_argument("--access-log", metavar="FILE", help="a line of JSON a request, never its text; - is stderr")
+
+    safety = parser.add_argument_group("safety")
+    safety.add_argument(
+        "--guard", default="rules", metavar="GUARD",
+        help="what judges texts: rules (default), none, weights of `minga guard train`, or model:PATH of a guard model",
+    )  # fmt: skip
+    safety.add_argument(
+        "--moderate", action="store_true", help="keep back what the guard flags, in requests and in answers"
+    )
+    safety.add_argument("--watermark", metavar="FILE", help="a secret; requests may then ask for marked answers")
+    add_rates(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -50,21 +84,31 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     models = named_models(args.models)
     try:
-        from minga.serve.server import serve
+        from minga.serve.server import Options, serve
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
             raise
         raise UserError(f"{error.name} is not installed (minga serve). pip install 'minga[serve]'") from None
-    serve(
-        models,
+    options = Options(
         host=args.host,
         port=args.port,
         runs_dir=args.runs,
         api_key=args.api_key,
+        keys_file=args.keys,
+        guard=args.guard,
+        moderate=args.moderate,
+        watermark=args.watermark,
+        access_log=args.access_log,
+        deadline=args.timeout,
+        shutdown_seconds=args.shutdown_timeout,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
         quant=args.quant,
         speculate=not args.no_speculate,
-        as_json=args.json,
+        cache=args.cache,
+        rates=rates_of(args),
     )
+    serve(models, options, as_json=args.json)
     return 0
 
 

@@ -43,6 +43,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--since", default="30d", metavar="WHEN", help="such as 12h, 7d or 2026-11-01 (default 30d)")
     parser.add_argument("--until", metavar="WHEN", help="as --since; this moment is not in it (default: now)")
     parser.add_argument("--by", choices=["key", "model", "day"], default="key", help="what to sum by (default key)")
+    add_rates(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """The flags that `rates_of` reads."""
     rates = parser.add_argument_group("what it costs")
     rates.add_argument(
         "--watts", type=float, metavar="W", help="the busy machine draws (default: estimated from its chips)"
@@ -53,9 +61,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     rates.add_argument("--machine-price-per-hour", type=float, metavar="P", help="for each busy hour (default 0)")
     rates.add_argument("--pue", type=float, metavar="F", help="what the room draws for each watt of it (default 1)")
     rates.add_argument("--currency", default="USD", help="of the prices, as it is shown (default USD)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 
 from minga.engine.sampler import MAX_SEED, exponentials
+from minga.errors import UserError
 
 CONTEXT = 4
 
@@ -65,6 +67,18 @@ def context_seed(secret: int, context: tuple[int, ...]) -> int:
 def secret_number(secret: bytes) -> int:
     """Any bytes as the number that a `SamplingParams` takes."""
     return int.from_bytes(hashlib.sha256(secret).digest()[:8], "little") % MAX_SEED
+
+
+def read_secret(path: str | PathLike[str]) -> int:
+    """The secret number of a file, which may hold anything. Raises `UserError` for one that cannot be read or is short."""
+    try:
+        with open(path, "rb") as file:
+            secret = file.read(1 << 16).strip()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}). `minga watermark new {path}` makes one") from None
+    if len(secret) < 16:
+        raise UserError(f"{path} has {len(secret)} bytes (watermark). a secret has 16 or more: `minga watermark new FILE`")
+    return secret_number(secret)
 
 
 def detect(token_ids: Sequence[int], secret: int) -> Detection:

@@ -34,6 +34,8 @@ from minga.serve.generation import (
     Usage,
 )
 from minga.serve.moderation import Guard, StreamGuard, Verdict, judge
+from minga.serve.scaling import Candidate, Trial
+from minga.serve.schema import invalid
 from minga.serve.worker import Job, Worker, refusal_of
 
 if TYPE_CHECKING:
@@ -149,6 +151,11 @@ class Answering:
         self._failure: ApiError | None = None
         self._num_over = 0
         self.outcome = Outcome([Choice() for _ in range(generation.num_choices)], Usage())
+        scaling = generation.scaling
+        self._num_jobs = generation.num_choices if scaling is None else scaling.num
+        self._trial: Trial | None = None
+        if scaling is not None:
+            self._trial = Trial(scaling, [Candidate(Outcome([Choice()], Usage())) for _ in range(scaling.num)])
         self.asked = monotonic()
         self.prompt: Prompt | None = None
         self.first_token: float | None = None
@@ -181,6 +188,8 @@ class Answering:
 
     async def start(self) -> None:
         """Prepares and queues it. Raises `ApiError` if it is refused."""
+        if self.generation.watermark and self._watermark is None:
+            raise invalid("watermark", "this server has no secret to mark with; start it with --watermark")
         self.worker.refuse_if_full()
         await asyncio.to_thread(self._judge_input)
         self.prompt = await asyncio.to_thread(prepare, self.generation, self.worker, self._most_tokens)
@@ -192,14 +201,37 @@ class Answering:
 
         Raises `ApiError` if it fails.
         """
-        while self._num_over < self.generation.num_choices:
+        while self._num_over < self._num_jobs:
             events: list[Event] = []
             for index, item in await self._all_news(patience):
-                events += self._events_of(index, item)
+                found = self._events_of(index, item)
+                if self._trial is None:
+                    events += found
+                else:
+                    self._try(self._trial.candidates[index], [*found], item)
+            if self._trial is not None and (self._trial.decided or self._num_over == self._num_jobs):
+                self.cancel()
+                self.outcome.scaling = self._trial.document()
+                events = self._trial.winner().events
             for event in events:
                 self.outcome.take(event)
             yield events
+            if self.outcome.scaling is not None:
+                break
         await asyncio.to_thread(self._judge_output)
+
+    def _try(self, candidate: Candidate, events: list[Event], item: Delta | BaseException | None) -> None:
+        """Events of one of several answers, none of which is told yet."""
+        assert self._trial is not None
+        candidate.events += events
+        for event in events:
+            candidate.outcome.take(event)
+        if isinstance(item, Delta):
+            candidate.take([token.logprob for token in item.logprobs or []], len(item.token_ids))
+            if self._trial.hopeless(candidate):
+                self._jobs[self._trial.candidates.index(candidate)].cancel()
+        elif not self._jobs[self._trial.candidates.index(candidate)].cancelled.is_set():
+            candidate.finished = True
 
     async def _all_news(self, patience: float | None) -> list[tuple[int, Delta | BaseException | None]]:
         try:
@@ -273,21 +305,23 @@ class Answering:
     def _ask(self) -> None:
         """One more choice."""
         assert self.prompt is not None
-        index, params = len(self._jobs), self.prompt.params
+        index, params = len(self._jobs), replace(self.prompt.params, watermark=self._watermark)
+        if self._trial is not None and self.generation.scaling is not None and self.generation.scaling.method == "best_of":
+            params = replace(params, logprobs=params.logprobs or 0)
         if index > 0 and params.seed is not None:  # each its own draws; the seed gives the same ones again
             params = replace(params, seed=(params.seed + index) % MAX_SEED)
         job = Job(
             self.prompt.ids, params, lambda item: self._news.put_nowait((index, item)), self.tenant, self.generation.salt
         )
         self._jobs.append(job)
-        self._speakers.append(_Speaker(index, self, self.prompt.is_thinking))
+        self._speakers.append(_Speaker(index if self._trial is None else 0, self, self.prompt.is_thinking))
         self.worker.submit(job)
 
     def _note_first(self) -> None:
         """The prompt lies in the cache now."""
         self.first_token = monotonic()
         self.outcome.usage.cached = self._jobs[0].num_cached_tokens
-        for _ in range(1, self.generation.num_choices):
+        for _ in range(1, self._num_jobs):
             self._ask()
 
 

@@ -5,34 +5,72 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
+from minga.engine.watermark import read_secret
 from minga.errors import UserError
+from minga.planner.cost import Rates
 from minga.serve.app import create_app
+from minga.serve.keys import Keys
+from minga.serve.log import AccessLog
+from minga.serve.meter import Meter
+from minga.serve.moderation import Guard, ModelGuard, RuleGuard
+from minga.serve.service import MAX_SECONDS, Settings
+from minga.serve.store import Store
+from minga.serve.worker import MAX_RUNNING, MAX_WAITING
 
-SHUTDOWN_SECONDS = 10  # for requests that are being answered
+SHUTDOWN_SECONDS = 30.0  # for requests that are being answered
+_MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 128
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(
-    models: Mapping[str, str | Path],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    runs_dir: str | Path = "runs",
-    api_key: str | None = None,
-    quant: str | None = None,
-    speculate: bool = True,
-    as_json: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """How to serve. keys_file: keys and usage; None: neither, but for `api_key`. guard: "rules", "none", a path of weights from
+    `minga guard train`, or "model:PATH" of a guard model. access_log: "-" is stderr. watermark: a file with a secret.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    runs_dir: str | Path = "runs"
+    api_key: str | None = None
+    keys_file: str | Path | None = None
+    guard: str = "rules"
+    moderate: bool = False
+    watermark: str | Path | None = None
+    access_log: str | None = None
+    deadline: float = MAX_SECONDS
+    shutdown_seconds: float = SHUTDOWN_SECONDS
+    max_running: int = MAX_RUNNING
+    max_waiting: int = MAX_WAITING
+    quant: str | None = None
+    speculate: bool = True
+    cache: str | None = None
+    rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--max-running", self.max_running, 1),
+            ("--max-waiting", self.max_waiting, 0),
+            ("--timeout", self.deadline, 1),
+            ("--shutdown-timeout", self.shutdown_seconds, 0),
+        ):
+            if not least <= value < math.inf:
+                raise UserError(f"{flag} is {value} (serve). it must be {least} or more")
+
+
+def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool = False) -> None:
     """Serves the models, name -> path. Returns when told to stop, once the requests under way are answered.
 
     Raises `UserError` for a model that does not open, a port that is taken, or an open address without an API key. The
@@ -40,32 +78,80 @@ def serve(
     """
     from minga.engine.llm import LLM  # torch: not before the flags have been checked
 
-    key = _checked_key(os.environ.get("MINGA_API_KEY") or None if api_key is None else api_key)
-    if key is None and not _is_loopback(host):
+    api_key = _checked_key(os.environ.get("MINGA_API_KEY") or None if options.api_key is None else options.api_key)
+    if api_key is None and options.keys_file is None and not _is_loopback(options.host):
         raise UserError(
-            f"{host} is open to other machines and there is no API key (serve). set --api-key or MINGA_API_KEY, "
-            "or leave --host out"
+            f"{options.host} is open to other machines and there is no API key (serve). set --api-key or MINGA_API_KEY, make "
+            "keys with `minga keys add` and give --keys, or leave --host out"
         )
-    with bind(host, port) as listener:
-        opened = {name: LLM(path, quant=quant, speculate=speculate) for name, path in models.items()}
-        app = create_app(opened, runs_dir, host=host, api_key=key)
-        _listen(listener, port)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(options.host, options.port))
+        settings = _settings(options, api_key, stack)
+        opened = {
+            name: LLM(path, quant=options.quant, speculate=options.speculate, cache=options.cache)
+            for name, path in models.items()
+        }
+        app = create_app(opened, options.runs_dir, settings)
+        _listen(listener, options.port)
+        url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listener.getsockname()[1]}"
         if as_json:
             print(json.dumps({"url": url, "models": list(models)}, ensure_ascii=False), flush=True)
         else:
-            print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1)", flush=True)
-        run_until_signal(app, listener)
+            print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1, /docs)", flush=True)
+        run_until_signal(app, listener, options.shutdown_seconds)
 
 
-def run_until_signal(app: ASGIApp, listener: socket.socket) -> None:
+def _settings(options: Options, api_key: str | None, stack: ExitStack) -> Settings:
+    keys = meter = None
+    if options.keys_file is not None:
+        store = Store(options.keys_file)
+        stack.callback(store.close)
+        keys, meter = Keys(store, static=api_key), Meter(store)
+    elif api_key is not None:
+        keys = Keys(static=api_key)
+    return Settings(
+        host=options.host,
+        keys=keys,
+        meter=meter,
+        access_log=_opened_log(options.access_log),
+        guard=opened_guard(options.guard),
+        moderate=options.moderate,
+        rates=options.rates,
+        deadline=options.deadline,
+        max_running=options.max_running,
+        max_waiting=options.max_waiting,
+        watermark=None if options.watermark is None else read_secret(options.watermark),
+    )
+
+
+def opened_guard(name: str) -> Guard | None:
+    """What `Options.guard` names."""
+    if name == "none":
+        return None
+    if name == "rules":
+        return RuleGuard()
+    if name.startswith("model:"):
+        from minga.engine.llm import LLM
+        from minga.engine.sampler import SamplingParams
+
+        path = name.removeprefix("model:")
+        return ModelGuard(LLM(path), SamplingParams(temperature=0, max_tokens=64), name=Path(path).name)
+    return RuleGuard(name)
+
+
+def _opened_log(path: str | None) -> AccessLog | None:
+    return None if path is None else AccessLog(None if path == "-" else path)
+
+
+def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        app, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds), h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )  # fmt: skip
     server = uvicorn.Server(config)
 
     def stop(*_: object) -> None:
+        app.state.service.draining = True
         server.should_exit = True
 
     # uvicorn, once down, raises the signal again for the handler that was there before: with the default ones an
