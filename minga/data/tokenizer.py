@@ -183,12 +183,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        written: Mapping[str, str] | None = None,
         **variables: Any,
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template: equal to transformers' `apply_chat_template`.
 
         The difference: control tokens spelled out in the messages stay text. `variables` go to the template
-        (`enable_thinking=False`). Raises `UserError` without a template, and for messages that it refuses.
+        (`enable_thinking=False`). `written` are characters that stand in the messages for control tokens which the caller,
+        and no user, wrote there. Raises `UserError` without a template, and for messages that it refuses.
         """
         if self.chat_template is None:
             raise UserError(
@@ -201,7 +203,8 @@ class Tokenizer:
         text, marks = self._compiled_template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
         )
-        return self._encode_marked(text, marks)
+        tokens = {ord(character): token for character, token in (written or {}).items()}
+        return self._encode_marked(text.translate(tokens) if tokens else text, marks)
 
     def _encode_marked(self, text: str, marks: Mapping[int, str]) -> list[int]:
         """Added tokens in the text become tokens; then marks become what they stand for, and the rest is text."""
