@@ -17,12 +17,13 @@ from minga.engine.sampler import MAX_SEED, SamplingParams, TokenLogprob
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added. `finish_reason` is set in the last one: "stop" or "length"."""
+    """What one step added. `finish_reason` is set in the last one: "stop" or "length"; `stop` too, if a stop string ended it."""
 
     text: str
     token_ids: list[int]
     finish_reason: str | None
     logprobs: list[TokenLogprob] | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class AnswerText:
 
     def __init__(self, stop: tuple[str, ...]):
         self.shown = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
         self._stop = stop
         self._held = ""
 
     def push(self, piece: str) -> None:
-        """Shows what cannot become part of a stop string any more; `stopped` is true once one is complete."""
+        """Shows what cannot become part of a stop string any more; `stopped_by` is the first that is complete."""
         self._held += piece
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.shown += self._held[: min(found)]
-            self._held, self.stopped = "", True
+            at, self.stopped_by = min(found)
+            self.shown, self._held = self.shown + self._held[:at], ""
             return
         safe = len(self._held) - self._length_of_a_beginning()
         self.shown, self._held = self.shown + self._held[:safe], self._held[safe:]
@@ -142,7 +143,7 @@ class Sequence:
             return False
         goes_on = self.guide is None or self.guide.take(token)
         self._text.push(self._decoder.push(token))
-        if self._text.stopped:
+        if self._text.stopped_by is not None:
             self.finish_reason = "stop"
         elif self.guide is not None and self.guide.finished:
             self._finish("stop")
@@ -166,7 +167,7 @@ class Sequence:
         logprobs = None if self.logprobs is None else self.logprobs[self._num_taken_tokens :]
         self._num_taken_characters += len(text)
         self._num_taken_tokens += len(token_ids)
-        return Delta(text, token_ids, self.finish_reason, logprobs)
+        return Delta(text, token_ids, self.finish_reason, logprobs, self._text.stopped_by)
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None

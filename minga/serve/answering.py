@@ -337,6 +337,7 @@ class _Speaker:
         self._plain = generation.prompt is not None
         self._logprobs: list[TokenLogprob] | None = None if generation.sampling.logprobs is None else []
         self._reason = "stop"
+        self._stop: str | None = None
         self._num_calls = 0
         guard = answering.guard if answering.blocks_output else None
         self._text_guard, self._thought_guard = (None if guard is None else StreamGuard(guard) for _ in range(2))
@@ -355,7 +356,7 @@ class _Speaker:
         if self.is_blocked:
             return
         if delta.finish_reason is not None:
-            self._reason = delta.finish_reason
+            self._reason, self._stop = delta.finish_reason, delta.stop
         if self._logprobs is not None:
             self._logprobs += delta.logprobs or []
         for piece, control in self._tokenizer.split_marks(delta.text):
@@ -374,7 +375,7 @@ class _Speaker:
         if not self.is_blocked and (rest or self._logprobs):  # logprobs of tokens that gave no text
             yield self._released(rest)
         self._answering.num_malformed_calls += self._parser.malformed
-        yield Finish(self._index, self._finish_reason())
+        yield Finish(self._index, self._finish_reason(), self._stop)
 
     def _finish_reason(self) -> str:
         if self.is_blocked:
