@@ -66,7 +66,7 @@ def test_a_stop_string_that_never_comes_is_shown_at_the_end(tokenizer):
 def test_the_earliest_of_several_stop_strings_wins():
     text = AnswerText(("world", "lo"))
     text.push("hello world")
-    assert (text.shown, text.stopped) == ("hel", True)
+    assert (text.shown, text.stopped_by) == ("hel", "lo")
 
 
 def test_a_character_is_shown_when_it_is_whole(tokenizer):
