@@ -50,9 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     engine.add_argument(
         "--max-waiting", type=int, default=128, metavar="N", help="more are refused with 429 (default 128)"
     )
-    engine.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for an answer (default 600)"
-    )
+    engine.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for an answer (default 600)")
     engine.add_argument(
         "--shutdown-timeout", type=float, default=30.0, metavar="SECONDS",
         help="for requests under way when the server is told to stop (default 30)",
@@ -63,7 +61,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--api-key", metavar="KEY", help="clients must send this key (default: the environment's MINGA_API_KEY)"
     )
     who.add_argument(
-        "--keys", metavar="FILE", help="keys of `minga keys`, with their limits; usage is metered there for `minga usage`"
+        "--keys",
+        metavar="FILE",
+        help="keys of `minga keys`, with their limits; usage is metered there for `minga usage`",
     )
     who.add_argument("--access-log", metavar="FILE", help="a line of JSON a request, never its text; - is stderr")
 

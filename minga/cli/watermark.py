@@ -41,7 +41,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.action == "new":
         _make(args.file)
-        print(json.dumps({"secret": args.file}) if args.json else f"a new secret is in {args.file}: keep it to yourself")
+        print(
+            json.dumps({"secret": args.file}) if args.json else f"a new secret is in {args.file}: keep it to yourself"
+        )
         return 0
     for flag in ("secret", "model"):
         if getattr(args, flag) is None:
@@ -56,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"tokens": found.num_tokens, "p_value": found.p_value, "marked": found.p_value < 1e-4}))
     else:
         verdict = "marked" if found.p_value < 1e-4 else "no mark found"
-        print(f"{verdict}: a text without the mark looks like this with probability {found.p_value:.2g} ({found.num_tokens} tokens)")
+        print(
+            f"{verdict}: a text without the mark looks like this with probability {found.p_value:.2g} ({found.num_tokens} tokens)"
+        )
     return 0
 
 
@@ -64,7 +68,9 @@ def _make(path: str) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise UserError(f"{path} is there already (watermark new). a text marked with it is found with it only: keep it") from None
+        raise UserError(
+            f"{path} is there already (watermark new). a text marked with it is found with it only: keep it"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}). choose another place") from None
     with os.fdopen(descriptor, "w") as file:

@@ -421,7 +421,7 @@ class HarmClassifier:
         return scores
 
     def save(self, path: Path | str) -> None:
-        tensors = {"weights": self.weights, "scale": self.scale, "bias": self.bias}
+        tensors: dict[str, npt.NDArray[Any]] = {"weights": self.weights, "scale": self.scale, "bias": self.bias}
         save_file(tensors, path, {"harm_classifier": json.dumps(self.metadata, ensure_ascii=False)})
 
     @classmethod

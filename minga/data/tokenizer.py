@@ -241,7 +241,9 @@ class Tokenizer:
         mark: control tokens come as one private-use character each, which no other token can write; `split_marks` says which.
         """
         if mark:
-            return DecodeStream(self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(self._control_ids))})
+            return DecodeStream(
+                self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(self._control_ids))}
+            )
         return DecodeStream(self, self._control_ids if skip_specials else set())
 
     def split_marks(self, text: str) -> list[tuple[str, bool]]:
@@ -249,7 +251,9 @@ class Tokenizer:
         names = [self._content(id) for id in sorted(self._control_ids)]
         parts = _MARK.split(text)  # every second one is a mark
         return [
-            (names[ord(part) - _MARKS], True) if index % 2 else (part, False) for index, part in enumerate(parts) if part
+            (names[ord(part) - _MARKS], True) if index % 2 else (part, False)
+            for index, part in enumerate(parts)
+            if part
         ]
 
     def control_id(self, name: str) -> int | None:

@@ -90,9 +90,7 @@ class CompiledModel:
         """Logits, (N, V)."""
         return net.head(self._net, hidden_ND.contiguous())
 
-    def choose(
-        self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]
-    ) -> list[list[int]]:
+    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]) -> list[list[int]]:
         """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
         draws = [draw for _, draws in each for draw in draws]
         how = _sampling([(params, seed) for params, draws in each for seed, _ in draws])

@@ -61,9 +61,7 @@ class PlainModel:
         """Logits, (N, V)."""
         return self.model.head(hidden_ND)
 
-    def choose(
-        self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]
-    ) -> list[list[int]]:
+    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]) -> list[list[int]]:
         """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
         return [choose(rows_TV, *how) for rows_TV, how in zip(logits, each, strict=True)]
 

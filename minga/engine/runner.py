@@ -27,7 +27,9 @@ from minga.model.cache import PAGE, Cache, Pages
 PREFILL_TOKENS = {"cpu": 512}  # of one step, all prompts together: bounds what a running text waits
 PREFILL_TOKENS_ELSEWHERE = 2048
 BURST_SECONDS = 0.01  # of steps in one call
-MOST_PENDING = 8  # tokens of a text whose rows the module lacks: more, as after forced ones, are read in a step of their own
+MOST_PENDING = (
+    8  # tokens of a text whose rows the module lacks: more, as after forced ones, are read in a step of their own
+)
 MAX_LOOKING = 4  # texts side by side, beyond which guesses from the text are not worth the reading
 
 
@@ -159,7 +161,9 @@ class Runner:
             for entry, _ in done:
                 entry.new_ids = []
             self.stats.first_tokens += len(done)
-            self._choose([entry for entry, _ in done], [hidden_ND[last : last + 1] for _, last in done], [[] for _ in done])
+            self._choose(
+                [entry for entry, _ in done], [hidden_ND[last : last + 1] for _, last in done], [[] for _ in done]
+            )
         self.stats.prefill_seconds += perf_counter() - began
 
     def _read_along(self, parts: list[tuple[Entry, int, int]], hidden_ND: torch.Tensor) -> None:
@@ -229,7 +233,9 @@ class Runner:
             forced = entry.unread[1:]
             num_taken = self._extend(entry, new, logprobs)
             if entry.guesses:
-                entry.state_TD = torch.cat([entry.state_TD[: len(entry.new_ids)], state_TD]) if entry.new_ids else state_TD
+                entry.state_TD = (
+                    torch.cat([entry.state_TD[: len(entry.new_ids)], state_TD]) if entry.new_ids else state_TD
+                )
                 entry.new_ids = [*entry.new_ids, *forced, *new[:num_taken]]
             self._share(entry)
 
@@ -270,7 +276,9 @@ class Runner:
     def _propose(self, group: list[Entry], num_drafts: int) -> list[list[int]]:
         """Guesses for those texts of which the module knows the last state."""
         able = [entry for entry in group if entry.can_guess] if num_drafts else []
-        drafts = dict(zip(map(id, able), propose(self.model, self.cache, able, num_drafts) if able else [], strict=True))
+        drafts = dict(
+            zip(map(id, able), propose(self.model, self.cache, able, num_drafts) if able else [], strict=True)
+        )
         for entry in able:
             entry.new_ids = []  # their rows are written
         return [drafts.get(id(entry), []) for entry in group]

@@ -77,7 +77,9 @@ def read_secret(path: str | PathLike[str]) -> int:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}). `minga watermark new {path}` makes one") from None
     if len(secret) < 16:
-        raise UserError(f"{path} has {len(secret)} bytes (watermark). a secret has 16 or more: `minga watermark new FILE`")
+        raise UserError(
+            f"{path} has {len(secret)} bytes (watermark). a secret has 16 or more: `minga watermark new FILE`"
+        )
     return secret_number(secret)
 
 

@@ -205,9 +205,9 @@ def _measure(
 ) -> dict[str, Any]:
     learned = np.array([classifier.learned_scores(text) for text in texts]).reshape(-1, len(CATEGORIES))
     scores = np.array([[*classifier.scores(text).values()] for text in texts]).reshape(-1, len(CATEGORIES))
-    harmful = y.any(1)
+    harmful: npt.NDArray[np.bool_] = np.asarray(y.any(axis=1))
     is_twin = np.array([text in twins for text in texts], dtype=bool)
-    flagged = (scores >= THRESHOLD).any(1)
+    flagged: npt.NDArray[np.bool_] = np.asarray((scores >= THRESHOLD).any(axis=1))
     categories = {}
     for place, name in enumerate(CATEGORIES):
         positive = y[:, place]

@@ -47,7 +47,9 @@ class Answer:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self._deadline)
             if not answering.done() and not leaving.done():
                 message = f"the answer was not finished within {self._deadline:g} seconds"
-                self._answering.abort(ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"}))
+                self._answering.abort(
+                    ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"})
+                )
                 await answering
             if answering.done():
                 error = answering.result()
@@ -83,7 +85,7 @@ class Answer:
     async def _stream(self, send: Send) -> None:
         await self._answering.start()
         async for events in self._answering.batches(PATIENCE_SECONDS):
-            frames = []
+            frames: list[bytes] = []
             if not self._begun:
                 self._begun = True
                 headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in self._headers.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from minga.serve.worker import Job, Worker, refusal_of
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -105,14 +106,14 @@ def _thinking(generation: Generation, llm: LLM, dialect: dialects.Dialect, is_op
 def _grammar(generation: Generation, llm: LLM, dialect: dialects.Dialect) -> Grammar | None:
     answer = generation.format
     if answer is not None:
-        makers = {
-            "json_object": lambda: dialects.json_grammar(None),
-            "json_schema": lambda: dialects.json_grammar(answer.value),
-            "regex": lambda: dialects.regex_grammar(answer.value),
-            "choice": lambda: dialects.choice_grammar(answer.value),
-            "lark": lambda: answer.value,
+        makers: dict[str, Callable[[Any], str]] = {
+            "json_object": dialects.json_grammar,
+            "json_schema": dialects.json_grammar,
+            "regex": dialects.regex_grammar,
+            "choice": dialects.choice_grammar,
+            "lark": str,
         }
-        return Grammar(makers[answer.kind]())
+        return Grammar(makers[answer.kind](answer.value))
     if generation.tool_choice == "none" or not generation.tools:
         return None
     found = dialects.call_grammar(
@@ -306,12 +307,20 @@ class Answering:
         """One more choice."""
         assert self.prompt is not None
         index, params = len(self._jobs), replace(self.prompt.params, watermark=self._watermark)
-        if self._trial is not None and self.generation.scaling is not None and self.generation.scaling.method == "best_of":
+        if (
+            self._trial is not None
+            and self.generation.scaling is not None
+            and self.generation.scaling.method == "best_of"
+        ):
             params = replace(params, logprobs=params.logprobs or 0)
         if index > 0 and params.seed is not None:  # each its own draws; the seed gives the same ones again
             params = replace(params, seed=(params.seed + index) % MAX_SEED)
         job = Job(
-            self.prompt.ids, params, lambda item: self._news.put_nowait((index, item)), self.tenant, self.generation.salt
+            self.prompt.ids,
+            params,
+            lambda item: self._news.put_nowait((index, item)),
+            self.tenant,
+            self.generation.salt,
         )
         self._jobs.append(job)
         self._speakers.append(_Speaker(index if self._trial is None else 0, self, self.prompt.is_thinking))

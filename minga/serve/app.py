@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,17 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 import minga
-from minga.serve import responses
 from minga.serve.answer import Answer
-from minga.serve.answering import Answering
+from minga.serve.answering import prepare
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
 from minga.serve.embeddings import EmbeddingBody, embed
 from minga.serve.errors import ApiError, json_response
 from minga.serve.gate import Gate
-from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_tokens, error_document
+from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
-from minga.serve.responses import ResponsesBody, ResponsesWriter
+from minga.serve.responses import ResponsesBody, ResponsesWriter, ResponseStore
 from minga.serve.runs import Runs
 from minga.serve.schema import parse_body
 from minga.serve.service import Service, Settings
@@ -109,7 +108,7 @@ class Api:
 
     def __init__(self, service: Service, runs: Runs):
         self.service, self.runs = service, runs
-        self.stored = responses.ResponseStore()
+        self.stored = ResponseStore()
         self._created = int(time.time())
 
     # ------------------------------------------------------------------ answers
@@ -128,7 +127,39 @@ class Api:
         writer = CompletionWriter(body, worker.name, worker.llm.tokenizer)
         return self.service.answer(request, body.generation(), writer, worker, num_bytes=len(data))
 
-    # RESPONSES AND MESSAGES
+    async def responses(self, request: Request) -> Answer:
+        data = await _read_body(request)
+        body = parse_body(ResponsesBody, data)
+        worker, tenant = self.service.worker(body.model), request.state.key.name
+        earlier = self.stored.conversation(tenant, body.previous_response_id)
+        keep = self.stored.keeper(tenant, body, earlier)
+        writer = ResponsesWriter(body, worker.name, worker.llm.tokenizer, keep=keep)
+        return self.service.answer(request, body.generation(earlier), writer, worker, num_bytes=len(data))
+
+    async def show_response(self, request: Request) -> Response:
+        return json_response(self.stored.get(request.state.key.name, request.path_params["id"]))
+
+    async def delete_response(self, request: Request) -> Response:
+        return json_response(self.stored.delete(request.state.key.name, request.path_params["id"]))
+
+    async def list_input_items(self, request: Request) -> Response:
+        id = request.path_params["id"]
+        return json_response(self.stored.input_items(request.state.key.name, id, request.query_params))
+
+    async def messages(self, request: Request) -> Answer:
+        data = await _read_body(request)
+        body = parse_body(MessagesBody, data)
+        worker = self.service.worker(body.model)
+        writer = MessagesWriter(body, worker.name, worker.llm.tokenizer)
+        return self.service.answer(
+            request, body.generation(), writer, worker, num_bytes=len(data), refusal=error_document
+        )
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = parse_body(CountTokensBody, await _read_body(request))
+        worker = self.service.worker(body.model)
+        prompt = await asyncio.to_thread(prepare, body.generation(), worker)
+        return json_response(count_document(len(prompt.ids)))
 
     # ------------------------------------------------------------------ models, embeddings, words
 

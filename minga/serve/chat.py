@@ -92,7 +92,11 @@ class AssistantMessage(Body):
     """`reasoning` is what vLLM calls `reasoning_content`."""
 
     role: Literal["assistant"]
-    content: str | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1)] | None = None
+    content: (
+        str
+        | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1)]
+        | None
+    ) = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: Annotated[list[Called], Field(max_length=128)] | None = None
@@ -133,7 +137,9 @@ class ChatBody(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    reasoning_effort: Effort | None = Field(None, description="none: no thinking. Otherwise the model thinks, if it can.")
+    reasoning_effort: Effort | None = Field(
+        None, description="none: no thinking. Otherwise the model thinks, if it can."
+    )
     thinking_budget: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Tokens of thought at most.")
     scaling: ScalingFields | None = None
     moderation: ModerationFields | None = None
@@ -143,10 +149,14 @@ class ChatBody(SamplingFields):
     store: Ignored = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
-    prompt_cache_key: str | None = Field(None, description="Prompts are shared in the cache with requests of the same key only.")
+    prompt_cache_key: str | None = Field(
+        None, description="Prompts are shared in the cache with requests of the same key only."
+    )
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
-    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Accepted; does not change the answer here.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Accepted; does not change the answer here."
+    )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: Unsupported = None
     prediction: Unsupported = None
@@ -163,13 +173,17 @@ class ChatBody(SamplingFields):
             raise invalid("top_logprobs", "it needs `logprobs` set to true")
         new, old = self.max_completion_tokens, self.max_tokens
         if new is not None and old is not None and new != old:
-            raise invalid("max_tokens", "it differs from `max_completion_tokens`, which says the same; send one of them")
+            raise invalid(
+                "max_tokens", "it differs from `max_completion_tokens`, which says the same; send one of them"
+            )
         if self.scaling is not None and (self.n or 1) > 1:
             raise invalid("n", "with `scaling` one answer is given; leave it out")
         tool_choice, tools = chosen_tools(self.tool_choice, checked_tools(self.tools))
         answer = answer_format(self.response_format, self.structured_outputs)
         if answer is not None and tool_choice not in ("auto", "none"):
-            raise invalid("tool_choice", "a call that must come leaves no room for the format that the answer must have")
+            raise invalid(
+                "tool_choice", "a call that must come leaves no room for the format that the answer must have"
+            )
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
             messages=[plain_message(message) for message in self.messages],
@@ -274,7 +288,11 @@ class ChatWriter:
         return self._chunk(event.choice, {"tool_calls": [{"index": event.call, **call}]})
 
     def _chunk(
-        self, index: int, delta: Mapping[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         no_usage = {"usage": None} if self._usage_wanted else {}

@@ -74,7 +74,9 @@ class FunctionSpec(Body):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments; none: no arguments.")
-    strict: bool | None = Field(None, description="true by default: the arguments follow the schema. false: any JSON object.")
+    strict: bool | None = Field(
+        None, description="true by default: the arguments follow the schema. false: any JSON object."
+    )
 
 
 class ToolSpec(Body):
@@ -199,7 +201,9 @@ def refuse_twins(tools: tuple[Tool, ...], field: str) -> None:
             raise invalid(f"{field}[{index}]", f"two tools are called {name}; give each its own name")
 
 
-def chosen_tools(choice: ToolChoice | None, tools: tuple[Tool, ...], field: str = "tool_choice") -> tuple[str, tuple[Tool, ...]]:
+def chosen_tools(
+    choice: ToolChoice | None, tools: tuple[Tool, ...], field: str = "tool_choice"
+) -> tuple[str, tuple[Tool, ...]]:
     """The choice as `Generation` has it, and the tools that may be called."""
     if choice is None:
         return "auto" if tools else "none", tools
@@ -208,7 +212,11 @@ def chosen_tools(choice: ToolChoice | None, tools: tuple[Tool, ...], field: str 
             raise invalid(field, "it needs `tools`")
         return choice if tools else "none", tools
     names = {tool.name for tool in tools}
-    wanted = [choice.function.name] if isinstance(choice, NamedTool) else [t.function.name for t in choice.allowed_tools.tools]
+    wanted = (
+        [choice.function.name]
+        if isinstance(choice, NamedTool)
+        else [t.function.name for t in choice.allowed_tools.tools]
+    )
     for name in wanted:
         if name not in names:
             raise invalid(field, f"{name} is not among `tools`")
@@ -234,17 +242,19 @@ def answer_format(
                 check_schema(structured.json_, f"{field}.json")
                 found.append(AnswerFormat("json_schema", structured.json_))
             if structured.regex is not None:
-                check_regex(structured.regex)
+                check_regex(structured.regex, f"{field}.regex")
                 found.append(AnswerFormat("regex", structured.regex))
             if structured.choice is not None:
-                check_choices(structured.choice)
+                check_choices(structured.choice, f"{field}.choice")
                 found.append(AnswerFormat("choice", structured.choice))
             if structured.grammar is not None:
                 found.append(AnswerFormat("lark", structured.grammar))
     except UserError as error:
         raise ApiError(str(error), param=field, code="invalid_schema") from None
     if len(found) > 1 or (structured is not None and not found):
-        raise invalid("structured_outputs", "give one of json, regex, choice and grammar, and no `response_format` beside it")
+        raise invalid(
+            "structured_outputs", "give one of json, regex, choice and grammar, and no `response_format` beside it"
+        )
     return found[0] if found else None
 
 
@@ -273,7 +283,7 @@ def scaling_of(fields: ScalingFields | None) -> Scaling | None:
         raise invalid("scaling.verifier", "method verifier needs it, and the others have none")
     if fields.verifier is not None:
         try:
-            check_regex(fields.verifier)
+            check_regex(fields.verifier, "scaling.verifier")
         except UserError as error:
             raise ApiError(str(error), param="scaling.verifier", code="invalid_value") from None
     return Scaling(fields.method, fields.n, fields.early_stop, fields.verifier, fields.max_total_tokens)

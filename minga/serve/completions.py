@@ -52,7 +52,7 @@ class CompletionBody(SamplingFields):
             prompt = prompt[0]
         return Generation(
             sampling=self.sampling(logprobs=self.logprobs),
-            prompt=prompt,  # type: ignore[arg-type]  # a list of one text has been opened
+            prompt=prompt,
             max_tokens=self.max_tokens,
             default_max_tokens=_DEFAULT_MAX_TOKENS,
             num_choices=self.n or 1,
@@ -75,7 +75,12 @@ class CompletionWriter:
         self._logprobs_wanted = body.logprobs is not None
         self._tokenizer = tokenizer
         self._lengths = [len(self._echo)] * self._num_choices  # of the text so far, for the offsets of tokens
-        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def document(self, outcome: Outcome) -> dict[str, Any]:
         choices = [
@@ -107,7 +112,9 @@ class CompletionWriter:
         no_usage = {"usage": None} if self._usage_wanted else {}
         return sse({**self._head, "choices": choices} | no_usage)
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
+    ) -> dict[str, Any]:
         document = self._logprobs(index, logprobs) if self._logprobs_wanted else None
         return {"index": index, "text": text, "logprobs": document, "finish_reason": finish_reason}
 

@@ -31,12 +31,12 @@ class EmbeddingBody(Body):
 
     def inputs(self) -> list[str | list[int]]:
         if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
-        return list(self.input)  # type: ignore[arg-type]
+            return [self.input]
+        return list(self.input)
 
 
-async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[str, Any], int]:
-    """The document, and the number of tokens that were read. Cancelled, it leaves nothing running."""
+async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[str, Any], int, float]:
+    """The document, the number of tokens that were read, and the seconds of the model's time. Cancelled, it leaves nothing running."""
     size = worker.llm.config.hidden_size
     if body.dimensions not in (None, size):
         raise invalid("dimensions", f"{worker.name} has {size}; leave it out")
@@ -63,7 +63,11 @@ async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[
         for index, vector_D in enumerate(found)
     ]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return {"object": "list", "data": data, "model": worker.name, "usage": usage}, num_tokens
+    return (
+        {"object": "list", "data": data, "model": worker.name, "usage": usage},
+        num_tokens,
+        sum(job.busy_seconds for job in jobs),
+    )
 
 
 def _prompts(body: EmbeddingBody, worker: Worker) -> list[list[int]]:

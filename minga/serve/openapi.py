@@ -98,7 +98,11 @@ def describe(models: Sequence[str]) -> dict[str, Any]:
     bearer = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Minga", "version": minga.__version__, "description": "Models of one's own, by the APIs that exist."},
+        "info": {
+            "title": "Minga",
+            "version": minga.__version__,
+            "description": "Models of one's own, by the APIs that exist.",
+        },
         "paths": paths,
         "components": {"schemas": named | {"Error": _ERROR}, "securitySchemes": {"key": bearer}},
         "security": [{"key": []}, {}],  # a server without keys takes everybody
@@ -145,7 +149,9 @@ def _with_models(schema: dict[str, Any], models: Sequence[str]) -> dict[str, Any
 
 def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     reply: dict[str, Any] = {"type": "object", "required": list(operation.required)}
-    content: dict[str, Any] = {operation.media: {"schema": reply if operation.media == "application/json" else {"type": "string"}}}
+    content: dict[str, Any] = {
+        operation.media: {"schema": reply if operation.media == "application/json" else {"type": "string"}}
+    }
     if operation.stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
@@ -153,7 +159,10 @@ def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     replies |= {str(status): {"description": _ERRORS[status], "content": error} for status in operation.errors}
     document: dict[str, Any] = {"summary": operation.summary, "responses": replies}
     if operation.body is not None:
-        document["requestBody"] = {"required": True, "content": {"application/json": {"schema": schemas[operation.body]}}}
+        document["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schemas[operation.body]}},
+        }
     if operation.parameters:
         document["parameters"] = [
             {

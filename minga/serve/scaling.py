@@ -105,7 +105,9 @@ class Trial:
 
     def winner(self) -> Candidate:
         """Of the finished ones, if there are any."""
-        done = [each for each in self.candidates if each.finished] or [max(self.candidates, key=lambda each: each.num_tokens)]
+        done = [each for each in self.candidates if each.finished] or [
+            max(self.candidates, key=lambda each: each.num_tokens)
+        ]
         if self._scaling.method == "best_of":
             return max(done, key=lambda candidate: candidate.mean_logprob)
         right = [candidate for candidate in done if self._verifier is not None and self._is_right(candidate)]

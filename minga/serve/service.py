@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from minga.planner.cost import Rates
+from minga.serve import meter
 from minga.serve.answer import Answer
 from minga.serve.answering import Answering
+from minga.serve.embeddings import EmbeddingBody, embed
 from minga.serve.errors import ApiError
-from minga.serve.generation import Generation, Writer
+from minga.serve.generation import Generation, Usage, Writer
 from minga.serve.keys import Key, Keys
 from minga.serve.limits import Admission, Limits
 from minga.serve.log import AccessLog
-from minga.serve.meter import Meter, Usage
+from minga.serve.meter import Meter
 from minga.serve.metrics import Metrics, ModelState, RequestTimes
 from minga.serve.moderation import Guard
 from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Worker
@@ -94,14 +96,15 @@ class Service:
         *,
         num_bytes: int,
         refusal: Callable[[ApiError], dict[str, Any]] = ApiError.document,
-        finished: Callable[[Answering], None] = lambda answering: None,
     ) -> Answer:
-        """The response. num_bytes: of the body, for an estimate of its tokens. finished: called once it is whole."""
+        """The response. num_bytes: of the body, for an estimate of its tokens."""
         key: Key = request.state.key
         wanted = generation.max_tokens or generation.default_max_tokens
         if key.max_output_tokens is not None and wanted > key.max_output_tokens:
             if generation.max_tokens is not None:
-                message = f"{wanted} tokens of answer are asked for, and the key {key.name} allows {key.max_output_tokens}"
+                message = (
+                    f"{wanted} tokens of answer are asked for, and the key {key.name} allows {key.max_output_tokens}"
+                )
                 raise ApiError(message, param="max_tokens", code="max_output_tokens_exceeded")
             wanted = key.max_output_tokens
         admission = self.limits.admit(key, num_bytes // _BYTES_A_TOKEN + wanted * generation.num_choices)
@@ -111,20 +114,18 @@ class Service:
         )  # fmt: skip
         request.state.access["model"] = worker.name
 
-        def done(error: ApiError | None) -> None:
-            self._account(request, answering, admission, error)
-            if error is None:
-                finished(answering)
-
         return Answer(
-            answering, writer, refusal=refusal, deadline=self.settings.deadline, done=done,
+            answering, writer, refusal=refusal, deadline=self.settings.deadline,
+            done=lambda error: self._account(request, answering, admission, error),
             headers=self._headers(key, worker, answering),
         )  # fmt: skip
 
     def _headers(self, key: Key, worker: Worker, answering: Answering) -> dict[str, str]:
         """Limits; and that a machine wrote this, with what (EU AI Act, article 50)."""
         mark = "; watermark" if answering.watermarked else ""
-        return self.limits.headers(key) | {"x-content-provenance": f'ai-generated; generator="minga"; model="{worker.name}"{mark}'}
+        return self.limits.headers(key) | {
+            "x-content-provenance": f'ai-generated; generator="minga"; model="{worker.name}"{mark}'
+        }
 
     def _account(self, request: Request, answering: Answering, admission: Admission, error: ApiError | None) -> None:
         """Once, when an answer is over: limits, meter, metrics and log."""
@@ -152,15 +153,36 @@ class Service:
             )  # fmt: skip
             self.metrics.observe(times)
         request.state.access.update(prompt_tokens=usage.prompt, completion_tokens=usage.completion)
+        status = 200 if error is None else error.status
+        self._record(request, worker, usage, busy_seconds=answering.busy_seconds, reason=reason, status=status)
+
+    def _record(
+        self,
+        request: Request,
+        worker: Worker,
+        usage: Usage,
+        *,
+        busy_seconds: float,
+        reason: str | None = None,
+        status: int = 200,
+    ) -> None:
         if self.settings.meter is not None:
             self.settings.meter.record(
-                Usage(
-                    request.state.key.name, worker.name, request.url.path, request.state.request_id,
-                    status=200 if error is None else error.status, finish_reason=reason, prompt_tokens=usage.prompt,
-                    cached_tokens=usage.cached, completion_tokens=usage.completion, reasoning_tokens=usage.reasoning,
-                    busy_seconds=answering.busy_seconds,
+                meter.Usage(
+                    request.state.key.name, worker.name, request.url.path, request.state.request_id, status, reason,
+                    usage.prompt, usage.cached, usage.completion, usage.reasoning, busy_seconds,
                 )
             )  # fmt: skip
+
+    async def embed(self, request: Request, body: EmbeddingBody, num_bytes: int) -> dict[str, Any]:
+        worker, key = self.worker(body.model), request.state.key
+        request.state.access["model"] = worker.name
+        with self.limits.admit(key, num_bytes // _BYTES_A_TOKEN) as admission:
+            document, num_tokens, seconds = await embed(body, worker, key.name)
+            admission.release(num_tokens)
+        request.state.access["prompt_tokens"] = num_tokens
+        self._record(request, worker, Usage(prompt=num_tokens), busy_seconds=seconds)
+        return document
 
     # ------------------------------------------------------------------ the state
 

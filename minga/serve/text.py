@@ -28,7 +28,9 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     tools: Tools | None = None
-    add_special_tokens: bool | None = Field(None, description="Begins with the token that begins texts, as a prompt does.")
+    add_special_tokens: bool | None = Field(
+        None, description="Begins with the token that begins texts, as a prompt does."
+    )
 
 
 class DetokenizeBody(Body):
