@@ -6,7 +6,7 @@ An endpoint turns its body into a `Generation`. What the model says comes back a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -110,10 +110,13 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a choice. reason: "stop", "length", "tool_calls" or "content_filter"."""
+    """The last event of a choice. reason: "stop", "length", "tool_calls" or "content_filter". stop: the stop string that ended
+    it, if one did.
+    """
 
     choice: int
     reason: str
+    stop: str | None = None
 
 
 Event = Text | Reasoning | CallStart | CallArguments | Finish
@@ -136,6 +139,18 @@ class Choice:
     calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str = "stop"
     logprobs: list[TokenLogprob] | None = None
+    stop: str | None = None
+
+    def events(self, index: int = 0) -> Iterator[Event]:
+        """What a stream of this choice alone could have been."""
+        if self.reasoning:
+            yield Reasoning(index, self.reasoning)
+        if self.text or self.logprobs:
+            yield Text(index, self.text, self.logprobs)
+        for number, call in enumerate(self.calls):
+            yield CallStart(index, number, call.id, call.name)
+            yield CallArguments(index, number, call.arguments)
+        yield Finish(index, self.finish_reason, self.stop)
 
 
 @dataclass
@@ -162,7 +177,7 @@ class Outcome:
             call = choice.calls[event.call]
             choice.calls[event.call] = replace(call, arguments=call.arguments + event.text)
         else:
-            choice.finish_reason = event.reason
+            choice.finish_reason, choice.stop = event.reason, event.stop
 
 
 class Writer(Protocol):
