@@ -119,7 +119,9 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a choice. reason: "stop", "length", "tool_calls" or "content_filter"."""
+    """The last event of a choice. reason: "stop", "length", "tool_calls" or "content_filter". stop: the stop string that ended
+    it, if one did.
+    """
 
     choice: int
     reason: str

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minga.serve.errors import ApiError
 
@@ -76,7 +76,7 @@ def parse_json(body: bytes) -> Any:
     """The JSON document in `body`; it holds neither NaN nor half a character, and is not nested deeply."""
     try:
         text = body.decode("utf-8")
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # only such escapes can make half a surrogate pair
             for path, value in _strings(document, ""):
                 if re.search("[\ud800-\udfff]", value):
@@ -132,6 +132,13 @@ def _refuse_constant(name: str) -> None:
     raise _invalid_json(f"{name} is not a JSON number")
 
 
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # a reply that repeats it could not be written as JSON
+        raise _invalid_json(f"{text[:80]} is too large a number")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 _TYPES = {
@@ -144,12 +151,14 @@ _UNITS = {"string": "characters", "list": "entries", "dict": "entries"}
 
 def _refusal(error: ValidationError, document: Any) -> ApiError:
     """The one that leads deepest into the document: of the forms that a field may have, the one that was meant."""
-    found = [(*_place(each["loc"], document), each) for each in error.errors(include_url=False)]
+    found = [(*_place(each, document), each) for each in error.errors(include_url=False)]
     deepest = max(len(path) for path, _, _ in found)
     path, value, first = next(each for each in found if len(each[0]) == deepest)
-    alternatives = [each["type"] for place, _, each in found if place == path]
+    here = [each for place, _, each in found if place == path]
+    alternatives = [each["type"] for each in here]
+    first = next((each for each in here if each["type"] not in _TYPES), first)  # of the form whose type is right
     kind, context, name = str(first["type"]), first.get("ctx") or {}, path_name(path)
-    if alternatives and all(each in _TYPES for each in alternatives):
+    if all(each in _TYPES for each in alternatives):
         due = " or ".join(dict.fromkeys(_TYPES[each] for each in alternatives))
         return ApiError(f"`{name}` must be {due}, not {_type_name(value)}", param=name, code="invalid_type")
     if kind == "missing":
@@ -160,7 +169,7 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
         name = f"{name}.{context['discriminator'].strip(chr(39))}"
         return invalid(name, f"{short(context['tag'])} is not one of {context['expected_tags'].replace(chr(39), '')}")
     if kind == "unknown":
-        return unknown(path_name((*path, context["name"])), context["known"])
+        return unknown(name, context["known"])
     if kind == "value_error":
         reason = str(context["error"])
         if reason == "unsupported":
@@ -171,7 +180,9 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
 
 def _reason(kind: str, context: Mapping[str, Any], value: Any) -> str:
     if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
-        words = {"ge": "or more", "gt": "or more, and not that itself", "le": "or less", "lt": "or less, and not that itself"}
+        words = {
+            "ge": "or more", "gt": "or more, and not that itself", "le": "or less", "lt": "or less, and not that itself",
+        }  # fmt: skip
         (bound, limit), *_ = context.items()
         limit = int(limit) if float(limit).is_integer() else limit
         return f"{short(value)} is out of range; it must be {limit} {words[bound]}"
@@ -188,20 +199,24 @@ def _reason(kind: str, context: Mapping[str, Any], value: Any) -> str:
     return f"{short(value)} is not allowed here"
 
 
-def _place(loc: tuple[int | str, ...], document: Any) -> tuple[tuple[int | str, ...], Any]:
+def _place(error: ErrorDetails, document: Any) -> tuple[tuple[int | str, ...], Any]:
     """The part of pydantic's location that leads through the document, and the value there: names of forms are left out."""
     path: list[int | str] = []
-    value = document
+    value, loc = document, error["loc"]
     for index, step in enumerate(loc):
-        if isinstance(step, int) and isinstance(value, list) and step < len(value):
+        is_last, is_missing = index == len(loc) - 1, error["type"] == "missing"
+        if is_last and not is_missing and value is error["input"]:
+            break  # at a form that is called as one of its own fields is
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if in_list or (isinstance(value, dict) and step in value):
             value = value[step]
-        elif isinstance(step, str) and isinstance(value, dict) and step in value:
-            value = value[step]
-        elif index == len(loc) - 1 and isinstance(step, str) and isinstance(value, dict):
-            value = None  # what is missing
+        elif is_last and is_missing:
+            value = None
         else:
             continue
         path.append(step)
+    if error["type"] == "unknown":
+        path.append(error["ctx"]["name"])
     return tuple(path), value
 
 
