@@ -21,8 +21,9 @@ _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-
 
 
 class Answer:
-    """refusal: how this endpoint writes an error. done: called once, with the error or None, when all is over. headers: of an answer
-    that is not refused."""
+    """refusal: how this endpoint writes an error. done: called once, with the error or None, when all is over. headers: of an
+    answer that is not refused.
+    """
 
     def __init__(
         self,

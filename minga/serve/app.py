@@ -25,13 +25,13 @@ from minga.serve.answer import Answer
 from minga.serve.answering import prepare
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
-from minga.serve.embeddings import EmbeddingBody, embed
+from minga.serve.embeddings import EmbeddingBody
 from minga.serve.errors import ApiError, json_response
 from minga.serve.gate import Gate
 from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
-from minga.serve.responses import ResponsesBody, ResponsesWriter, ResponseStore
+from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
 from minga.serve.runs import Runs
 from minga.serve.schema import parse_body
 from minga.serve.service import Service, Settings

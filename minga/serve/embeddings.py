@@ -36,7 +36,10 @@ class EmbeddingBody(Body):
 
 
 async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[str, Any], int, float]:
-    """The document, the number of tokens that were read, and the seconds of the model's time. Cancelled, it leaves nothing running."""
+    """The document, the number of tokens that were read, and the seconds of the model's time.
+
+    Cancelled, it leaves nothing running.
+    """
     size = worker.llm.config.hidden_size
     if body.dimensions not in (None, size):
         raise invalid("dimensions", f"{worker.name} has {size}; leave it out")

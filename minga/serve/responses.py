@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from minga.serve.chat import ModerationOptions, logprob_entries
+from minga.serve.chat import logprob_entries
 from minga.serve.common import (
     MAX_TOKENS,
     MAX_TOOLS,
@@ -26,6 +26,7 @@ from minga.serve.common import (
     Effort,
     FunctionSpec,
     JsonObjectFormat,
+    ModerationFields,
     Name,
     NamedFunction,
     NamedTool,
@@ -35,6 +36,7 @@ from minga.serve.common import (
     ToolChoice,
     checked_tool,
     chosen_tools,
+    moderated,
     refuse_twins,
     scaling_of,
     schema_format,
@@ -342,7 +344,7 @@ class ResponsesBody(SamplingFields):
     reasoning: ReasoningOptions | None = None
     thinking_budget: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Tokens of thought at most.")
     scaling: ScalingFields | None = None
-    moderation: ModerationOptions | None = None
+    moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
     truncation: Literal["disabled"] | None = Field(None, description="Nothing is cut off silently.")
     background: bool | None = Field(None, description="false only.")
@@ -393,7 +395,7 @@ class ResponsesBody(SamplingFields):
             thinking=thinks(None if self.reasoning is None else self.reasoning.effort),
             thinking_budget=self.thinking_budget,
             scaling=scaling_of(self.scaling),
-            moderate=self.moderation is not None,
+            moderation=moderated(self.moderation),
             watermark=bool(self.watermark),
             salt=self.prompt_cache_key or "",
             field="input",

@@ -146,7 +146,8 @@ def _opened_log(path: str | None) -> AccessLog | None:
 def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
     config = uvicorn.Config(
         app, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds), h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds),
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )  # fmt: skip
     server = uvicorn.Server(config)
 

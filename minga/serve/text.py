@@ -12,7 +12,6 @@ from minga.errors import UserError
 from minga.serve.answering import verdict_document
 from minga.serve.chat import Message, TextPart, plain_message
 from minga.serve.common import Tools, checked_tools
-from minga.serve.completions import Ids
 from minga.serve.errors import ApiError
 from minga.serve.moderation import Guard, judge
 from minga.serve.schema import Body, invalid

@@ -535,7 +535,7 @@ def test_a_smaller_cache_says_nearly_the_same(model, tokenizer, forward_pass, ca
 
 
 def test_embeddings_are_the_mean_of_the_last_states(model, llm):
-    prompts = mixed_prompts(5) + [list(range(3, 250)) * 2]
+    prompts = [*mixed_prompts(5), list(range(3, 250)) * 2]
     prompts[-1] = prompts[-1][: llm.max_context - 1]
     found_ND = llm.embed(prompts)
     assert found_ND.shape == (6, model.config.hidden_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from minga.config.presets import tiny
 from minga.data.tokenizer import Tokenizer, train_bpe
@@ -12,7 +13,6 @@ from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.engine.watermark import CONTEXT, Marker, detect, secret_number
 from minga.model.transformer import Transformer
-import torch
 
 SECRET = secret_number(b"of this test")
 
@@ -65,7 +65,7 @@ def test_without_a_mark_p_values_are_even(model):
 
 def test_a_context_marks_once():
     marker = Marker(SECRET, 7, num_prompt_tokens=2)
-    assert [draw for draw in marker.draws([1, 2], [3, 4])] == [(7, 2), (7, 3), (7, 4)]
+    assert list(marker.draws([1, 2], [3, 4])) == [(7, 2), (7, 3), (7, 4)]
     ids = [1, 2, 5, 5, 5, 5]
     (first,) = marker.draws(ids, [])
     assert first[1] == 0 and first[0] != 7
