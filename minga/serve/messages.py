@@ -266,7 +266,7 @@ class CountTokensBody(Body):
             raise invalid(
                 "tool_choice", "a call that must come leaves no room for the format that the answer must have"
             )
-        system = [] if self.system is None else [{"role": "system", "content": _joined(self.system)}]
+        system = [{"role": "system", "content": _joined(self.system)}] if self.system else []
         choice = self.tool_choice
         return Generation(
             sampling=SamplingFields.model_validate({}).sampling(),
@@ -386,7 +386,7 @@ class _Content:
     def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
         self._block: dict[str, Any] | None = None  # the one that grows
-        self._text = ""
+        self._pieces: list[str] = []
 
     def take(self, event: Event) -> Iterator[dict[str, Any]]:
         """The events of the stream that this one becomes."""
@@ -406,11 +406,11 @@ class _Content:
             yield self._grow(event.text, f"{kind}_delta", kind)
 
     def _open(self, block: dict[str, Any]) -> dict[str, Any]:
-        self._block, self._text = block, ""
+        self._block, self._pieces = block, []
         return {"type": "content_block_start", "index": len(self.blocks), "content_block": block}
 
     def _grow(self, text: str, kind: str, field: str) -> dict[str, Any]:
-        self._text += text
+        self._pieces.append(text)
         return self._delta({"type": kind, field: text})
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
@@ -419,10 +419,10 @@ class _Content:
     def _close(self) -> Iterator[dict[str, Any]]:
         if self._block is None:
             return
-        kind = self._block["type"]
-        whole: dict[str, Any] = {"input": _parsed(self._text)} if kind == "tool_use" else {kind: self._text}
+        kind, text = self._block["type"], "".join(self._pieces)
+        whole: dict[str, Any] = {"input": _parsed(text)} if kind == "tool_use" else {kind: text}
         if kind == "thinking":
-            whole["signature"] = _signature(self._text)
+            whole["signature"] = _signature(text)
             yield self._delta({"type": "signature_delta", "signature": whole["signature"]})
         yield {"type": "content_block_stop", "index": len(self.blocks)}
         self.blocks.append(self._block | whole)

@@ -383,7 +383,7 @@ class ResponsesBody(SamplingFields):
             raise invalid(
                 "tool_choice", "a call that must come leaves no room for the format that the answer must have"
             )
-        system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs_wanted else None),
             messages=system + _messages([*_ITEMS.validate_python(list(earlier)), *self.items]),
@@ -520,7 +520,7 @@ class _Output:
         self.items: list[dict[str, Any]] = []
         self._tokenizer = tokenizer
         self._item: dict[str, Any] | None = None  # the one that grows
-        self._text = ""
+        self._pieces: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
 
     def take(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -529,64 +529,60 @@ class _Output:
             yield from self._close("completed" if event.reason in ("stop", "tool_calls") else "incomplete")
         elif isinstance(event, CallStart):
             yield from self._close("completed")
-            call = {"call_id": event.id, "name": event.name, "arguments": ""}
-            yield from self._open("function_call", call)
+            yield self._open("function_call", {"call_id": event.id, "name": event.name, "arguments": ""})
         elif isinstance(event, CallArguments):
-            self._text += event.text
+            self._pieces.append(event.text)
             yield self._at("response.function_call_arguments.delta", delta=event.text)
         elif isinstance(event, Reasoning):
-            if not event.text:
-                return
-            if self._kind != "reasoning":
-                yield from self._close("completed")
-                yield from self._open("reasoning", {"summary": [], "content": [], "encrypted_content": None})
-                yield self._at("response.content_part.added", part=self._part(), content_index=0)
-            self._text += event.text
-            yield self._at("response.reasoning_text.delta", delta=event.text, content_index=0)
-        elif event.text or self._kind == "message":  # log-probabilities without a text have nowhere else to go
-            if self._kind != "message":
-                yield from self._close("completed")
-                yield from self._open("message", {"role": "assistant", "content": []})
-                yield self._at("response.content_part.added", part=self._part(), content_index=0)
+            yield from self._say("reasoning", event.text)
+        else:
             logprobs = logprob_entries(event.logprobs or [], self._tokenizer)
-            self._text += event.text
-            self._logprobs += logprobs
-            yield self._at("response.output_text.delta", delta=event.text, logprobs=logprobs, content_index=0)
+            yield from self._say("message", event.text, logprobs=logprobs)
 
-    @property
-    def _kind(self) -> str | None:
-        return None if self._item is None else self._item["type"]
+    def _say(self, kind: str, text: str, **told: Any) -> Iterator[dict[str, Any]]:
+        if self._item is None or self._item["type"] != kind:
+            if not text:  # log-probabilities of tokens that gave none, and no text that they could stand beside
+                return
+            yield from self._close("completed")
+            thought: dict[str, Any] = {"summary": [], "encrypted_content": None}
+            yield self._open(kind, ({"role": "assistant"} if kind == "message" else thought) | {"content": []})
+            yield self._at("response.content_part.added", part=self._part(), content_index=0)
+        self._pieces.append(text)
+        self._logprobs += told.get("logprobs", [])
+        yield self._at(f"response.{self._part_type}.delta", delta=text, content_index=0, **told)
 
-    def _open(self, kind: str, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _open(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         self._item = {"id": _new_id(kind), "type": kind, "status": "in_progress", **fields}
-        self._text, self._logprobs = "", []
-        yield {"type": "response.output_item.added", "output_index": len(self.items), "item": self._item}
+        self._pieces, self._logprobs = [], []
+        return {"type": "response.output_item.added", "output_index": len(self.items), "item": self._item}
 
     def _close(self, status: str) -> Iterator[dict[str, Any]]:
-        item = self._item
-        if item is None:
+        if self._item is None:
             return
+        item = {**self._item, "status": status}
         if item["type"] == "function_call":
-            done = {"name": item["name"], "arguments": self._text}
-            yield self._at("response.function_call_arguments.done", **done)
-            item = {**item, "arguments": self._text}
+            item["arguments"] = "".join(self._pieces)
+            yield self._at("response.function_call_arguments.done", name=item["name"], arguments=item["arguments"])
         else:
-            if item["type"] == "message":
-                logprobs = self._logprobs
-                yield self._at("response.output_text.done", text=self._text, logprobs=logprobs, content_index=0)
-            else:
-                yield self._at("response.reasoning_text.done", text=self._text, content_index=0)
-            yield self._at("response.content_part.done", part=self._part(), content_index=0)
-            item = {**item, "content": [self._part()]}
-        item["status"] = status
+            part = self._part()
+            item["content"] = [part]
+            told = {"logprobs": self._logprobs} if item["type"] == "message" else {}
+            yield self._at(f"response.{part['type']}.done", text=part["text"], content_index=0, **told)
+            yield self._at("response.content_part.done", part=part, content_index=0)
         yield {"type": "response.output_item.done", "output_index": len(self.items), "item": item}
         self.items.append(item)
         self._item = None
 
+    @property
+    def _part_type(self) -> str:
+        assert self._item is not None
+        return "output_text" if self._item["type"] == "message" else "reasoning_text"
+
     def _part(self) -> dict[str, Any]:
-        if self._kind == "reasoning":
-            return {"type": "reasoning_text", "text": self._text}
-        return _text_part(self._text, self._logprobs)
+        text = "".join(self._pieces)
+        if self._part_type == "output_text":
+            return _text_part(text, self._logprobs)
+        return {"type": "reasoning_text", "text": text}
 
     def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
         assert self._item is not None

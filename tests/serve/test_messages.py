@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from minga.serve.errors import ApiError, json_bytes
-from minga.serve.generation import AnswerFormat, CallArguments, CallStart, Finish
+from minga.serve.generation import AnswerFormat, CallArguments, CallStart, Finish, Text
 from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.schema import parse_body
 from tests.serve import canned
@@ -326,6 +326,16 @@ def test_the_order_of_a_stream():
         ("message_stop", None, None),
     ]
     assert stream[0]["message"]["usage"]["input_tokens"] == 4
+
+
+def test_text_between_calls_keeps_its_place():
+    between = [*canned.CALLS[:5], Text(0, "And the time."), *canned.CALLS[5:]]
+    starts = [
+        document["content_block"]["type"]
+        for document in canned.read_stream(canned.stream_of(writer_of(stream=True), between))
+        if document["type"] == "content_block_start"
+    ]
+    assert starts == ["thinking", "text", "tool_use", "text", "tool_use"]
 
 
 @given(canned.answers())

@@ -14,7 +14,7 @@ from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import TypeAdapter
 
 from minga.serve.errors import ApiError, json_bytes
-from minga.serve.generation import DEFAULT_MAX_TOKENS, AnswerFormat
+from minga.serve.generation import DEFAULT_MAX_TOKENS, AnswerFormat, Text
 from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
 from minga.serve.schema import parse_body
 from tests.serve import canned
@@ -266,6 +266,24 @@ def test_documents_are_responses(events):
         assert item["status"] in ("completed", "incomplete") and item["id"]
 
 
+def test_what_was_asked_is_repeated():
+    writer = ResponsesWriter(parse_body(ResponsesBody, json_bytes(FULL)), "m", canned.FakeTokenizer())
+    document = writer.document(canned.outcome_of(canned.TEXT))
+    Response.model_validate(document, strict=True)
+    for field in (
+        "instructions",
+        "max_output_tokens",
+        "metadata",
+        "temperature",
+        "tool_choice",
+        "top_logprobs",
+        "tools",
+    ):
+        assert document[field] == FULL[field]
+    assert document["text"]["format"]["schema"] == {"type": "object"}
+    assert document["reasoning"] == {"effort": "low", "summary": "auto"}
+
+
 def test_the_kinds_of_items():
     document = writer_of(tools=[WEATHER]).document(canned.outcome_of(canned.CALLS))
     thought, said, weather, time = document["output"]
@@ -426,6 +444,23 @@ def test_a_conversation_goes_on():
     assert (turn["content"], turn["reasoning_content"], len(turn["tool_calls"])) == ("One moment.", "Look it up.", 2)
     by_hand = body_of(input=[{"role": "user", "content": "Hello"}, *first["output"], *results]).generation()
     assert list(by_hand.messages) == list(generation.messages[:4])
+
+
+@given(canned.answers())
+def test_every_answer_can_be_gone_on_from(events):
+    store = ResponseStore()
+    first = answered(store, "a", events)
+    said = [message["role"] for message in body_of().generation(store.conversation("a", first["id"])).messages]
+    assert said == ["user", *(["assistant"] if first["output"] else []), "user"]
+
+
+def test_text_between_calls_keeps_its_place():
+    between = [*canned.CALLS[:5], Text(0, "And the time."), *canned.CALLS[5:]]
+    stream = canned.read_stream(canned.stream_of(writer_of(stream=True), between))
+    output = stream[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["reasoning", "message", "function_call", "message", "function_call"]
+    (turn,) = body_of(input=output).generation().messages
+    assert (turn["content"], len(turn["tool_calls"])) == ("One moment.And the time.", 2)
 
 
 def test_what_is_kept_can_be_read_and_deleted():
