@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 MAX_RUNNING = 64
 MAX_WAITING = 128
 RETRY_AFTER_SECONDS = 5
+# Between two pieces of an answer, for each answer under way: sending costs the processor that the model needs.
+PIECE_SECONDS, MOST_PIECE_SECONDS = 0.002, 0.1
 _SPEED_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Job:
     began: float | None = None  # when the model's thread took it
     cancelled: threading.Event = field(default_factory=threading.Event)
     entry: Entry | None = None
+    told: float = -inf  # when its last piece was sent
     busy_seconds: float = 0.0  # of the model's time: its share, where several are answered side by side
     ended: bool = False
     embeds: bool = False  # `receive` gets the state of the text, and no answer
@@ -164,7 +168,9 @@ class Worker:
             share = seconds / max(1, len(running))
             for job in running:
                 job.busy_seconds += share
-            running = [job for job in running if self._collect(job, news)]
+            now = monotonic()
+            since = now - min(PIECE_SECONDS * len(running), MOST_PIECE_SECONDS)
+            running = [job for job in running if self._collect(job, news, now, since)]
             self._tell(news)
 
     def _rests(self) -> bool:
@@ -206,11 +212,13 @@ class Worker:
                 self._inbox[tenant] = queue  # now the last of equals
             return job
 
-    def _collect(self, job: Job, news: list[tuple[Job, Any]]) -> bool:
-        """What is new of a job; False once the answer is over."""
+    def _collect(self, job: Job, news: list[tuple[Job, Any]], now: float, since: float) -> bool:
+        """What is new of a job, if nothing was told since then; False once the answer is over."""
         assert job.entry is not None
         sequence, error = job.entry.sequence, None
         if not job.cancelled.is_set():
+            if job.told > since and not sequence.finished:
+                return True
             try:
                 delta = sequence.take_delta()
             except Exception as failure:
@@ -218,6 +226,7 @@ class Worker:
             else:
                 if delta.token_ids:
                     news.append((job, delta))
+                    job.told = now
                 if not sequence.finished:
                     return True
         self._end(job, error, news)
