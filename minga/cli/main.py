@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model from scratch",
     "quantize": "store a model in 8 or 4 bits",
     "eval": "measure a model on held-out text",
+    "guard": "judge a text, or train the classifier that judges",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
     "serve": "an OpenAI-compatible API and a web page",
@@ -99,7 +100,7 @@ def run_command(argv: list[str]) -> int:
         raise UserError(f"{name!r} is not a command (minga). {_nearest(name, choices, 'minga --help')}")
     split = argv.index(name)
     _refuse_unknown_flags(parser, argv[:split])
-    _refuse_unknown_flags(choices[name], argv[split + 1 :])
+    _refuse_unknown_flags(*_innermost(choices[name], argv[split + 1 :]))
     args, extra = parser.parse_known_args(argv)
     if extra:
         choices[name].error(f"unexpected argument {extra[0]!r}")
@@ -136,6 +137,14 @@ class _Version(argparse.Action):
 
         print(f"{parser.prog} {__version__}")
         parser.exit()
+
+
+def _innermost(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of the command's own action, where it has actions and one is named, and what is left to read."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and args and args[0] in action.choices:
+            return action.choices[args[0]], args[1:]
+    return parser, args
 
 
 def _refuse_unknown_flags(parser: argparse.ArgumentParser, args: list[str]) -> None:
