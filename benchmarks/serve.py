@@ -38,7 +38,12 @@ SCHEMA = {
     "properties": {
         "name": {"type": "string", "maxLength": 40},
         "kind": {"enum": ["village", "town", "city"]},
-        "places": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9999}, "minItems": 8, "maxItems": 40},
+        "places": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 9999},
+            "minItems": 8,
+            "maxItems": 40,
+        },
     },
     "required": ["name", "kind", "places"],
     "additionalProperties": False,
@@ -81,7 +86,12 @@ def serving(model: str, *flags: str) -> Iterator[tuple[int, int]]:
 def bodies(num: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
-        {"prompt": " ".join(rng.choices(SYLLABLES, k=PROMPT_WORDS)), "max_tokens": tokens, "ignore_eos": True, "seed": n}
+        {
+            "prompt": " ".join(rng.choices(SYLLABLES, k=PROMPT_WORDS)),
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "seed": n,
+        }
         for n in range(num)
     ]
 
@@ -228,7 +238,9 @@ class Bench:
 
     def _overhead(self, id: str, streams: int) -> Row:
         rounds, tokens = (3, 256) if self.args.quick else (7, 512)
-        found = self._measure("overhead", streams=streams, tokens=tokens if streams == 1 else tokens // 2, rounds=rounds)
+        found = self._measure(
+            "overhead", streams=streams, tokens=tokens if streams == 1 else tokens // 2, rounds=rounds
+        )
         ratios = [ours / theirs for ours, theirs in zip(found["ours"], found["theirs"], strict=True)]
         ours, theirs = statistics.median(found["ours"]), statistics.median(found["theirs"])
         return row(id, ours, theirs, unit="tokens/s", peer=ENGINE, ratios=ratios)

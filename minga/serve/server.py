@@ -57,6 +57,7 @@ class Options:
     quant: str | None = None
     speculate: bool = True
     cache: str | None = None
+    prefix_memory: str | None = None
     rates: Rates | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +89,13 @@ def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool =
         listener = stack.enter_context(bind(options.host, options.port))
         settings = _settings(options, api_key, stack)
         opened = {
-            name: LLM(path, quant=options.quant, speculate=options.speculate, cache=options.cache)
+            name: LLM(
+                path,
+                quant=options.quant,
+                speculate=options.speculate,
+                cache=options.cache,
+                prefix_memory=options.prefix_memory,
+            )
             for name, path in models.items()
         }
         app = create_app(opened, options.runs_dir, settings)
