@@ -53,9 +53,9 @@ SCHEMA = {
 def make_model(folder: Path) -> None:
     """Random weights with a tokenizer and a chat template of our own."""
     import torch
+    from engine import model_config
 
     import minga
-    from engine import model_config
     from minga.data.tokenizer import train_bpe
     from minga.model.transformer import Transformer
 
