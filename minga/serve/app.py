@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
         host=service.settings.host,
         keys=service.settings.keys,
         access_log=service.settings.access_log,
-        refused=service.metrics.refused,
+        refuse=api.refuse,
     )
     app = Starlette(
         routes=[
@@ -185,15 +186,27 @@ class Api:
         return json_response(await asyncio.to_thread(detokenize, body, self.service.worker(body.model)))
 
     async def list_models(self, _: Request) -> Response:
-        documents = [self._model_document(name) for name in self.service.workers]
-        return json_response({"object": "list", "data": documents})
+        names = list(self.service.workers)
+        documents = [self._model_document(name) for name in names]
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return json_response({"object": "list", "data": documents, **ends})
 
     async def show_model(self, request: Request) -> Response:
         return json_response(self._model_document(self.service.worker(request.path_params["name"]).name))
 
     def _model_document(self, name: str) -> dict[str, Any]:
+        """For the clients of both APIs, which look for different names; `max_model_len` is vLLM's."""
         context = self.service.workers[name].llm.max_context
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "minga", "max_model_len": context}
+        openai = {"object": "model", "created": self._created, "owned_by": "minga"}
+        anthropic = {
+            "type": "model",
+            "created_at": datetime.fromtimestamp(self._created, UTC).isoformat(),
+            "display_name": name,
+            "lifecycle": "active",
+            "max_input_tokens": context,
+            "max_tokens": context,
+        }
+        return {"id": name, **openai, **anthropic, "max_model_len": context}
 
     # ------------------------------------------------------------------ for operators, and for the page
 

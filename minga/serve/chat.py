@@ -80,16 +80,20 @@ class UserMessage(Body):
 class CalledFunction(Body):
     name: str
     arguments: str
+    parsed_arguments: Ignored = None
 
 
 class Called(Body):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: Ignored = None
 
 
 class AssistantMessage(Body):
-    """`reasoning` is what vLLM calls `reasoning_content`."""
+    """`reasoning` is what vLLM calls `reasoning_content`. OpenAI's clients send an answer back with what they made of it:
+    `parsed`, and in its calls `parsed_arguments` and `index`.
+    """
 
     role: Literal["assistant"]
     content: (
@@ -102,6 +106,7 @@ class AssistantMessage(Body):
     tool_calls: Annotated[list[Called], Field(max_length=128)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    parsed: Ignored = None
     annotations: Ignored = None
     audio: Unsupported = None
     function_call: Unsupported = None
@@ -208,7 +213,10 @@ def plain_message(message: SystemMessage | UserMessage | AssistantMessage | Tool
     plain["content"] = joined(message.content)
     if isinstance(message, AssistantMessage):
         if message.tool_calls:
-            plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+            plain["tool_calls"] = [
+                call.model_dump(include={"id": True, "type": True, "function": {"name", "arguments"}})
+                for call in message.tool_calls
+            ]
         if reasoning := message.reasoning_content or message.reasoning:
             plain["reasoning_content"] = reasoning
         if message.content is None and not message.tool_calls:

@@ -311,6 +311,7 @@ class MessagesBody(CountTokensBody):
     diagnostics: Ignored = None
     inference_geo: Unsupported = None
     container: Unsupported = None
+    thread: Unsupported = None
 
     def generation(self) -> Generation:
         generation = super().generation()
@@ -468,7 +469,11 @@ def count_document(num_tokens: int) -> dict[str, Any]:
 def error_document(error: ApiError) -> dict[str, Any]:
     """The error as Anthropic's clients know it."""
     kind = _ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    document: dict[str, Any] = {"type": kind, "message": error.message}
+    if (error.param, error.code) == ("thread", "unsupported_parameter"):
+        # The client's runner of tools asks for a thread by itself. Told so, it sends the whole conversation instead.
+        document["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": document}
 
 
 def _sse(document: dict[str, Any]) -> bytes:

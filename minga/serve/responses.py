@@ -76,6 +76,7 @@ class OutputText(Body):
     text: str
     annotations: Ignored = None
     logprobs: Ignored = None
+    parsed: Ignored = None  # what OpenAI's client for JavaScript made of it
 
 
 class Refusal(Body):
@@ -123,6 +124,7 @@ class FunctionCall(ItemFields):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Ignored = None
     caller: Ignored = None
     namespace: Ignored = None
     created_by: Ignored = None
