@@ -8,6 +8,7 @@ tells text, reasoning and calls apart, and where a guard watches, a `StreamGuard
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,33 +52,37 @@ class Prompt:
     is_thinking: bool  # the answer begins in the middle of thoughts
 
 
-def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
-    """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
-    llm, dialect = worker.llm, worker.dialect
+def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
+    """The prompt's tokens, and whether it ends in the middle of thoughts. Raises `ApiError` for what cannot be rendered."""
+    llm, dialect, use = worker.llm, worker.dialect, generation.tool_use
     try:
-        if generation.prompt is None:
-            tools = () if generation.tool_choice == "none" else generation.tools
-            ids = dialects.render_prompt(
-                llm.tokenizer, generation.messages, tools=tools, thinking=generation.thinking, dialect=dialect
-            )
-            is_open = dialects.opens_thinking(llm.tokenizer, ids, dialect)
-        else:
+        if generation.prompt is not None:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
-            is_open = False
+            return ids, False
+        tools = () if use is None else use.tools
+        ids = dialects.render_prompt(
+            llm.tokenizer, generation.messages, tools=tools, thinking=generation.thinking, dialect=dialect
+        )
+        return ids, dialects.opens_thinking(llm.tokenizer, ids, dialect)
     except UserError as error:
         raise ApiError(str(error), param=generation.field, code="invalid_value") from None
+
+
+def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
+    """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
+    ids, is_thinking = render(generation, worker)
     params = _within_context(generation, len(ids), worker)
     if most_tokens is not None:
         params = replace(params, max_tokens=min(params.max_tokens, most_tokens))
-    params = replace(params, thinking=_thinking(generation, llm, dialect, is_open))
+    params = replace(params, thinking=_thinking(generation, worker, is_thinking))
     try:
-        params = replace(params, grammar=_grammar(generation, llm, dialect))
+        params = replace(params, grammar=_grammar(generation, worker))
         if params.grammar is not None:
-            llm.check_grammar(params.grammar)
+            worker.llm.check_grammar(params.grammar)
     except UserError as error:
         field = "tools" if generation.format is None else "response_format"
         raise ApiError(str(error), param=field, code="invalid_schema") from None
-    return Prompt(ids, params, is_open)
+    return Prompt(ids, params, is_thinking)
 
 
 def _within_context(generation: Generation, num_prompt_tokens: int, worker: Worker) -> SamplingParams:
@@ -94,33 +99,43 @@ def _within_context(generation: Generation, num_prompt_tokens: int, worker: Work
     return generation.params_within(room)
 
 
-def _thinking(generation: Generation, llm: LLM, dialect: dialects.Dialect, is_open: bool) -> Thinking | None:
+def _thinking(generation: Generation, worker: Worker, is_open: bool) -> Thinking | None:
     if generation.prompt is not None:
         return None
-    start, end = (
-        tuple(llm.tokenizer.encode(mark.strip(), specials=True)) for mark in (dialect.think, dialect.end_think)
-    )
+    tokenizer, marks = worker.llm.tokenizer, (worker.dialect.think, worker.dialect.end_think)
+    start, end = (tuple(tokenizer.encode(mark.strip(), specials=True)) for mark in marks)
     return Thinking(start, end, is_open, generation.thinking_budget)
 
 
-def _grammar(generation: Generation, llm: LLM, dialect: dialects.Dialect) -> Grammar | None:
-    answer = generation.format
-    if answer is not None:
-        makers: dict[str, Callable[[Any], str]] = {
-            "json_object": dialects.json_grammar,
-            "json_schema": dialects.json_grammar,
-            "regex": dialects.regex_grammar,
-            "choice": dialects.choice_grammar,
-            "lark": str,
-        }
-        return Grammar(makers[answer.kind](answer.value))
-    if generation.tool_choice == "none" or not generation.tools:
-        return None
-    found = dialects.call_grammar(
-        dialect, generation.tools, choice=generation.tool_choice, parallel=generation.parallel_calls,
-        tokenizer=llm.tokenizer,
+_ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
+    "json_object": dialects.json_grammar,
+    "json_schema": dialects.json_grammar,
+    "regex": dialects.regex_grammar,
+    "choice": dialects.choice_grammar,
+    "lark": str,
+}
+
+
+def _grammar(generation: Generation, worker: Worker) -> Grammar | None:
+    """Of calls, of the answer's format, or of either."""
+    answer, use = generation.format, generation.tool_use
+    lark = None if answer is None else _ANSWER_GRAMMARS[answer.kind](answer.value)
+    if use is None:
+        return None if lark is None else Grammar(lark)
+    must_call = use.required or lark is not None
+    calls = dialects.call_grammar(
+        worker.dialect, use.callable, choice="required" if must_call else "auto", parallel=use.parallel,
+        tokenizer=worker.llm.tokenizer,
     )  # fmt: skip  # thoughts are the guide's
-    return Grammar(found.lark, found.triggers)
+    return Grammar(calls.lark, calls.triggers) if lark is None else Grammar(_either(calls.lark, lark))
+
+
+def _either(one: str, other: str) -> str:
+    """A grammar of two, whose rules have other names but for the first."""
+    first, second = (
+        re.sub(r"^start:", f"{name}:", lark, flags=re.MULTILINE) for name, lark in (("a", one), ("b", other))
+    )
+    return f"start: a | b\n{first}\n{second}"
 
 
 class Answering:
@@ -339,7 +354,8 @@ class _Speaker:
 
     def __init__(self, index: int, answering: Answering, is_thinking: bool):
         generation, worker = answering.generation, answering.worker
-        names = [] if generation.tool_choice == "none" else [tool.name for tool in generation.tools]
+        use = generation.tool_use
+        names = [] if use is None else [tool.name for tool in use.callable]
         self._index, self._tokenizer = index, worker.llm.tokenizer
         self._answering = answering
         self._parser = dialects.StreamParser(worker.dialect, tools=names, thinking=is_thinking)
