@@ -534,6 +534,23 @@ def test_named_and_lax_tools(dialect: Dialect) -> None:
         grammar_for(dialect, choice="x")
 
 
+@given(arguments=ARGUMENTS)
+@settings(max_examples=40, deadline=None)
+def test_any_object_fits_a_lax_tool(arguments: Any) -> None:
+    for dialect in (SPELLED["hermes"], TOKENS["deepseek_v3"]):
+        grammar, _ = grammar_for(dialect, choice="required", tools=[replace(CLOCK, strict=False)])
+        head, tail = write(dialect, ("clock", "\0")).split("\0")
+        pieces = [
+            *pieces_of(dialect, head),
+            (json.dumps(arguments, ensure_ascii=False), False),
+            *pieces_of(dialect, tail),
+        ]
+        tokenizer = tokenizer_for(dialect)
+        ids = [id for text, control in pieces for id in tokenizer.encode(text, specials=control)]
+        matcher = llguidance.LLMatcher(_ll(tokenizer), grammar.lark, log_level=0)
+        assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
 @pytest.mark.parametrize("dialect", ALL)
 def test_reasoning_before_forced_calls(dialect: Dialect) -> None:
     call = write(dialect, NOW)
