@@ -551,7 +551,7 @@ class StreamParser:
         """A key, or a value other than arguments that can be streamed."""
         holds_arguments = self._key in _ARGUMENT_KEYS and not self._arguments_ended
         bounded = self._key in (None, "name")
-        room = _LONGEST_NAME - sum(map(len, self._string)) if bounded else len(self._buffer)
+        room = max(0, _LONGEST_NAME - sum(map(len, self._string))) if bounded else len(self._buffer)
         end = self._scanner.feed(self._buffer, self._at, min(len(self._buffer), self._at + room))
         text = self._buffer[self._at : end]
         self._at = end
@@ -559,7 +559,7 @@ class StreamParser:
         self._string.append(text)
         if self._scanner.ended:
             self._end_string("".join(self._string), holds_arguments)
-        elif self._scanner.broken or (bounded and len(text) == room):
+        elif self._scanner.broken or (bounded and len(text) >= room):
             self._give_up()
         return True
 
