@@ -104,7 +104,7 @@ def _thinking(generation: Generation, worker: Worker, is_open: bool) -> Thinking
         return None
     tokenizer, marks = worker.llm.tokenizer, (worker.dialect.think, worker.dialect.end_think)
     start, end = (tuple(tokenizer.encode(mark.strip(), specials=True)) for mark in marks)
-    return Thinking(start, end, is_open, generation.thinking_budget)
+    return Thinking(start, end, is_open, generation.thinking_budget, triggers_end=bool(worker.dialect.separator))
 
 
 _ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
@@ -366,7 +366,7 @@ class _Speaker:
         generation, worker = answering.generation, answering.worker
         use = generation.tool_use
         names = [] if use is None else [tool.name for tool in use.callable]
-        self._index, self._tokenizer = index, worker.llm.tokenizer
+        self._index, self._tokenizer, self._markers = index, worker.llm.tokenizer, worker.markers
         self._answering = answering
         self._parser = dialects.StreamParser(worker.dialect, tools=names, thinking=is_thinking)
         self._plain = generation.prompt is not None
@@ -398,7 +398,7 @@ class _Speaker:
             self._reason, self._stop = delta.finish_reason, delta.stop
         if self._logprobs is not None:
             self._logprobs += delta.logprobs or []
-        for piece, control in self._tokenizer.split_marks(delta.text):
+        for piece, control in self._tokenizer.split_marks(delta.text, self._markers):
             if self._plain:
                 yield from self._text("" if control else piece)
                 continue
