@@ -343,7 +343,7 @@ ADDED = [*sorted({m for d in DIALECTS.values() for m in d.markers} - {"<think>",
 @lru_cache
 def tokenizer_with(added: tuple[str, ...] = (), template: str | None = CHATML) -> Tokenizer:
     base = train_bpe([json.dumps(TOOLS[0].spec()) + "\n<tool_call>\n hello, the weather " * 9] * 2, 300)
-    spec = json.loads(base._json())
+    spec = json.loads(base.json())
     flags = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False, "special": False}
     spec["added_tokens"] += [{**flags, "id": 300 + index, "content": text} for index, text in enumerate(added)]
     return Tokenizer(spec, eos_id=0, chat_template=template)
@@ -481,7 +481,7 @@ def test_no_template() -> None:
 
 @lru_cache
 def _ll(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(tokenizer._json(), eos_token=0)
+    return llguidance.LLTokenizer(tokenizer.json(), eos_token=0)
 
 
 def accepts(tokenizer: Tokenizer, lark: str, text: str) -> bool:
