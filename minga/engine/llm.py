@@ -240,7 +240,7 @@ class LLM:
 
     # ------------------------------------------------------------------ prompts
 
-    def _sequence(self, prompt: str | list[int], params: SamplingParams, mark: bool = False) -> Sequence:
+    def _sequence(self, prompt: str | list[int], params: SamplingParams, marked: abc.Collection[int] = ()) -> Sequence:
         ids = self._encode(prompt)
         if len(ids) >= self.max_context:
             raise UserError(
@@ -254,7 +254,7 @@ class LLM:
             params,
             stop_ids=frozenset() if params.ignore_eos else self._stop_ids,
             max_length=max_length,
-            decoder=self.tokenizer.stream(mark=mark),
+            decoder=self.tokenizer.stream(marked=marked),
             guide=self._guide(params),
         )
 
@@ -300,13 +300,18 @@ class LLM:
     # ------------------------------------------------------------------ running
 
     def submit(
-        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", mark: bool = False
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = DEFAULT_PARAMS,
+        *,
+        salt: str = "",
+        marked: abc.Collection[int] = (),
     ) -> Entry:
         """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far.
 
-        mark: the text has a mark for each control token, for `Tokenizer.split_marks`.
+        marked: tokens that have a mark in the text, for `Tokenizer.split_marks`.
         """
-        return self._submit(self._sequence(prompt, params, mark), salt)
+        return self._submit(self._sequence(prompt, params, marked), salt)
 
     def step(self) -> None:
         """Everyone who runs gets some tokens, and some of what waits is read. Nothing, where there is nothing to do."""
