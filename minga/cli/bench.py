@@ -16,6 +16,7 @@ BENCHES = {
     "train": "what training costs, against transformers and a 2023-style baseline",
     "ablation": "what each part of the training recipe gives, at equal CPU time",
     "engine": "reading and writing beside llama.cpp and transformers, memory, and what MTP drafts gain (of --model)",
+    "serve": "what the server adds to the engine, to a step with a grammar, and under 64 clients (of --model)",
     "quant": "how far weights in few bits are from the floats, beside llama.cpp's types (of --model)",
 }
 
@@ -53,7 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--minutes", type=float, metavar="M", help="length of a baseline run, or of each run of the ablation"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of both sides (default 2)")
-    parser.add_argument("--model", metavar="PATH", help="trained model or run folder (engine, quant)")
+    parser.add_argument("--model", metavar="PATH", help="trained model or run folder (engine, quant, serve)")
     parser.set_defaults(run=run)
     return parser
 

@@ -47,6 +47,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     engine = parser.add_argument_group("the models")
     engine.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
     engine.add_argument("--cache", choices=["float32", "float16", "int8"], help="numbers of the attention cache")
+    engine.add_argument(
+        "--prefix-memory",
+        metavar="SIZE",
+        help="of the cache, kept for prompts that come again, such as 2GB (default: some)",
+    )
     engine.add_argument("--no-speculate", action="store_true", help="do not guess ahead with multi-token prediction")
     engine.add_argument(
         "--max-running", type=int, default=64, metavar="N", help="requests of a model side by side (default 64)"
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         quant=args.quant,
         speculate=not args.no_speculate,
         cache=args.cache,
+        prefix_memory=args.prefix_memory,
         rates=rates_of(args),
     )
     if args.replicas == 1:

@@ -208,7 +208,8 @@ RULES = (
         ("illicit",),
         0.75,
         "hack|hackear|hackeo",
-        r"(?<!assist with )(?<!help with )\b{}(?:ing)? (?:in ?to )?(?:someone|somebody|(?:my|his|her|a|an|the|la|el|mi|un|una) (?:\w+ )?"
+        r"(?<!assist with )(?<!help with )\b{}(?:ing)? (?:in ?to )?"
+        r"(?:someone|somebody|(?:my|his|her|a|an|the|la|el|mi|un|una) (?:\w+ )?"
         r"(?:ex|wife|husband|girlfriend|boyfriend|neighbou?r|friend|bank|account|email|phone|"
         r"cuenta|correo|telefono|banco|novia|novio|vecino|esposa|esposo)\b)",
         "asks to break into accounts or devices of others",
@@ -341,7 +342,8 @@ RULES = (
         "kill|murder|hurt|stab|shoot|beat|burn|destroy|find you|matar|romper|pegar|apunalar|mato|morir",
         r"\b(?:(?:i|we)(?: wi|')?ll|i(?: am|'m| m)(?: going to| gonna))(?: \w+){0,4}? "
         r"(?:kill|murder|hurt|stab|shoot|beat|burn|destroy) (?:you|your (?:house|family|kids))\b|"
-        r"\bvas a morir\b|\b(?:te|os|lo|la) (?:voy|vamos) a (?:matar|romper|pegar|apunalar)\b|\bvoy a (?:matarte|romperte|apunalarte)\b|\bte mato\b",
+        r"\bvas a morir\b|\b(?:te|os|lo|la) (?:voy|vamos) a (?:matar|romper|pegar|apunalar)\b|"
+        r"\bvoy a (?:matarte|romperte|apunalarte)\b|\bte mato\b",
         "threatens a person",
     ),
     Rule(
@@ -369,7 +371,8 @@ RULES = (
         _GROUPS,
         r"(?:\b(?:kill|exterminate|gas|hang|shoot|burn|eradicate|matar|exterminar|quemar|ahorcar|fusilar)"
         r"(?: (?:all|every|them|the|a|tod[oa]s|los|las))* {}|"
-        r"\b{} (?:should|must|deserve to|deben|deberian|merecen)(?: all| tod[oa]s)? (?:be (?:killed|exterminated|gassed|hanged|shot|burned|eradicated)|die|morir|"
+        r"\b{} (?:should|must|deserve to|deben|deberian|merecen)(?: all| tod[oa]s)? "
+        r"(?:be (?:killed|exterminated|gassed|hanged|shot|burned|eradicated)|die|morir|"
         r"ser (?:exterminad|elimin|fusilad|quemad)\w*))",
         "calls for violence against a group of people",
     ),

@@ -30,10 +30,15 @@ def _digest(data: bytes, purpose: bytes) -> bytes:
 
 
 class PagePool:
-    """Numbers of pages. `num_free` counts those that can be had now, whether or not they still hold something."""
+    """Numbers of pages. `num_free` counts those that can be had now, whether or not they still hold something.
 
-    def __init__(self, num_pages: int):
+    most_kept: pages that nobody uses and that may still be found; beyond, the longest unused is given away before a page
+    that was never written, whose memory the system has not given yet.
+    """
+
+    def __init__(self, num_pages: int, most_kept: int | None = None):
         self.num_pages = num_pages
+        self._most_kept = num_pages if most_kept is None else most_kept
         self._never_used = deque(range(num_pages))
         self._unused: OrderedDict[int, None] = OrderedDict()  # released, the longest unused first
         self._users = [0] * num_pages
@@ -46,7 +51,8 @@ class PagePool:
 
     def take(self) -> int:
         """A page of one's own; its contents are anything. There must be a free one."""
-        if self._unused and (next(iter(self._unused)) not in self._names_of or not self._never_used):
+        is_empty = bool(self._unused) and next(iter(self._unused)) not in self._names_of
+        if is_empty or not self._never_used or len(self._unused) > self._most_kept:
             page, _ = self._unused.popitem(last=False)
             self._forget(page)
         else:

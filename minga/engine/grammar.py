@@ -44,13 +44,15 @@ class Grammar:
 @dataclass(frozen=True)
 class Thinking:
     """How an answer's thoughts are marked, as token ids. is_open: the prompt has begun them. budget: tokens between the marks,
-    at which the end is forced; None: no limit. Without an end there is nothing to count or force.
+    at which the end is forced; None: no limit. Without an end there is nothing to count or force. triggers_end: a trigger of
+    the grammar ends them too; elsewhere it is a word that is thought.
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     is_open: bool = False
     budget: int | None = None
+    triggers_end: bool = False
 
 
 class Grammars:
@@ -123,12 +125,13 @@ class Guide:
                 raise RuntimeError(f"a grammar refuses its own token {token}: {_first_line(self._matcher.get_error())}")
             return True
         self._holds = False
-        if self._is_thinking:
+        ends_thoughts = token in self._triggers and self._thinking is not None and self._thinking.triggers_end
+        if self._is_thinking and not ends_thoughts:
             self._think(token)
         elif self._may_think and self._begins_to_think(token):
             pass
         elif token in self._triggers and self._matcher is not None:
-            self._holds = True
+            self._is_thinking, self._holds = False, True
             self.take(token)
         return not (self._holds or self._is_over_budget)
 

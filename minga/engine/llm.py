@@ -47,6 +47,7 @@ from minga.runtime.machine import free_memory
 from minga.store import load_stored, load_tokenizer, weight_files
 
 MAX_DRAFTS = 4
+_PREFIX_BYTES, _PREFIX_TEXTS = 64 * 10**6, 4  # kept for prompts that may come again: so much, or so many whole contexts
 _SHARE_FOR_WEIGHTS = 0.8  # of free memory; what is larger stays on the disk
 _CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 DEFAULT_PARAMS = SamplingParams()
@@ -65,7 +66,8 @@ class LLM:
     text is the same. "always": by the module, whether it pays or not. num_drafts: guesses a step at most; None: as many as
     pay (one, with "always"). cache: "float32", "float16" or "int8" for the numbers of the attention cache; None: as the
     weights are. max_memory: bytes, or a text such as "4GB", for weights and cache together; activations come on top; None: a
-    quarter of what the machine has free for the cache. Weights that memory does not hold stay on the disk. Raises `UserError`
+    quarter of what the machine has free for the cache. prefix_memory: of the cache, for prompts that may come again and are not
+    read again then; None: four whole contexts, or 64 MB. Weights that memory does not hold stay on the disk. Raises `UserError`
     for what cannot be opened or does not fit.
     """
 
@@ -78,10 +80,11 @@ class LLM:
         num_drafts: int | None = None,
         cache: str | None = None,
         max_memory: int | str | None = None,
+        prefix_memory: int | str | None = None,
     ):
         disk = None if quant is not None else _disk_for(weight_files(path))
         model = load_stored(path, quant=quant, **({} if disk is None else {"empty": disk.empty}))
-        self._set_up(model, load_tokenizer(path), speculate, num_drafts, cache, max_memory, disk)
+        self._set_up(model, load_tokenizer(path), speculate, num_drafts, cache, max_memory, prefix_memory, disk)
         self._weights_stay = True
 
     @classmethod
@@ -94,10 +97,11 @@ class LLM:
         num_drafts: int | None = None,
         cache: str | None = None,
         max_memory: int | str | None = None,
+        prefix_memory: int | str | None = None,
     ) -> LLM:
         """An engine around a model in memory, such as one in training. Generating leaves the model in `eval` mode."""
         llm = cls.__new__(cls)
-        llm._set_up(model, tokenizer, speculate, num_drafts, cache, max_memory, None)
+        llm._set_up(model, tokenizer, speculate, num_drafts, cache, max_memory, prefix_memory, None)
         return llm
 
     def _set_up(
@@ -108,6 +112,7 @@ class LLM:
         num_drafts: int | None,
         cache: str | None,
         max_memory: int | str | None,
+        prefix_memory: int | str | None,
         disk: DiskMemory | None,
     ) -> None:
         if num_drafts is not None and (type(num_drafts) is not int or not 1 <= num_drafts <= MAX_DRAFTS):
@@ -126,7 +131,8 @@ class LLM:
         self._pace = Pace(self.num_drafts) if adapts else None
         self._lookup = Lookup() if adapts else None
         self._cache_dtype = fast.cache_dtype if cache is None else _CACHE_DTYPES[cache]
-        self._max_memory = None if max_memory is None else _parse_bytes(max_memory)
+        self._max_memory = None if max_memory is None else _parse_bytes(max_memory, "max_memory")
+        self._prefix_memory = None if prefix_memory is None else _parse_bytes(prefix_memory, "prefix_memory")
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
         if disk is not None:
             _LOG.warning("%s", _expected_pace(self.config, self._weight_bytes, disk))
@@ -234,7 +240,7 @@ class LLM:
 
     # ------------------------------------------------------------------ prompts
 
-    def _sequence(self, prompt: str | list[int], params: SamplingParams, mark: bool = False) -> Sequence:
+    def _sequence(self, prompt: str | list[int], params: SamplingParams, marked: abc.Collection[int] = ()) -> Sequence:
         ids = self._encode(prompt)
         if len(ids) >= self.max_context:
             raise UserError(
@@ -248,7 +254,7 @@ class LLM:
             params,
             stop_ids=frozenset() if params.ignore_eos else self._stop_ids,
             max_length=max_length,
-            decoder=self.tokenizer.stream(mark=mark),
+            decoder=self.tokenizer.stream(marked=marked),
             guide=self._guide(params),
         )
 
@@ -294,13 +300,18 @@ class LLM:
     # ------------------------------------------------------------------ running
 
     def submit(
-        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", mark: bool = False
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = DEFAULT_PARAMS,
+        *,
+        salt: str = "",
+        marked: abc.Collection[int] = (),
     ) -> Entry:
         """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far.
 
-        mark: the text has a mark for each control token, for `Tokenizer.split_marks`.
+        marked: tokens that have a mark in the text, for `Tokenizer.split_marks`.
         """
-        return self._submit(self._sequence(prompt, params, mark), salt)
+        return self._submit(self._sequence(prompt, params, marked), salt)
 
     def step(self) -> None:
         """Everyone who runs gets some tokens, and some of what waits is read. Nothing, where there is nothing to do."""
@@ -333,7 +344,13 @@ class LLM:
             self._runner.before = totals
 
     def _make_runner(self, model: PlainModel | CompiledModel) -> Runner:
-        return Runner(model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup)
+        kept = self._prefix_memory
+        if kept is None:
+            kept = max(_PREFIX_BYTES, _PREFIX_TEXTS * self.max_context * self._page_bytes // PAGE)
+        return Runner(
+            model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup,
+            most_kept=kept // self._page_bytes,
+        )  # fmt: skip
 
     def _run(self, sequences: list[Sequence], salt: str, began: float) -> Iterator[None]:
         """Runs all to their end, beside whatever else runs; yields where they have got something."""
@@ -397,10 +414,10 @@ def _expected_pace(config: ModelConfig, size: int, disk: DiskMemory) -> str:
     )
 
 
-def _parse_bytes(size: int | str) -> int:
+def _parse_bytes(size: int | str, name: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
     if match is None:
-        raise UserError(f"max_memory is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
+        raise UserError(f"{name} is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 

@@ -69,7 +69,7 @@ class Runner:
     """`step` while the scheduler is busy.
 
     max_drafts: guesses a step by the MTP module, 0 for none. pace: how many of them pay; None: always that many.
-    lookup: guesses by what the text said before; None: none.
+    lookup: guesses by what the text said before; None: none. most_kept: pages for prompts that may come again; None: all.
     """
 
     def __init__(
@@ -80,12 +80,13 @@ class Runner:
         max_drafts: int = 0,
         pace: Pace | None = None,
         lookup: Lookup | None = None,
+        most_kept: int | None = None,
     ):
         self.model = model
         self.max_drafts, self.pace, self.lookup = max_drafts, pace, lookup
         self.stats, self.before = Stats(), Stats()
         longest = model.config.max_position_embeddings + max_drafts + 1
-        self.scheduler = Scheduler(pages.slots.shape[1], longest)
+        self.scheduler = Scheduler(pages.slots.shape[1], longest, most_kept)
         self.cache = Cache(pages, self.scheduler.table_BP)
         self._seconds_a_step: dict[tuple[int, int], float] = {}  # the last, by texts side by side and guesses
 

@@ -101,10 +101,10 @@ class Entry:
 
 
 class Scheduler:
-    """num_pages: of the cache. max_length: of a text, guesses included."""
+    """num_pages: of the cache; most_kept: of them, for what nobody reads now. max_length: of a text, guesses included."""
 
-    def __init__(self, num_pages: int, max_length: int):
-        self.pool = PagePool(num_pages)
+    def __init__(self, num_pages: int, max_length: int, most_kept: int | None = None):
+        self.pool = PagePool(num_pages, most_kept)
         self.waiting: deque[Entry] = deque()
         self.running: list[Entry] = []  # in the order in which they were taken
         # the pages of every running sequence; what stands behind them in a row is anything

@@ -131,8 +131,8 @@ class _Rows:
         sizes = np.array([len(row) for row in chosen])
         values = np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes).astype(np.float32)
         columns = torch.from_numpy(np.concatenate([*chosen, np.empty(0, np.intp)]))
-        rows = torch.repeat_interleave(torch.arange(len(chosen)), torch.from_numpy(sizes))
-        return _sparse(rows, columns, torch.from_numpy(values), (len(chosen), NUM_BUCKETS))
+        row_of = torch.repeat_interleave(torch.arange(len(chosen)), torch.from_numpy(sizes))
+        return _sparse(row_of, columns, torch.from_numpy(values), (len(chosen), NUM_BUCKETS))
 
 
 def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -170,7 +170,7 @@ def _fit(x: Tensor, y: Tensor, *, l2: float, num_steps: int = 120) -> tuple[Tens
         weights.grad, bias.grad = transposed @ slope + l2 * weights, slope.sum(0)
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return weights, bias
 
 
@@ -204,9 +204,9 @@ def _measure(
 ) -> dict[str, Any]:
     learned = np.array([classifier.learned_scores(text) for text in texts]).reshape(-1, len(CATEGORIES))
     scores = np.array([[*classifier.scores(text).values()] for text in texts]).reshape(-1, len(CATEGORIES))
-    harmful: npt.NDArray[np.bool_] = np.asarray(y.any(axis=1))
+    harmful = y.max(axis=1)
     is_twin = np.array([text in twins for text in texts], dtype=bool)
-    flagged: npt.NDArray[np.bool_] = np.asarray((scores >= THRESHOLD).any(axis=1))
+    flagged = (scores >= THRESHOLD).max(axis=1)
     categories = {}
     for place, name in enumerate(CATEGORIES):
         positive = y[:, place]

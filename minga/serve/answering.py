@@ -8,6 +8,7 @@ tells text, reasoning and calls apart, and where a guard watches, a `StreamGuard
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,33 +52,37 @@ class Prompt:
     is_thinking: bool  # the answer begins in the middle of thoughts
 
 
-def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
-    """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
-    llm, dialect = worker.llm, worker.dialect
+def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
+    """The prompt's tokens, and whether it ends in the middle of thoughts. Raises `ApiError` for what cannot be rendered."""
+    llm, dialect, use = worker.llm, worker.dialect, generation.tool_use
     try:
-        if generation.prompt is None:
-            tools = () if generation.tool_choice == "none" else generation.tools
-            ids = dialects.render_prompt(
-                llm.tokenizer, generation.messages, tools=tools, thinking=generation.thinking, dialect=dialect
-            )
-            is_open = dialects.opens_thinking(llm.tokenizer, ids, dialect)
-        else:
+        if generation.prompt is not None:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
-            is_open = False
+            return ids, False
+        tools = () if use is None else use.tools
+        ids = dialects.render_prompt(
+            llm.tokenizer, generation.messages, tools=tools, thinking=generation.thinking, dialect=dialect
+        )
+        return ids, dialects.opens_thinking(llm.tokenizer, ids, dialect)
     except UserError as error:
         raise ApiError(str(error), param=generation.field, code="invalid_value") from None
+
+
+def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
+    """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
+    ids, is_thinking = render(generation, worker)
     params = _within_context(generation, len(ids), worker)
     if most_tokens is not None:
         params = replace(params, max_tokens=min(params.max_tokens, most_tokens))
-    params = replace(params, thinking=_thinking(generation, llm, dialect, is_open))
+    params = replace(params, thinking=_thinking(generation, worker, is_thinking))
     try:
-        params = replace(params, grammar=_grammar(generation, llm, dialect))
+        params = replace(params, grammar=_grammar(generation, worker))
         if params.grammar is not None:
-            llm.check_grammar(params.grammar)
+            worker.llm.check_grammar(params.grammar)
     except UserError as error:
         field = "tools" if generation.format is None else "response_format"
         raise ApiError(str(error), param=field, code="invalid_schema") from None
-    return Prompt(ids, params, is_open)
+    return Prompt(ids, params, is_thinking)
 
 
 def _within_context(generation: Generation, num_prompt_tokens: int, worker: Worker) -> SamplingParams:
@@ -94,33 +99,43 @@ def _within_context(generation: Generation, num_prompt_tokens: int, worker: Work
     return generation.params_within(room)
 
 
-def _thinking(generation: Generation, llm: LLM, dialect: dialects.Dialect, is_open: bool) -> Thinking | None:
+def _thinking(generation: Generation, worker: Worker, is_open: bool) -> Thinking | None:
     if generation.prompt is not None:
         return None
-    start, end = (
-        tuple(llm.tokenizer.encode(mark.strip(), specials=True)) for mark in (dialect.think, dialect.end_think)
-    )
-    return Thinking(start, end, is_open, generation.thinking_budget)
+    tokenizer, marks = worker.llm.tokenizer, (worker.dialect.think, worker.dialect.end_think)
+    start, end = (tuple(tokenizer.encode(mark.strip(), specials=True)) for mark in marks)
+    return Thinking(start, end, is_open, generation.thinking_budget, triggers_end=bool(worker.dialect.separator))
 
 
-def _grammar(generation: Generation, llm: LLM, dialect: dialects.Dialect) -> Grammar | None:
-    answer = generation.format
-    if answer is not None:
-        makers: dict[str, Callable[[Any], str]] = {
-            "json_object": dialects.json_grammar,
-            "json_schema": dialects.json_grammar,
-            "regex": dialects.regex_grammar,
-            "choice": dialects.choice_grammar,
-            "lark": str,
-        }
-        return Grammar(makers[answer.kind](answer.value))
-    if generation.tool_choice == "none" or not generation.tools:
-        return None
-    found = dialects.call_grammar(
-        dialect, generation.tools, choice=generation.tool_choice, parallel=generation.parallel_calls,
-        tokenizer=llm.tokenizer,
+_ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
+    "json_object": dialects.json_grammar,
+    "json_schema": dialects.json_grammar,
+    "regex": dialects.regex_grammar,
+    "choice": dialects.choice_grammar,
+    "lark": str,
+}
+
+
+def _grammar(generation: Generation, worker: Worker) -> Grammar | None:
+    """Of calls, of the answer's format, or of either."""
+    answer, use = generation.format, generation.tool_use
+    lark = None if answer is None else _ANSWER_GRAMMARS[answer.kind](answer.value)
+    if use is None:
+        return None if lark is None else Grammar(lark)
+    must_call = use.required or lark is not None
+    calls = dialects.call_grammar(
+        worker.dialect, use.callable, choice="required" if must_call else "auto", parallel=use.parallel,
+        tokenizer=worker.llm.tokenizer,
     )  # fmt: skip  # thoughts are the guide's
-    return Grammar(found.lark, found.triggers)
+    return Grammar(calls.lark, calls.triggers) if lark is None else Grammar(_either(calls.lark, lark))
+
+
+def _either(one: str, other: str) -> str:
+    """A grammar of two, whose rules have other names but for the first."""
+    first, second = (
+        re.sub(r"^start:", f"{name}:", lark, flags=re.MULTILINE) for name, lark in (("a", one), ("b", other))
+    )
+    return f"start: a | b\n{first}\n{second}"
 
 
 class Answering:
@@ -191,9 +206,10 @@ class Answering:
         """Prepares and queues it. Raises `ApiError` if it is refused."""
         if self.generation.watermark and self._watermark is None:
             raise invalid("watermark", "this server has no secret to mark with; start it with --watermark")
+        if self.generation.moderation is not None and self._guard is None:
+            raise invalid("moderation", "this server has no guard; start it without `--guard none`")
         self.worker.refuse_if_full()
-        await asyncio.to_thread(self._judge_input)
-        self.prompt = await asyncio.to_thread(prepare, self.generation, self.worker, self._most_tokens)
+        self.prompt = await asyncio.to_thread(self._prepare)
         self.outcome.usage.prompt = len(self.prompt.ids)
         self._ask()
 
@@ -205,11 +221,11 @@ class Answering:
         while self._num_over < self._num_jobs:
             events: list[Event] = []
             for index, item in await self._all_news(patience):
-                found = self._events_of(index, item)
+                found = await self._events_of(index, item)
                 if self._trial is None:
                     events += found
                 else:
-                    self._try(self._trial.candidates[index], [*found], item)
+                    self._try(self._trial, index, found, item)
             if self._trial is not None and (self._trial.decided or self._num_over == self._num_jobs):
                 self.cancel()
                 self.outcome.scaling = self._trial.document()
@@ -219,19 +235,20 @@ class Answering:
             yield events
             if self.outcome.scaling is not None:
                 break
-        await asyncio.to_thread(self._judge_output)
+        if self._guard is not None:
+            await asyncio.to_thread(self._judge_output, self._guard)
 
-    def _try(self, candidate: Candidate, events: list[Event], item: Delta | BaseException | None) -> None:
+    def _try(self, trial: Trial, index: int, events: list[Event], item: Delta | BaseException | None) -> None:
         """Events of one of several answers, none of which is told yet."""
-        assert self._trial is not None
+        candidate, job = trial.candidates[index], self._jobs[index]
         candidate.events += events
         for event in events:
             candidate.outcome.take(event)
         if isinstance(item, Delta):
             candidate.take([token.logprob for token in item.logprobs or []], len(item.token_ids))
-            if self._trial.hopeless(candidate):
-                self._jobs[self._trial.candidates.index(candidate)].cancel()
-        elif not self._jobs[self._trial.candidates.index(candidate)].cancelled.is_set():
+            if trial.hopeless(candidate):
+                job.cancel()
+        elif not job.cancelled.is_set():
             candidate.finished = True
 
     async def _all_news(self, patience: float | None) -> list[tuple[int, Delta | BaseException | None]]:
@@ -247,49 +264,57 @@ class Answering:
             news.append(self._news.get_nowait())
         return news
 
-    def _events_of(self, index: int, item: Delta | BaseException | None) -> Iterator[Event]:
+    async def _events_of(self, index: int, item: Delta | BaseException | None) -> list[Event]:
         if self._failure is not None:
             raise self._failure
         if isinstance(item, BaseException):
             raise refusal_of(item, self.generation.field)
         if self.first_token is None:
             self._note_first()
-        speaker = self._speakers[index]
+        speaker, job = self._speakers[index], self._jobs[index]
         if item is None:
             self._num_over += 1
-            self.outcome.usage.reasoning += self._jobs[index].num_reasoning_tokens
-            yield from speaker.close()
-            return
+            self.outcome.usage.reasoning += job.num_reasoning_tokens
+        else:
+            self._note_tokens(len(item.token_ids))
+        if not speaker.is_guarded:
+            return list(speaker.hear(item))
+        events = await asyncio.to_thread(lambda: list(speaker.hear(item)))  # a guard may be a model
+        if speaker.verdict is not None:
+            job.cancel()
+        return events
+
+    def _note_tokens(self, num_tokens: int) -> None:
         now = monotonic()
         if self.last_token is not None:
             self.pauses.append(now - self.last_token)
         self.last_token = now
-        self.outcome.usage.completion += len(item.token_ids)
-        yield from speaker.say(item)
-        if speaker.is_blocked:
-            self._jobs[index].cancel()
+        self.outcome.usage.completion += num_tokens
 
     # ------------------------------------------------------------------ moderation
 
-    def _judge_input(self) -> None:
+    def _prepare(self) -> Prompt:
+        if self._guard is not None:
+            self._judge_input(self._guard)
+        return prepare(self.generation, self.worker, self._most_tokens)
+
+    def _judge_input(self, guard: Guard) -> None:
         """Raises `ApiError` for what may not be asked."""
-        if self._guard is None:
-            return
-        verdict = judge(self._guard, _said_by_user(self.generation, self.worker.llm))
+        verdict = judge(guard, _said_by_user(self.generation, self.worker.llm))
         if verdict.flagged and self._blocks_input:
             flagged = ", ".join(name for name, is_flagged in verdict.categories.items() if is_flagged)
-            message = f"the input was flagged by {self._guard.name} ({flagged}); ask for something else"
+            message = f"the input was flagged by {guard.name} ({flagged}); ask for something else"
             raise ApiError(message, param=self.generation.field, code="content_filter")
         if self.generation.moderation is not None:
-            self.outcome.moderation = {"input": moderation_document(self._guard, [verdict])}
+            self.outcome.moderation = {"input": moderation_document(guard, [verdict])}
 
-    def _judge_output(self) -> None:
-        if self._guard is not None and self.outcome.moderation is not None:
-            verdicts = [
-                speaker.verdict or judge(self._guard, choice.text)
-                for speaker, choice in zip(self._speakers, self.outcome.choices, strict=True)
-            ]
-            self.outcome.moderation["output"] = moderation_document(self._guard, verdicts)
+    def _judge_output(self, guard: Guard) -> None:
+        if self.outcome.moderation is None:
+            return
+        choices = self.outcome.choices
+        kept_back = [speaker.verdict for speaker in self._speakers] if self._trial is None else [None]
+        verdicts = [verdict or judge(guard, choice.text) for verdict, choice in zip(kept_back, choices, strict=True)]
+        self.outcome.moderation["output"] = moderation_document(guard, verdicts)
 
     def cancel(self) -> None:
         for job in self._jobs:
@@ -339,8 +364,9 @@ class _Speaker:
 
     def __init__(self, index: int, answering: Answering, is_thinking: bool):
         generation, worker = answering.generation, answering.worker
-        names = [] if generation.tool_choice == "none" else [tool.name for tool in generation.tools]
-        self._index, self._tokenizer = index, worker.llm.tokenizer
+        use = generation.tool_use
+        names = [] if use is None else [tool.name for tool in use.callable]
+        self._index, self._tokenizer, self._markers = index, worker.llm.tokenizer, worker.markers
         self._answering = answering
         self._parser = dialects.StreamParser(worker.dialect, tools=names, thinking=is_thinking)
         self._plain = generation.prompt is not None
@@ -358,41 +384,45 @@ class _Speaker:
         return next((guard.blocked for guard in guards if guard is not None and guard.blocked is not None), None)
 
     @property
-    def is_blocked(self) -> bool:
-        return self.verdict is not None
+    def is_guarded(self) -> bool:
+        return self._text_guard is not None
 
-    def say(self, delta: Delta) -> Iterator[Event]:
-        if self.is_blocked:
+    def hear(self, item: Delta | None) -> Iterator[Event]:
+        """What is new, or the end: None."""
+        return self._close() if item is None else self._say(item)
+
+    def _say(self, delta: Delta) -> Iterator[Event]:
+        if self.verdict is not None:
             return
         if delta.finish_reason is not None:
             self._reason, self._stop = delta.finish_reason, delta.stop
         if self._logprobs is not None:
             self._logprobs += delta.logprobs or []
-        for piece, control in self._tokenizer.split_marks(delta.text):
+        for piece, control in self._tokenizer.split_marks(delta.text, self._markers):
             if self._plain:
                 yield from self._text("" if control else piece)
                 continue
             for event in self._parser.push(piece, control):
                 yield from self._told(event)
 
-    def close(self) -> Iterator[Event]:
+    def _close(self) -> Iterator[Event]:
         for event in () if self._plain else self._parser.close():
             yield from self._told(event)
         if self._thought_guard is not None and (rest := self._thought_guard.close()):
             yield Reasoning(self._index, rest)
         rest = "" if self._text_guard is None else self._text_guard.close()
-        if not self.is_blocked and (rest or self._logprobs):  # logprobs of tokens that gave no text
+        if self.verdict is None and (rest or self._logprobs):  # logprobs of tokens that gave no text
             yield self._released(rest)
         self._answering.num_malformed_calls += self._parser.malformed
         yield Finish(self._index, self._finish_reason(), self._stop)
 
     def _finish_reason(self) -> str:
-        if self.is_blocked:
+        if self.verdict is not None:
             return "content_filter"
         return "tool_calls" if self._num_calls and self._reason == "stop" else self._reason
 
     def _told(self, event: dialects.Event) -> Iterator[Event]:
-        if self.is_blocked:
+        if self.verdict is not None:
             return
         if isinstance(event, dialects.Text):
             yield from self._text(event.text)
@@ -407,7 +437,7 @@ class _Speaker:
 
     def _text(self, text: str) -> Iterator[Event]:
         shown = text if self._text_guard is None else self._text_guard.push(text)
-        if shown or (self._logprobs and not self.is_blocked):
+        if shown or (self._logprobs and self.verdict is None):
             yield self._released(shown)
 
     def _released(self, text: str) -> Text:

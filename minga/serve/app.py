@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 import minga
 from minga.serve.answer import Answer
-from minga.serve.answering import prepare
+from minga.serve.answering import render
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
 from minga.serve.embeddings import EmbeddingBody
@@ -158,8 +158,8 @@ class Api:
     async def count_tokens(self, request: Request) -> Response:
         body = parse_body(CountTokensBody, await _read_body(request))
         worker = self.service.worker(body.model)
-        prompt = await asyncio.to_thread(prepare, body.generation(), worker)
-        return json_response(count_document(len(prompt.ids)))
+        ids, _ = await asyncio.to_thread(render, body.generation(), worker)
+        return json_response(count_document(len(ids)))
 
     # ------------------------------------------------------------------ models, embeddings, words
 

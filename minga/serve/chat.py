@@ -14,8 +14,10 @@ from minga.serve.common import (
     MAX_CHOICES,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
+    AllowedToolsChoice,
     Effort,
     ModerationFields,
+    NamedTool,
     ResponseFormat,
     SamplingFields,
     ScalingFields,
@@ -24,10 +26,10 @@ from minga.serve.common import (
     Tools,
     answer_format,
     checked_tools,
-    chosen_tools,
     moderated,
     scaling_of,
     thinks,
+    tool_use,
 )
 from minga.serve.errors import ApiError
 from minga.serve.generation import (
@@ -178,20 +180,15 @@ class ChatBody(SamplingFields):
             )
         if self.scaling is not None and (self.n or 1) > 1:
             raise invalid("n", "with `scaling` one answer is given; leave it out")
-        tool_choice, tools = chosen_tools(self.tool_choice, checked_tools(self.tools))
         answer = answer_format(self.response_format, self.structured_outputs)
-        if answer is not None and tool_choice not in ("auto", "none"):
-            raise invalid(
-                "tool_choice", "a call that must come leaves no room for the format that the answer must have"
-            )
+        parallel = self.parallel_tool_calls is not False
+        use = tool_use(checked_tools(self.tools), *_mode_and_names(self.tool_choice), parallel=parallel, answer=answer)
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
             messages=[plain_message(message) for message in self.messages],
             max_tokens=old if new is None else new,
             num_choices=self.n or 1,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_calls=self.parallel_tool_calls is not False,
+            tool_use=use,
             format=answer,
             thinking=thinks(self.reasoning_effort),
             thinking_budget=self.thinking_budget,
@@ -200,6 +197,14 @@ class ChatBody(SamplingFields):
             watermark=bool(self.watermark),
             salt=self.prompt_cache_key or "",
         )
+
+
+def _mode_and_names(choice: ToolChoice | None) -> tuple[str, list[str] | None]:
+    if isinstance(choice, NamedTool):
+        return "required", [choice.function.name]
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode, [tool.function.name for tool in choice.allowed_tools.tools]
+    return choice or "auto", None
 
 
 def plain_message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
@@ -251,7 +256,7 @@ class ChatWriter:
             message["reasoning_content"] = choice.reasoning
         if calls:
             message["tool_calls"] = calls
-        logprobs = self._logprobs(choice.logprobs or []) if self._logprobs_wanted else None
+        logprobs = self._logprobs(choice.logprobs) if self._logprobs_wanted else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     # ------------------------------------------------------------------ a stream

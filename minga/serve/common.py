@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,8 +12,8 @@ from minga.data.json_schema import check_choices, check_regex, check_schema
 from minga.engine.sampler import MAX_SEED, SamplingParams
 from minga.errors import UserError
 from minga.serve.errors import ApiError
-from minga.serve.generation import AnswerFormat, Moderated, Scaling
-from minga.serve.schema import Body, invalid
+from minga.serve.generation import AnswerFormat, Moderated, Scaling, ToolUse
+from minga.serve.schema import Body, invalid, short
 
 MAX_BIASES = 1024
 MAX_CHOICES = 16  # of one request
@@ -201,28 +201,30 @@ def refuse_twins(tools: tuple[Tool, ...], field: str) -> None:
             raise invalid(f"{field}[{index}]", f"two tools are called {name}; give each its own name")
 
 
-def chosen_tools(
-    choice: ToolChoice | None, tools: tuple[Tool, ...], field: str = "tool_choice"
-) -> tuple[str, tuple[Tool, ...]]:
-    """The choice as `Generation` has it, and the tools that may be called."""
-    if choice is None:
-        return "auto" if tools else "none", tools
-    if isinstance(choice, str):
-        if choice == "required" and not tools:
-            raise invalid(field, "it needs `tools`")
-        return choice if tools else "none", tools
+def tool_use(
+    tools: tuple[Tool, ...],
+    mode: str,
+    named: Sequence[str] | None = None,
+    *,
+    parallel: bool,
+    answer: AnswerFormat | None,
+    name_field: str = "tool_choice",
+) -> ToolUse | None:
+    """What a `Generation` has of these wishes. mode: "auto", "none" or "required"; named: the tools that may be called, all
+    if None; name_field: where the request names them. answer: the format that what is no call must have.
+    """
     names = {tool.name for tool in tools}
-    wanted = (
-        [choice.function.name]
-        if isinstance(choice, NamedTool)
-        else [t.function.name for t in choice.allowed_tools.tools]
-    )
-    for name in wanted:
+    for name in named or ():
         if name not in names:
-            raise invalid(field, f"{name} is not among `tools`")
-    if isinstance(choice, NamedTool):
-        return wanted[0], tools
-    return choice.allowed_tools.mode, tuple(tool for tool in tools if tool.name in wanted)
+            raise invalid(name_field, f"{short(name)} is not among `tools`")
+    if mode == "required" and not tools:
+        raise invalid("tool_choice", "it needs `tools`")
+    if mode == "required" and answer is not None:
+        raise invalid("tool_choice", "a call that must come leaves no room for the format that the answer must have")
+    if mode == "none" or not tools:
+        return None
+    may_call = tuple(tool for tool in tools if named is None or tool.name in named)
+    return ToolUse(tools, may_call, required=mode == "required", parallel=parallel)
 
 
 def answer_format(

@@ -56,7 +56,6 @@ class CompletionBody(SamplingFields):
             max_tokens=self.max_tokens,
             default_max_tokens=_DEFAULT_MAX_TOKENS,
             num_choices=self.n or 1,
-            tool_choice="none",
             format=answer_format(None, self.structured_outputs),
             watermark=bool(self.watermark),
             salt=self.prompt_cache_key or "",
@@ -84,7 +83,7 @@ class CompletionWriter:
 
     def document(self, outcome: Outcome) -> dict[str, Any]:
         choices = [
-            self._choice(index, self._echo + choice.text, choice.logprobs or [], choice.finish_reason)
+            self._choice(index, self._echo + choice.text, choice.logprobs, choice.finish_reason)
             for index, choice in enumerate(outcome.choices)
         ]
         return {**self._head, "choices": choices, "usage": usage_document(outcome.usage), **extras(outcome)}

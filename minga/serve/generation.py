@@ -7,7 +7,7 @@ An endpoint turns its body into a `Generation`. What the model says comes back a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from minga.data.dialects import Tool, ToolCall
@@ -25,6 +25,18 @@ class AnswerFormat:
 
     kind: str
     value: Any = None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that the model is told of, and those of them that it may call. required: it calls one, and says nothing else.
+    parallel: it may call several.
+    """
+
+    tools: tuple[Tool, ...]
+    callable: tuple[Tool, ...]
+    required: bool = False
+    parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Generation:
     """A checked request. `messages` are in the shape of OpenAI's chat: texts, tool calls with arguments as text, reasoning.
 
     prompt: a plain text or token ids, instead of messages. echo: the prompt belongs to the answer's text.
-    tool_choice: "auto", "none", "required" or the name of a tool. thinking: None leaves it to the model's template.
+    thinking: None leaves it to the model's template.
     max_tokens: None takes `default_max_tokens`, or what room there is. salt: cached prompts are shared with the same salt only.
     field: what the endpoint calls the messages, for refusals.
     """
@@ -65,9 +77,7 @@ class Generation:
     max_tokens: int | None = None
     default_max_tokens: int = DEFAULT_MAX_TOKENS
     num_choices: int = 1
-    tools: tuple[Tool, ...] = ()
-    tool_choice: str = "auto"
-    parallel_calls: bool = True
+    tool_use: ToolUse | None = None
     format: AnswerFormat | None = None
     thinking: bool | None = None
     thinking_budget: int | None = None
@@ -141,25 +151,52 @@ class Usage:
     reasoning: int = 0
 
 
-@dataclass
 class Choice:
-    text: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    finish_reason: str = "stop"
-    logprobs: list[TokenLogprob] | None = None
-    stop: str | None = None
+    """One answer, in the order in which its parts came."""
 
-    def events(self, index: int = 0) -> Iterator[Event]:
-        """What a stream of this choice alone could have been."""
-        if self.reasoning:
-            yield Reasoning(index, self.reasoning)
-        if self.text or self.logprobs:
-            yield Text(index, self.text, self.logprobs)
-        for number, call in enumerate(self.calls):
-            yield CallStart(index, number, call.id, call.name)
-            yield CallArguments(index, number, call.arguments)
-        yield Finish(index, self.finish_reason, self.stop)
+    def __init__(self) -> None:
+        self.finish_reason = "stop"
+        self.stop: str | None = None  # the stop string that ended it
+        self._parts: list[Text | Reasoning | CallStart | CallArguments] = []  # neighbours of a kind are one
+
+    def take(self, event: Event) -> None:
+        """Adds an event to what is there."""
+        last = self._parts[-1] if self._parts else None
+        if isinstance(event, Finish):
+            self.finish_reason, self.stop = event.reason, event.stop
+        elif isinstance(event, Text) and isinstance(last, Text):
+            logprobs = None if event.logprobs is None else [*(last.logprobs or []), *event.logprobs]
+            self._parts[-1] = replace(last, text=last.text + event.text, logprobs=logprobs)
+        elif isinstance(event, (Reasoning, CallArguments)) and isinstance(last, type(event)):
+            self._parts[-1] = replace(last, text=last.text + event.text)
+        else:
+            self._parts.append(event)
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self._parts if isinstance(part, Text))
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self._parts if isinstance(part, Reasoning))
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        arguments: dict[int, str] = {}
+        for part in self._parts:
+            if isinstance(part, CallArguments):
+                arguments[part.call] = arguments.get(part.call, "") + part.text
+        starts = [part for part in self._parts if isinstance(part, CallStart)]
+        return [ToolCall(name=start.name, arguments=arguments.get(start.call, ""), id=start.id) for start in starts]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [logprob for part in self._parts if isinstance(part, Text) for logprob in part.logprobs or []]
+
+    def events(self) -> Iterator[Event]:
+        """The shortest stream that this answer could have been."""
+        yield from self._parts
+        yield Finish(self._parts[0].choice if self._parts else 0, self.finish_reason, self.stop)
 
 
 @dataclass
@@ -172,21 +209,7 @@ class Outcome:
     moderation: dict[str, Any] | None = None
 
     def take(self, event: Event) -> None:
-        """Adds an event to what is there."""
-        choice = self.choices[event.choice]
-        if isinstance(event, Text):
-            choice.text += event.text
-            if event.logprobs is not None:
-                choice.logprobs = (choice.logprobs or []) + event.logprobs
-        elif isinstance(event, Reasoning):
-            choice.reasoning += event.text
-        elif isinstance(event, CallStart):
-            choice.calls.append(ToolCall(name=event.name, arguments="", id=event.id))
-        elif isinstance(event, CallArguments):
-            call = choice.calls[event.call]
-            choice.calls[event.call] = replace(call, arguments=call.arguments + event.text)
-        else:
-            choice.finish_reason, choice.stop = event.reason, event.stop
+        self.choices[event.choice].take(event)
 
 
 class Writer(Protocol):

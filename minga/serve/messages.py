@@ -23,9 +23,9 @@ from minga.serve.common import (
     MAX_TOOLS,
     SamplingFields,
     Stop,
-    chosen_tools,
     refuse_twins,
     schema_format,
+    tool_use,
 )
 from minga.serve.errors import ApiError, json_bytes
 from minga.serve.generation import (
@@ -38,6 +38,7 @@ from minga.serve.generation import (
     Generation,
     Outcome,
     Reasoning,
+    ToolUse,
     Usage,
     sse,
 )
@@ -260,35 +261,25 @@ class CountTokensBody(Body):
             raise invalid(
                 "messages", "the last one is the assistant's, and an answer cannot be continued; end with the user's"
             )
-        tool_choice, tools = self._chosen(tuple(_tool(spec, index) for index, spec in enumerate(self.tools or [])))
         answer = self._format()
-        if answer is not None and tool_choice not in ("auto", "none"):
-            raise invalid(
-                "tool_choice", "a call that must come leaves no room for the format that the answer must have"
-            )
         system = [{"role": "system", "content": _joined(self.system)}] if self.system else []
-        choice = self.tool_choice
         return Generation(
             sampling=SamplingFields.model_validate({}).sampling(),
             messages=system + [plain for message in self.messages for plain in _plain(message)],
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_calls=choice is None or isinstance(choice, NoneChoice) or not choice.disable_parallel_tool_use,
+            tool_use=self._tool_use(answer),
             format=answer,
             thinking=None if self.thinking is None else not isinstance(self.thinking, ThinkingOff),
             thinking_budget=self.thinking.budget_tokens if isinstance(self.thinking, ThinkingOn) else None,
         )
 
-    def _chosen(self, tools: tuple[Tool, ...]) -> tuple[str, tuple[Tool, ...]]:
+    def _tool_use(self, answer: AnswerFormat | None) -> ToolUse | None:
+        tools = tuple(_tool(spec, index) for index, spec in enumerate(self.tools or []))
         refuse_twins(tools, "tools")
-        choice = self.tool_choice
-        if isinstance(choice, ToolChoice):
-            if choice.name not in {tool.name for tool in tools}:
-                raise invalid("tool_choice.name", f"{short(choice.name)} is not among `tools`")
-            return choice.name, tools
-        return chosen_tools(
-            "required" if isinstance(choice, AnyChoice) else None if choice is None else choice.type, tools
-        )
+        asked = self.tool_choice
+        mode = "auto" if asked is None else {"any": "required", "tool": "required"}.get(asked.type, asked.type)
+        named = [asked.name] if isinstance(asked, ToolChoice) else None
+        parallel = asked is None or isinstance(asked, NoneChoice) or not asked.disable_parallel_tool_use
+        return tool_use(tools, mode, named, parallel=parallel, answer=answer, name_field="tool_choice.name")
 
     def _format(self) -> AnswerFormat | None:
         new, old = None if self.output_config is None else self.output_config.format, self.output_format

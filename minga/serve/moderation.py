@@ -10,6 +10,7 @@ it was.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,10 +72,12 @@ class ModelGuard:
 
     def __init__(self, model: Chats, params: Any = None, *, name: str = "model", controversial: float = THRESHOLD):
         self._model, self._params, self._controversial = model, params, controversial
+        self._lock = threading.Lock()  # an engine answers one thread at a time
         self.name = name
 
     def scores(self, text: str) -> dict[str, float]:
-        answer = self._model.chat([{"role": "user", "content": text}], self._params).text
+        with self._lock:
+            answer = self._model.chat([{"role": "user", "content": text}], self._params).text
         return parse_guard_answer(answer, controversial=self._controversial)
 
 

@@ -21,26 +21,21 @@ from minga.serve.common import (
     MAX_TOKENS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
-    AllowedTools,
-    AllowedToolsChoice,
     Effort,
     FunctionSpec,
     JsonObjectFormat,
     ModerationFields,
     Name,
-    NamedFunction,
-    NamedTool,
     SamplingFields,
     ScalingFields,
     TextFormat,
-    ToolChoice,
     checked_tool,
-    chosen_tools,
     moderated,
     refuse_twins,
     scaling_of,
     schema_format,
     thinks,
+    tool_use,
 )
 from minga.serve.errors import ApiError, json_bytes
 from minga.serve.generation import (
@@ -377,20 +372,15 @@ class ResponsesBody(SamplingFields):
             raise invalid("top_logprobs", 'it needs "message.output_text.logprobs" in `include`')
         tools = tuple(checked_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or []))
         refuse_twins(tools, "tools")
-        tool_choice, tools = chosen_tools(_chat_choice(self.tool_choice), tools)
         answer = self._format()
-        if answer is not None and tool_choice not in ("auto", "none"):
-            raise invalid(
-                "tool_choice", "a call that must come leaves no room for the format that the answer must have"
-            )
+        parallel = self.parallel_tool_calls is not False
+        use = tool_use(tools, *_mode_and_names(self.tool_choice), parallel=parallel, answer=answer)
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs_wanted else None),
             messages=system + _messages([*_ITEMS.validate_python(list(earlier)), *self.items]),
             max_tokens=self.max_output_tokens,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_calls=self.parallel_tool_calls is not False,
+            tool_use=use,
             format=answer,
             thinking=thinks(None if self.reasoning is None else self.reasoning.effort),
             thinking_budget=self.thinking_budget,
@@ -418,18 +408,12 @@ class ResponsesBody(SamplingFields):
         return AnswerFormat("json_object") if isinstance(format, JsonObjectFormat) else None
 
 
-def _chat_choice(choice: str | FunctionChoice | AllowedChoice | None) -> ToolChoice | None:
-    """The same choice in the shape that chat has for it."""
+def _mode_and_names(choice: str | FunctionChoice | AllowedChoice | None) -> tuple[str, list[str] | None]:
     if isinstance(choice, FunctionChoice):
-        return _named(choice)
+        return "required", [choice.name]
     if isinstance(choice, AllowedChoice):
-        allowed = AllowedTools(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
-        return AllowedToolsChoice(type="allowed_tools", allowed_tools=allowed)
-    return choice  # type: ignore[return-value]  # one of three words
-
-
-def _named(choice: FunctionChoice) -> NamedTool:
-    return NamedTool(type="function", function=NamedFunction(name=choice.name))
+        return choice.mode, [tool.name for tool in choice.tools]
+    return choice or "auto", None
 
 
 # ---------------------------------------------------------------------------------------------- the answer

@@ -39,7 +39,7 @@ def _plain(result: str) -> str:
     return result.replace(",", "") if _NUMBER.fullmatch(result) else result
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """An answer under way. `outcome` collects it; `events` are told if it is chosen."""
 

@@ -57,6 +57,7 @@ class Options:
     quant: str | None = None
     speculate: bool = True
     cache: str | None = None
+    prefix_memory: str | None = None
     rates: Rates | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +104,10 @@ def open_app(models: Mapping[str, str | Path], options: Options, stack: ExitStac
 
     settings = open_settings(options, stack, engine=engine)
     opened = {
-        name: LLM(path, quant=options.quant, speculate=options.speculate, cache=options.cache)
+        name: LLM(
+            path, quant=options.quant, speculate=options.speculate, cache=options.cache,
+            prefix_memory=options.prefix_memory,
+        )  # fmt: skip
         for name, path in models.items()
     }
     return create_app(opened, options.runs_dir, settings)

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from minga.data.dialects import dialect_of
+from minga.data.dialects import dialect_of, marker_tokens
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 MAX_RUNNING = 64
 MAX_WAITING = 128
 RETRY_AFTER_SECONDS = 5
+# Between two pieces of an answer, for each answer under way: sending costs the processor that the model needs.
+PIECE_SECONDS, MOST_PIECE_SECONDS = 0.002, 0.1
 _SPEED_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Job:
     began: float | None = None  # when the model's thread took it
     cancelled: threading.Event = field(default_factory=threading.Event)
     entry: Entry | None = None
+    told: float = -inf  # when its last piece was sent
     busy_seconds: float = 0.0  # of the model's time: its share, where several are answered side by side
     ended: bool = False
     embeds: bool = False  # `receive` gets the state of the text, and no answer
@@ -95,6 +99,7 @@ class Worker:
     def __init__(self, name: str, llm: LLM, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING):
         self.name, self.llm = name, llm
         self.dialect = dialect_of(llm.tokenizer)
+        self.markers = marker_tokens(llm.tokenizer, self.dialect)
         self.num_parameters = count_parameters(llm.config).total
         self.busy_seconds = 0.0  # of the model
         self._max_running, self._max_waiting = max_running, max_waiting
@@ -164,7 +169,9 @@ class Worker:
             share = seconds / max(1, len(running))
             for job in running:
                 job.busy_seconds += share
-            running = [job for job in running if self._collect(job, news)]
+            now = monotonic()
+            since = now - min(PIECE_SECONDS * len(running), MOST_PIECE_SECONDS)
+            running = [job for job in running if self._collect(job, news, now, since)]
             self._tell(news)
 
     def _rests(self) -> bool:
@@ -191,7 +198,7 @@ class Worker:
     def _open(self, job: Job) -> Entry:
         if job.embeds:
             return self.llm.submit_embedding(job.prompt_ids)
-        return self.llm.submit(job.prompt_ids, job.params, salt=f"{job.tenant}\0{job.salt}", mark=True)
+        return self.llm.submit(job.prompt_ids, job.params, salt=f"{job.tenant}\0{job.salt}", marked=self.markers)
 
     def _next(self, running: list[Job]) -> Job | None:
         """The first in the queue of the tenant with the fewest running; of equals, who was served longest ago."""
@@ -206,11 +213,13 @@ class Worker:
                 self._inbox[tenant] = queue  # now the last of equals
             return job
 
-    def _collect(self, job: Job, news: list[tuple[Job, Any]]) -> bool:
-        """What is new of a job; False once the answer is over."""
+    def _collect(self, job: Job, news: list[tuple[Job, Any]], now: float, since: float) -> bool:
+        """What is new of a job, if nothing was told since then; False once the answer is over."""
         assert job.entry is not None
         sequence, error = job.entry.sequence, None
         if not job.cancelled.is_set():
+            if job.told > since and not sequence.finished:
+                return True
             try:
                 delta = sequence.take_delta()
             except Exception as failure:
@@ -218,6 +227,7 @@ class Worker:
             else:
                 if delta.token_ids:
                     news.append((job, delta))
+                    job.told = now
                 if not sequence.finished:
                     return True
         self._end(job, error, news)

@@ -347,9 +347,9 @@ def test_memory_that_holds_not_even_one(model, tokenizer):
 def test_sizes(text, size):
     if size is None:
         with pytest.raises(UserError, match="max_memory"):
-            _parse_bytes(text)
+            _parse_bytes(text, "max_memory")
     else:
-        assert _parse_bytes(text) == size
+        assert _parse_bytes(text, "max_memory") == size
 
 
 def test_stats(model, tokenizer):

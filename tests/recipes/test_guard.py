@@ -203,3 +203,5 @@ def test_check_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("flagged: ") and "rule: asks how to make an explosive" in out
     assert main(["guard", "check", "a", "--threshold", "0"]) == 2
     assert "--threshold is 0.0" in capsys.readouterr().err
+    assert main(["guard", "check", "a", "--treshold", "0.3"]) == 2
+    assert "--treshold is not a flag (minga guard check). did you mean --threshold?" in capsys.readouterr().err

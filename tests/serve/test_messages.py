@@ -85,9 +85,9 @@ def writer_of(**fields: Any) -> MessagesWriter:
 def test_a_plain_text():
     generation = body_of().generation()
     assert generation.messages == [{"role": "user", "content": "Hello"}]
-    assert (generation.max_tokens, generation.tool_choice, generation.thinking) == (100, "none", None)
+    assert (generation.max_tokens, generation.tool_use, generation.thinking) == (100, None, None)
     assert (generation.sampling.temperature, generation.sampling.top_k) == (1.0, 0)
-    assert (generation.field, generation.parallel_calls) == ("messages", True)
+    assert generation.field == "messages"
 
 
 def test_a_conversation_with_everything():
@@ -108,8 +108,9 @@ def test_a_conversation_with_everything():
     ]
     sampling = generation.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (0.5, 0.9, 40, ("\n\n",))
-    assert [(tool.name, tool.strict) for tool in generation.tools] == [("weather", True)]
-    assert (generation.tool_choice, generation.parallel_calls) == ("auto", False)
+    use = generation.tool_use
+    assert use is not None and [(tool.name, tool.strict) for tool in use.tools] == [("weather", True)]
+    assert (use.required, use.parallel) == (False, False)
     assert (generation.thinking, generation.thinking_budget, generation.max_tokens) == (True, 20, 50)
     assert generation.format == AnswerFormat("json_schema", {"type": "object"})
 
@@ -117,7 +118,7 @@ def test_a_conversation_with_everything():
 def test_what_is_counted_is_what_is_asked():
     counted = parse_body(CountTokensBody, json_bytes(PROMPT)).generation()
     asked = parse_body(MessagesBody, json_bytes(FULL)).generation()
-    assert (counted.messages, counted.tools, counted.thinking) == (asked.messages, asked.tools, asked.thinking)
+    assert (counted.messages, counted.tool_use, counted.thinking) == (asked.messages, asked.tool_use, asked.thinking)
     assert count_document(5) == {"input_tokens": 5}
     with pytest.raises(ApiError, match="unknown parameter `max_tokens`"):
         parse_body(CountTokensBody, json_bytes(FULL))
@@ -126,16 +127,16 @@ def test_what_is_counted_is_what_is_asked():
 @pytest.mark.parametrize(
     ("choice", "expected", "parallel"),
     [
-        (None, "auto", True),
-        ({"type": "auto"}, "auto", True),
-        ({"type": "any", "disable_parallel_tool_use": True}, "required", False),
-        ({"type": "tool", "name": "x" * 100}, "x" * 100, True),
-        ({"type": "none"}, "none", True),
+        (None, False, True),
+        ({"type": "auto"}, False, True),
+        ({"type": "any", "disable_parallel_tool_use": True}, True, False),
+        ({"type": "tool", "name": "x" * 100}, True, True),
     ],
 )
 def test_tool_choice(choice, expected, parallel):
-    generation = body_of(tools=[WEATHER, {**WEATHER, "name": "x" * 100}], tool_choice=choice).generation()
-    assert (generation.tool_choice, generation.parallel_calls, len(generation.tools)) == (expected, parallel, 2)
+    use = body_of(tools=[WEATHER, {**WEATHER, "name": "x" * 100}], tool_choice=choice).generation().tool_use
+    assert (use.required, use.parallel, len(use.tools)) == (expected, parallel, 2)
+    assert len(use.callable) == (1 if choice and choice["type"] == "tool" else 2)
 
 
 @pytest.mark.parametrize(

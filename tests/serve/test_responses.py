@@ -101,9 +101,9 @@ def without_ids(response: dict[str, Any]) -> dict[str, Any]:
 def test_a_plain_text():
     generation = body_of().generation()
     assert generation.messages == [{"role": "user", "content": "Hello"}]
-    assert (generation.field, generation.tool_choice, generation.thinking, generation.num_choices) == (
+    assert (generation.field, generation.tool_use, generation.thinking, generation.num_choices) == (
         "input",
-        "none",
+        None,
         None,
         1,
     )
@@ -128,8 +128,8 @@ def test_a_conversation_with_everything():
         {"role": "assistant", "content": "I would rather not."},
         {"role": "user", "content": "Why\nnot?"},
     ]
-    assert [tool.name for tool in generation.tools] == ["weather"]
-    assert generation.tool_choice == "auto"
+    use = generation.tool_use
+    assert use is not None and [tool.name for tool in use.tools] == ["weather"] and not use.required
     assert generation.format == AnswerFormat("json_schema", {"type": "object"})
     assert (generation.thinking, generation.max_tokens, generation.salt) == (True, 50, "k")
     assert (generation.sampling.logprobs, generation.sampling.stop, generation.sampling.temperature) == (
@@ -155,18 +155,24 @@ def test_an_assistants_turns():
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (None, "auto"),
-        ("required", "required"),
-        ("none", "none"),
-        ({"type": "function", "name": "weather"}, "weather"),
-        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}, "required"),
+        (None, (["weather", "auto"], False)),
+        ("required", (["weather", "auto"], True)),
+        ({"type": "function", "name": "auto"}, (["auto"], True)),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]},
+            (["weather"], False),
+        ),
     ],
 )
 def test_tool_choice(choice, expected):
-    other = {"type": "function", "name": "other"}
-    generation = body_of(tools=[WEATHER, other], tool_choice=choice, parallel_tool_calls=False).generation()
-    assert (generation.tool_choice, generation.parallel_calls) == (expected, False)
-    assert len(generation.tools) == (1 if isinstance(choice, dict) and "mode" in choice else 2)
+    auto = {"type": "function", "name": "auto"}
+    use = body_of(tools=[WEATHER, auto], tool_choice=choice, parallel_tool_calls=False).generation().tool_use
+    assert ([tool.name for tool in use.callable], use.required) == expected
+    assert (len(use.tools), use.parallel) == (2, False)
+
+
+def test_no_tools_where_none_may_be_called():
+    assert body_of(tools=[WEATHER], tool_choice="none").generation().tool_use is None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +196,7 @@ def test_tool_choice(choice, expected):
         ({"tools": [WEATHER, WEATHER]}, "tools[1]", "two tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].function", "unknown"),
         ({"tool_choice": "required"}, "tool_choice", "needs"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "f is not among"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "not among"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools", "missing"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function", "unknown"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
