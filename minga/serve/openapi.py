@@ -33,7 +33,9 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Operation:
-    """stream: it may answer with server-sent events. media: of a reply that is no JSON. reply: a short schema of the JSON."""
+    """stream: it may answer with server-sent events. media: of a reply that is no JSON. required: what is in the JSON.
+    example: a body, without its model.
+    """
 
     method: str
     path: str
@@ -45,18 +47,23 @@ class Operation:
     parameters: tuple[tuple[str, str, str], ...] = ()  # name, where, what it is
     errors: tuple[int, ...] = (401,)
     public: bool = False
+    example: dict[str, Any] | None = None
 
 
+_HELLO = [{"role": "user", "content": "What is the capital of Peru?"}]
 _ANSWER_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503)
 _CHECK_ERRORS = (400, 401, 404, 413)
 
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Answers a conversation (OpenAI).", ChatBody, True,
-              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS),
+              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS,
+              example={"messages": _HELLO, "max_tokens": 64}),
     Operation("post", "/v1/completions", "Goes on with a text (OpenAI).", CompletionBody, True,
-              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS),
+              required=("id", "object", "created", "model", "choices", "usage"), errors=_ANSWER_ERRORS,
+              example={"prompt": "The capital of Peru is", "max_tokens": 16}),
     Operation("post", "/v1/responses", "Answers, and remembers (OpenAI).", ResponsesBody, True,
-              required=("id", "object", "created_at", "model", "output", "status"), errors=_ANSWER_ERRORS),
+              required=("id", "object", "created_at", "model", "output", "status"), errors=_ANSWER_ERRORS,
+              example={"input": "What is the capital of Peru?", "max_output_tokens": 64}),
     Operation("get", "/v1/responses/{id}", "An answer that was kept.", parameters=(("id", "path", "its id"),), required=("id",),
               errors=(401, 404)),
     Operation("delete", "/v1/responses/{id}", "Forgets an answer.", parameters=(("id", "path", "its id"),), required=("id",),
@@ -64,19 +71,25 @@ OPERATIONS = (
     Operation("get", "/v1/responses/{id}/input_items", "What an answer was asked.",
               parameters=(("id", "path", "its id"),), required=("object", "data"), errors=(400, 401, 404)),
     Operation("post", "/v1/messages", "Answers a conversation (Anthropic).", MessagesBody, True,
-              required=("id", "type", "role", "model", "content", "usage"), errors=_ANSWER_ERRORS),
+              required=("id", "type", "role", "model", "content", "usage"), errors=_ANSWER_ERRORS,
+              example={"messages": _HELLO, "max_tokens": 64}),
     Operation("post", "/v1/messages/count_tokens", "How many tokens a conversation has (Anthropic).", CountTokensBody,
-              required=("input_tokens",), errors=_CHECK_ERRORS),
+              required=("input_tokens",), errors=_CHECK_ERRORS,
+              example={"messages": _HELLO}),
     Operation("post", "/v1/embeddings", "The mean of the model's last states.", EmbeddingBody,
-              required=("object", "data", "model", "usage"), errors=_ANSWER_ERRORS),
+              required=("object", "data", "model", "usage"), errors=_ANSWER_ERRORS,
+              example={"input": "Lima"}),
     Operation("post", "/v1/moderations", "The guard's verdict on texts.", ModerationBody, required=("id", "model", "results"),
-              errors=_CHECK_ERRORS),
+              errors=_CHECK_ERRORS,
+              example={"input": "How do I kill a Python process?"}),
     Operation("get", "/v1/models", "The models that are served.", required=("object", "data")),
     Operation("get", "/v1/models/{name}", "One of them.", parameters=(("name", "path", "its name"),), required=("id", "object"),
               errors=(401, 404)),
     Operation("post", "/tokenize", "The tokens of a text or a conversation.", TokenizeBody,
-              required=("count", "max_model_len", "tokens"), errors=_CHECK_ERRORS),
-    Operation("post", "/detokenize", "The text of tokens.", DetokenizeBody, required=("prompt",), errors=_CHECK_ERRORS),
+              required=("count", "max_model_len", "tokens"), errors=_CHECK_ERRORS,
+              example={"prompt": "Lima is a city."}),
+    Operation("post", "/detokenize", "The text of tokens.", DetokenizeBody, required=("prompt",), errors=_CHECK_ERRORS,
+              example={"tokens": [1, 2, 3]}),
     Operation("get", "/health", "The server is there.", required=("status",), public=True, errors=()),
     Operation("get", "/ready", "The server takes requests.", required=("status",), public=True, errors=(503,)),
     Operation("get", "/metrics", "For Prometheus, by vLLM's names.", media="text/plain"),
@@ -94,7 +107,7 @@ def describe(models: Sequence[str]) -> dict[str, Any]:
     named = {name: _with_models(schema, models) for name, schema in components.items()}
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas)
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas, models)
     bearer = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
@@ -147,7 +160,12 @@ def _with_models(schema: dict[str, Any], models: Sequence[str]) -> dict[str, Any
     return schema | {"properties": properties, "required": required}
 
 
-def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
+def _example(operation: Operation, models: Sequence[str]) -> dict[str, Any]:
+    named = {"model": models[0]} if len(models) > 1 and operation.body is not ModerationBody else {}
+    return named | (operation.example or {})
+
+
+def _describe(operation: Operation, schemas: dict[Any, Any], models: Sequence[str]) -> dict[str, Any]:
     reply: dict[str, Any] = {"type": "object", "required": list(operation.required)}
     content: dict[str, Any] = {
         operation.media: {"schema": reply if operation.media == "application/json" else {"type": "string"}}
@@ -161,7 +179,9 @@ def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     if operation.body is not None:
         document["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schemas[operation.body]}},
+            "content": {
+                "application/json": {"schema": schemas[operation.body], "example": _example(operation, models)}
+            },
         }
     if operation.parameters:
         document["parameters"] = [

@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -77,43 +77,57 @@ def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool =
     Raises `UserError` for a model that does not open, a port that is taken, or an open address without an API key. The
     port is bound before the models are opened, which takes longer, and answers after.
     """
-    from minga.engine.llm import LLM  # torch: not before the flags have been checked
+    options = with_key(options)
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(options.host, options.port))
+        app = open_app(models, options, stack)
+        _listen(listener, options.port)
+        announce(models, options.host, listener.getsockname()[1], as_json=as_json)
+        run_until_signal(app, listener, options.shutdown_seconds)
 
-    api_key = _checked_key(os.environ.get("MINGA_API_KEY") or None if options.api_key is None else options.api_key)
+
+def with_key(options: Options) -> Options:
+    """The options with the environment's key, where they have none. Raises `UserError` for an open address without a key."""
+    given = os.environ.get("MINGA_API_KEY") or None if options.api_key is None else options.api_key
+    api_key = _checked_key(given)
     if api_key is None and options.keys_file is None and not _is_loopback(options.host):
         raise UserError(
             f"{options.host} is open to other machines and there is no API key (serve). set --api-key or MINGA_API_KEY, make "
             "keys with `minga keys add` and give --keys, or leave --host out"
         )
-    with ExitStack() as stack:
-        listener = stack.enter_context(bind(options.host, options.port))
-        settings = _settings(options, api_key, stack)
-        opened = {
-            name: LLM(
-                path,
-                quant=options.quant,
-                speculate=options.speculate,
-                cache=options.cache,
-                prefix_memory=options.prefix_memory,
-            )
-            for name, path in models.items()
-        }
-        app = create_app(opened, options.runs_dir, settings)
-        _listen(listener, options.port)
-        url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listener.getsockname()[1]}"
-        if as_json:
-            print(json.dumps({"url": url, "models": list(models)}, ensure_ascii=False), flush=True)
-        else:
-            print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1, /docs)", flush=True)
-        run_until_signal(app, listener, options.shutdown_seconds)
+    return replace(options, api_key=api_key)
 
 
-def _settings(options: Options, api_key: str | None, stack: ExitStack) -> Settings:
-    keys = meter = None
+def open_app(models: Mapping[str, str | Path], options: Options, stack: ExitStack, *, engine: str = "0") -> Starlette:
+    """The application with its models, of options that have been through `with_key`. What it opens, `stack` closes."""
+    from minga.engine.llm import LLM  # torch: not before the flags have been checked
+
+    settings = open_settings(options, stack, engine=engine)
+    opened = {
+        name: LLM(
+            path, quant=options.quant, speculate=options.speculate, cache=options.cache,
+            prefix_memory=options.prefix_memory,
+        )  # fmt: skip
+        for name, path in models.items()
+    }
+    return create_app(opened, options.runs_dir, settings)
+
+
+def announce(models: Mapping[str, str | Path], host: str, port: int, *, as_json: bool) -> None:
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if as_json:
+        print(json.dumps({"url": url, "models": list(models)}, ensure_ascii=False), flush=True)
+    else:
+        print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1, /docs)", flush=True)
+
+
+def open_settings(options: Options, stack: ExitStack, *, engine: str = "0") -> Settings:
+    keys, meter, api_key = None, None, options.api_key
     if options.keys_file is not None:
         store = Store(options.keys_file)
         stack.callback(store.close)
         keys, meter = Keys(store, static=api_key), Meter(store)
+        stack.callback(meter.close)
     elif api_key is not None:
         keys = Keys(static=api_key)
     return Settings(
@@ -128,6 +142,7 @@ def _settings(options: Options, api_key: str | None, stack: ExitStack) -> Settin
         max_running=options.max_running,
         max_waiting=options.max_waiting,
         watermark=None if options.watermark is None else read_secret(options.watermark),
+        engine=engine,
     )
 
 

@@ -35,7 +35,7 @@ _BYTES_A_TOKEN = 3  # of a body, for an estimate that is corrected at the end
 class Settings:
     """host: the address that is bound. keys: who may ask; None: everybody. moderate: keep back what the guard flags, asked
     for or not. deadline: seconds that an answer may take. watermark: the secret with which every answer is marked that does
-    not refuse it; None: none can be.
+    not refuse it; None: none can be. engine: which replica this is, in the metrics.
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +49,7 @@ class Settings:
     max_running: int = MAX_RUNNING
     max_waiting: int = MAX_WAITING
     watermark: int | None = None
+    engine: str = "0"
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Service:
         limits = {"max_running": self.settings.max_running, "max_waiting": self.settings.max_waiting}
         self.workers = {name: Worker(name, llm, **limits) for name, llm in self.models.items()}
         self.limits = Limits()
-        self.metrics = Metrics({name: llm.max_context for name, llm in self.models.items()})
+        contexts = {name: llm.max_context for name, llm in self.models.items()}
+        self.metrics = Metrics(contexts, engine=self.settings.engine)
         self.draining = False
 
     def close(self) -> None:
