@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,8 +94,18 @@ class Grammars:
 class Guide:
     """The rules of one answer, at its end so far."""
 
-    def __init__(self, *, matcher: LLMatcher | None, triggers: frozenset[int], thinking: Thinking | None, force: bool):
+    def __init__(
+        self,
+        *,
+        matcher: LLMatcher | None,
+        triggers: frozenset[int],
+        thinking: Thinking | None,
+        force: bool,
+        vocab_size: int,
+    ):
         self._matcher, self._triggers, self._thinking, self._force = matcher, triggers, thinking, force
+        self._num_words = -(-vocab_size // 32)
+        self._allowed: dict[tuple[int, ...], Tensor] = {}  # by the guesses before, as far as it was asked for
         self.num_thought = 0  # tokens between the marks
         self._is_thinking = thinking is not None and thinking.is_open
         self._may_think = thinking is not None and bool(thinking.start) and not thinking.is_open
@@ -117,6 +126,7 @@ class Guide:
 
     def take(self, token: int) -> bool:
         """A token has come. False: what was chosen for the places after it was chosen by other rules."""
+        self._allowed.clear()
         opens = self._may_open and self._thinking is not None and token == self._thinking.start[0]
         self._may_open = False
         if self._holds and not opens:
@@ -143,31 +153,36 @@ class Guide:
             return []
         return self._matcher.compute_ff_tokens()
 
-    def mask(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
-        """Minus infinity for what may not stand in the places after each beginning of the draft; those T come last of all
-        len(draft) + 1.
+    def allowed(self, draft: list[int], num_places: int) -> list[Tensor]:
+        """Which tokens may stand in the places after each beginning of the draft, the last `num_places` of them: (W) each, a
+        bit a token, see `sampler.masked`. What follows a guess that may not stand, and will be dropped, is anything.
         """
+        before = [tuple(draft[:place]) for place in range(len(draft) + 1)][-num_places:]
+        if unknown := [guesses for guesses in before if guesses not in self._allowed]:
+            self._look_ahead(draft, unknown)
+        return [self._allowed[guesses] for guesses in before]
+
+    def _look_ahead(self, draft: list[int], wanted: list[tuple[int, ...]]) -> None:
+        """Fills in what may stand in the wanted places."""
         assert self._matcher is not None
-        matcher, (T, V) = self._matcher, logits_TV.shape
-        first, taken = len(draft) + 1 - T, 0
-        words_TW = np.full((T, -(-V // 32)), -1, dtype=np.int32)
+        matcher, taken = self._matcher, 0
+        missing = {guesses: torch.full((self._num_words,), -1, dtype=torch.int32) for guesses in wanted}
         for place in range(len(draft) + 1):
-            if place >= first:
-                row = words_TW[place - first]
-                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            row_W = missing.get(tuple(draft[:place]))
+            if row_W is not None:
+                matcher.unsafe_compute_mask_ptr(row_W.data_ptr(), row_W.nbytes)
                 if place == 0 and self._may_open and self._thinking is not None:
-                    _allow(row, self._thinking.start[0])
-            if place < len(draft) and matcher.validate_tokens(draft[place : place + 1]) == 0:
-                break  # what follows this guess will be dropped
+                    _allow(row_W, self._thinking.start[0])
             if place < len(draft):
+                if matcher.validate_tokens(draft[place : place + 1]) == 0:
+                    break
                 matcher.consume_token(draft[place])
                 taken += 1
         if taken:
             matcher.rollback(taken)
         if matcher.is_error():
             raise UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
-        bits_TV = np.unpackbits(words_TW.view(np.uint8), axis=1, count=V, bitorder="little").view(np.bool_)
-        return logits_TV.masked_fill(~torch.from_numpy(bits_TV).to(logits_TV.device), -torch.inf)
+        self._allowed |= missing
 
     # ------------------------------------------------------------------ thinking
 
@@ -199,8 +214,8 @@ class Guide:
         return True
 
 
-def _allow(words_W: np.ndarray, token: int) -> None:
-    words_W.view(np.uint8)[token // 8] |= 1 << token % 8
+def _allow(words_W: Tensor, token: int) -> None:
+    words_W.view(torch.uint8)[token // 8] |= 1 << token % 8
 
 
 def _first_line(message: str) -> str:

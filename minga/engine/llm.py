@@ -266,6 +266,7 @@ class LLM:
             matcher=None if grammar is None else self._grammars.matcher(grammar),
             triggers=frozenset() if grammar is None else grammar.triggers,
             thinking=thinking,
+            vocab_size=self.config.vocab_size,
             force=params.logprobs is None,  # the probability of a forced token is not known before it is read
         )
 
