@@ -211,6 +211,7 @@ class Answering:
         self.worker.refuse_if_full()
         self.prompt = await asyncio.to_thread(self._prepare)
         self.outcome.usage.prompt = len(self.prompt.ids)
+        self.worker.refuse_if_full()  # others may have come meanwhile
         self._ask()
 
     async def batches(self, patience: float | None = None) -> AsyncIterator[list[Event]]:
@@ -229,7 +230,7 @@ class Answering:
             if self._trial is not None and (self._trial.decided or self._num_over == self._num_jobs):
                 self.cancel()
                 self.outcome.scaling = self._trial.document()
-                events = self._trial.winner().events
+                events = await self._chosen(self._trial.winner())
             for event in events:
                 self.outcome.take(event)
             yield events
@@ -237,6 +238,14 @@ class Answering:
                 break
         if self._guard is not None:
             await asyncio.to_thread(self._judge_output, self._guard)
+
+    async def _chosen(self, winner: Candidate) -> list[Event]:
+        """What is told of the answer that was chosen; its end too, where the tokens were spent before it came."""
+        assert self._trial is not None
+        if winner.finished:
+            return winner.events
+        speaker = self._speakers[self._trial.candidates.index(winner)]
+        return [*winner.events, *await asyncio.to_thread(lambda: list(speaker.cut()))]
 
     def _try(self, trial: Trial, index: int, events: list[Event], item: Delta | BaseException | None) -> None:
         """Events of one of several answers, none of which is told yet."""
@@ -416,6 +425,11 @@ class _Speaker:
         self._answering.num_malformed_calls += self._parser.malformed
         yield Finish(self._index, self._finish_reason(), self._stop)
 
+    def cut(self) -> Iterator[Event]:
+        """The end of an answer that does not go on."""
+        self._reason = "length"
+        return self._close()
+
     def _finish_reason(self) -> str:
         if self.verdict is not None:
             return "content_filter"
@@ -436,9 +450,11 @@ class _Speaker:
             yield CallArguments(self._index, event.index, event.text)
 
     def _text(self, text: str) -> Iterator[Event]:
-        shown = text if self._text_guard is None else self._text_guard.push(text)
-        if shown or (self._logprobs and self.verdict is None):
-            yield self._released(shown)
+        if self._text_guard is None:
+            if text or self._logprobs:
+                yield self._released(text)
+        elif shown := self._text_guard.push(text):
+            yield Text(self._index, shown)  # logprobs spell out what is held back, and come at the end
 
     def _released(self, text: str) -> Text:
         logprobs, self._logprobs = self._logprobs, None if self._logprobs is None else []

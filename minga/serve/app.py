@@ -22,13 +22,13 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 import minga
-from minga.serve.answer import Answer
+from minga.serve.answer import Answer, while_there
 from minga.serve.answering import render
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
 from minga.serve.embeddings import EmbeddingBody
 from minga.serve.errors import ApiError, json_response
-from minga.serve.gate import Gate
+from minga.serve.gate import LEFT, Gate
 from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
 MAX_BODY_BYTES = 10 << 20
+MAX_BODY_SECONDS = 60.0
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
 # Said here, not left to the system's own table: browsers run no module that is called text/plain.
@@ -57,6 +58,7 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
+        await service.settle()
         service.close()
 
     gate = Middleware(
@@ -95,7 +97,7 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
         ],
         middleware=[gate],
         exception_handlers={
-            ApiError: api.refuse, HTTPException: api.refuse_http, ClientDisconnect: _give_up, Exception: _fail,
+            ApiError: api.refuse, HTTPException: api.refuse_http, ClientDisconnect: _give_up,
         },
         lifespan=lifespan,
     )  # fmt: skip
@@ -167,7 +169,8 @@ class Api:
     async def embeddings(self, request: Request) -> Response:
         data = await _read_body(request)
         body = parse_body(EmbeddingBody, data)
-        return json_response(await self.service.embed(request, body, len(data)))
+        work = self.service.embed(request, body, len(data))
+        return json_response(await while_there(work, request.receive, self.service.settings.deadline))
 
     async def moderations(self, request: Request) -> Response:
         body = parse_body(ModerationBody, await _read_body(request))
@@ -264,12 +267,17 @@ class Api:
 
 async def _read_body(request: Request) -> bytes:
     body, num_bytes = bytearray(), 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > _MAX_DRAINED_BYTES:
-            break
-        if num_bytes <= MAX_BODY_BYTES:
-            body += chunk
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > _MAX_DRAINED_BYTES:
+                    break
+                if num_bytes <= MAX_BODY_BYTES:
+                    body += chunk
+    except TimeoutError:
+        message = f"the body was not sent within {MAX_BODY_SECONDS:g} seconds"
+        raise ApiError(message, status=408, code="timeout", headers={"connection": "close"}) from None
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413, code="body_too_large")
     return bytes(body)
@@ -298,10 +306,4 @@ async def show_static_file(request: Request) -> Response:
 
 async def _give_up(_: Request, __: Exception) -> Response:
     """The client left while it was sending: nobody reads this."""
-    return Response(status_code=400)
-
-
-async def _fail(_: Request, __: Exception) -> Response:
-    """A bug of ours: the server logs its traceback, which is not the client's business."""
-    message = "the server has a bug; its log has the details"
-    return ApiError(message, status=500, code="internal_error", headers={"x-should-retry": "false"}).response()
+    return Response(status_code=LEFT)

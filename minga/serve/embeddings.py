@@ -58,8 +58,9 @@ async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[
     except Exception as error:
         raise refusal_of(error, "input") from None
     finally:
-        for job in jobs:
+        for job, future in zip(jobs, futures, strict=True):
             job.cancel()
+            future.cancel()  # of one that is cancelled there is no embedding
     num_tokens = sum(map(len, prompts))
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector_D, body.encoding_format)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -167,7 +169,7 @@ def _opened_log(path: str | None) -> AccessLog | None:
 
 def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
     config = uvicorn.Config(
-        app, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        app, http=_protocol(), ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds),
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )  # fmt: skip
@@ -185,6 +187,33 @@ def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _protocol() -> type[asyncio.Protocol] | Literal["h11"]:
+    """Of HTTP: httptools's parser where it is there, which takes a head of any length; this one does not."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ModuleNotFoundError:
+        return "h11"
+
+    class Protocol(HttpToolsProtocol):
+        _num_head_bytes = 0
+
+        def data_received(self, data: bytes) -> None:
+            self._num_head_bytes += len(data)
+            super().data_received(data)
+            if self._num_head_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("The headers are too long.")
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self._num_head_bytes = 0
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            self._num_head_bytes = 0
+
+    return Protocol
 
 
 def bind(host: str, port: int) -> socket.socket:
