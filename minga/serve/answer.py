@@ -17,6 +17,7 @@ from minga.serve.errors import ApiError, json_response
 from minga.serve.generation import Writer
 
 PATIENCE_SECONDS = 15.0  # without a byte, after which a stream says that it lives
+PARTING_SECONDS = 2.0  # to take in why it ends
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 
 
@@ -48,21 +49,24 @@ class Answer:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self._deadline)
             if not answering.done() and not leaving.done():
                 message = f"the answer was not finished within {self._deadline:g} seconds"
-                self._answering.abort(
-                    ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"})
-                )
-                await answering
+                error = ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"})
+                await self._abort(answering, error)
             if answering.done():
                 error = answering.result()
         except asyncio.CancelledError:  # the server is told to stop, and its patience is over
             message = "the server stops, and this answer took too long to finish"
-            self._answering.abort(ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"}))
-            error = await answering
+            error = ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"})
+            await self._abort(answering, error)
         finally:
             answering.cancel()
             leaving.cancel()
             self._answering.cancel()
             self._done(error)
+
+    async def _abort(self, answering: asyncio.Task[ApiError | None], error: ApiError) -> None:
+        """A client that reads nothing is not told why."""
+        self._answering.abort(error)
+        await asyncio.wait({answering}, timeout=PARTING_SECONDS)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> ApiError | None:
         """Returns the error that ended it, if one did."""

@@ -220,6 +220,7 @@ class Worker:
                     news.append((job, delta))
                 if not sequence.finished:
                     return True
+                error = sequence.failure
         self._end(job, error, news)
         return False
 
