@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from time import monotonic
@@ -77,9 +77,9 @@ class TinyLLM(LLM):
         return llm
 
     def submit(
-        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", mark: bool = False
+        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", marked: Collection[int] = ()
     ) -> Entry:
-        entry = super().submit(prompt, params, salt=salt, mark=mark)
+        entry = super().submit(prompt, params, salt=salt, marked=marked)
         assert isinstance(prompt, list)
         self.prompts.append(prompt)
         self.asked.append(params)
