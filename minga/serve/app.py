@@ -34,7 +34,7 @@ from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
 from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
 from minga.serve.runs import Runs
-from minga.serve.schema import parse_body
+from minga.serve.schema import invalid, parse_body
 from minga.serve.service import Service, Settings
 from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody, detokenize, moderate, tokenize
 
@@ -132,12 +132,15 @@ class Api:
         data = await _read_body(request)
         body = parse_body(ResponsesBody, data)
         worker, tenant = self.service.worker(body.model), request.state.key.name
+        body = body.with_items(lambda item_id: self.stored.item(tenant, item_id))
         earlier = self.stored.conversation(tenant, body.previous_response_id)
         keep = self.stored.keeper(tenant, body, earlier)
         writer = ResponsesWriter(body, worker.name, worker.llm.tokenizer, keep=keep)
         return self.service.answer(request, body.generation(earlier), writer, worker, num_bytes=len(data))
 
     async def show_response(self, request: Request) -> Response:
+        if request.query_params.get("stream", "false") != "false":
+            raise invalid("stream", "a response that is kept is given whole; leave it out")
         return json_response(self.stored.get(request.state.key.name, request.path_params["id"]))
 
     async def delete_response(self, request: Request) -> Response:

@@ -168,7 +168,12 @@ const clients = {
     const openai = createOpenAI({ baseURL: `${address}/v1`, apiKey });
     await sdk((model) => openai(model), "openai", { parallelToolCalls: false }); // responses
     await sdk((model) => openai.chat(model), "openai", { parallelToolCalls: false });
-    const { embedMany } = await load("ai");
+    const { embedMany, generateText } = await load("ai");
+    const thinking = { model: openai("thinker"), maxOutputTokens: 20, providerOptions: { openai: { reasoningEffort: "low", forceReasoning: true } } };
+    const thought = await generateText({ ...thinking, messages: hello });
+    assert.ok(thought.usage.outputTokenDetails.reasoningTokens > 0);
+    const again = await generateText({ ...thinking, messages: [...hello, ...thought.response.messages, ...hello] });
+    assert.ok(again.usage.inputTokens > thought.usage.inputTokens);
     const { embeddings } = await embedMany({ model: openai.embedding("plain"), values: ["One", "Two"] });
     assert.equal(embeddings.length, 2);
   },
@@ -197,6 +202,10 @@ async function sdk(provider, name, options) {
     assert.equal((await all(streamed.textStream)).join(""), whole.text);
     assert.equal((await streamed.usage).outputTokens, whole.usage.outputTokens);
 
+    const messages = [...hello, ...whole.response.messages, ...hello];
+    const more = await generateText({ ...asked, messages });
+    assert.ok(more.usage.inputTokens > whole.usage.inputTokens);
+
     weather.parse((await generateObject({ ...asked, schema: weather })).object);
     weather.parse((await generateText({ ...asked, output: Output.object({ schema: weather }) })).output);
     const object = streamObject({ ...asked, schema: weather, onError: ({ error }) => { throw error; } });
@@ -205,7 +214,9 @@ async function sdk(provider, name, options) {
     const runs = [];
     const tools = { weather: tool({ description: "Of a city", inputSchema: weather, execute: (input) => (runs.push(input), "12 C") }) };
     const loop = { ...asked, tools, stopWhen: stepCountIs(2), prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? "none" : "required" }) };
-    assert.equal((await generateText(loop)).steps.length, 2);
+    const called = await generateText(loop);
+    assert.equal(called.steps.length, 2);
+    assert.ok((await generateText({ ...asked, messages: [...hello, ...called.response.messages, ...hello], tools })).text);
     const parts = await all(streamText({ ...loop, toolChoice: "required" }).fullStream);
     assert.ok(parts.some((part) => part.type === "tool-input-delta") && parts.some((part) => part.type === "tool-result"));
     assert.ok(!parts.some((part) => part.type === "error"), JSON.stringify(parts.find((part) => part.type === "error")));
