@@ -63,6 +63,9 @@ const clients = {
       await loop.done();
       assert.equal(asked, 1);
 
+      const { content } = await openai.chat.completions.stream(chat).finalMessage();
+      assert.equal(content, whole.choices[0].message.content);
+
       const response = await openai.responses.create({ model, input: "Hello", max_output_tokens: 20, temperature: 0 });
       assert.ok(response.output_text);
       assert.equal((await openai.responses.retrieve(response.id)).output_text, response.output_text);
@@ -70,7 +73,9 @@ const clients = {
       assert.equal((await all(openai.responses.inputItems.list(next.id))).length, 3);
       await openai.responses.delete(response.id);
       const format = zodTextFormat(weather, "weather");
-      weather.parse((await openai.responses.parse({ model, input: "Hello", text: { format }, ...brief })).output_parsed);
+      const said = await openai.responses.parse({ model, input: "Hello", text: { format }, ...brief });
+      weather.parse(said.output_parsed);
+      assert.ok(await openai.responses.create({ model, input: [...hello, ...said.output, ...hello], max_output_tokens: 5 }));
       const tools = [{ type: "function", name: "weather", parameters: schema, strict: true }];
       const asking = await openai.responses.parse({ model, input: hello, tools, tool_choice: "required", parallel_tool_calls: false, ...brief });
       const outputs = asking.output.filter((item) => item.type === "function_call");
@@ -132,6 +137,8 @@ const clients = {
     const format = zodOutputFormat(weather);
     const parsed = await claude.messages.parse({ model: "plain", max_tokens: 100, messages: hello, output_config: { format } });
     weather.parse(parsed.parsed_output);
+    const back = [...hello, { role: "assistant", content: parsed.content }, ...hello];
+    assert.ok((await claude.messages.create({ model: "plain", max_tokens: 5, messages: back })).content);
     const { betaZodTool } = await load("@anthropic-ai/sdk/helpers/beta/zod");
     let runs = 0;
     const tools = [betaZodTool({ name: "weather", description: "Of a city", inputSchema: weather, run: () => `${++runs} C` })];
