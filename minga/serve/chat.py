@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minga.engine.sampler import TokenLogprob
 from minga.serve.common import (
@@ -45,7 +45,7 @@ from minga.serve.generation import (
     Usage,
     sse,
 )
-from minga.serve.schema import Body, Ignored, Unsupported, invalid
+from minga.serve.schema import Body, Ignored, Unsupported, few, invalid, needs
 
 if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class RefusalPart(Body):
     refusal: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class SystemMessage(Body):
@@ -100,7 +100,9 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: (
         str
-        | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1, fail_fast=True)
+        ]
         | None
     ) = None
     name: str | None = None
@@ -130,6 +132,16 @@ class StreamOptions(Body):
 
 
 class ChatBody(SamplingFields):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                needs("stream_options", stream=True),
+                needs("top_logprobs", logprobs=True),
+                needs("scaling", n=(1, None)),
+            ]
+        }
+    )
+
     model: str | None = Field(None, description="May be left out where one model is served.")
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -151,7 +163,7 @@ class ChatBody(SamplingFields):
     scaling: ScalingFields | None = None
     moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), few(16)] | None = None
     user: str | None = None
     store: Ignored = None
     service_tier: Ignored = None

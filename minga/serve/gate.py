@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minga.serve.errors import ApiError
+from minga.serve.errors import ApiError, a_bug
 from minga.serve.keys import Key, Keys
 from minga.serve.log import Access, AccessLog
 
@@ -36,6 +36,7 @@ _REPLY_HEADERS = {
 
 _PUBLIC = {"/", "/health", "/ready", "/docs"}  # the page's files too: what they ask the server for is not
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+LEFT = 499  # logged where the client went away before it was told anything, as nginx does
 EVERYBODY = Key("")  # who asks where no key is needed
 
 
@@ -63,7 +64,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, headers, status = monotonic(), Headers(scope=scope), 500
+        began, headers = monotonic(), Headers(scope=scope)
+        status: int | None = None
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
@@ -88,10 +90,15 @@ class Gate:
                 await refusal(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
+        except Exception:
+            if status is None:
+                await a_bug().response()(scope, receive, send_with_headers)
+            raise  # for the log
         finally:
             if self._access_log is not None:
                 key, seconds = state["key"].name or None, monotonic() - began
-                access = Access(request_id, scope["method"], scope["path"], status, seconds, key, **state["access"])
+                shown = LEFT if status is None else status
+                access = Access(request_id, scope["method"], scope["path"], shown, seconds, key, **state["access"])
                 self._access_log.write(access)
 
     def _check_address(self, headers: Headers) -> None:

@@ -61,13 +61,13 @@ class TextBlock(Body):
     citations: Ignored = None
 
 
-Texts = str | Annotated[list[TextBlock], Field(min_length=1)]
+Texts = str | Annotated[list[TextBlock], Field(min_length=1, fail_fast=True)]
 
 
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
     is_error: bool | None = None
     cache_control: Ignored = None
     toolset_name: Ignored = None
@@ -109,12 +109,12 @@ class SystemMessage(Body):
 
 class UserMessage(Body):
     role: Literal["user"]
-    content: str | Annotated[list[UserBlock], Field(min_length=1)]
+    content: str | Annotated[list[UserBlock], Field(min_length=1, fail_fast=True)]
 
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | Annotated[list[AssistantBlock], Field(fail_fast=True)]
 
 
 Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]

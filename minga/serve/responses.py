@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
 from minga.serve.chat import logprob_entries
 from minga.serve.common import (
@@ -50,7 +50,7 @@ from minga.serve.generation import (
     Usage,
     sse,
 )
-from minga.serve.schema import Body, Ignored, Unsupported, invalid, short
+from minga.serve.schema import Body, Ignored, Unsupported, few, invalid, needs, short
 
 if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ class ReasoningText(Body):
     text: str
 
 
-InputTexts = str | Annotated[list[InputText], Field(min_length=1)]
+InputTexts = str | Annotated[list[InputText], Field(min_length=1, fail_fast=True)]
 SpokenPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
 
 
@@ -110,7 +110,7 @@ class InputMessage(ItemFields):
 class OutputMessage(ItemFields):
     type: Literal["message"]
     role: Literal["assistant"]
-    content: str | Annotated[list[SpokenPart], Field(min_length=1)]
+    content: str | Annotated[list[SpokenPart], Field(min_length=1, fail_fast=True)]
     phase: Ignored = None
 
 
@@ -139,8 +139,8 @@ class ReasoningItem(ItemFields):
     """The summary counts where there is no content."""
 
     type: Literal["reasoning"]
-    summary: list[SummaryText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[list[SummaryText], Field(fail_fast=True)] | None = None
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
     encrypted_content: Ignored = None
 
 
@@ -323,6 +323,8 @@ Includable = Literal[
 
 
 class ResponsesBody(SamplingFields):
+    model_config = ConfigDict(json_schema_extra=needs("stream_options", stream=True))
+
     model: str | None = Field(None, description="May be left out where one model is served.")
     input: str | Annotated[list[GivenItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
@@ -346,8 +348,10 @@ class ResponsesBody(SamplingFields):
     moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
     truncation: Literal["disabled"] | None = Field(None, description="Nothing is cut off silently.")
-    background: bool | None = Field(None, description="false only.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    background: Annotated[bool, WithJsonSchema({"const": False})] | None = Field(
+        None, description="A response is given at once here."
+    )
+    metadata: Annotated[dict[str, str], Field(max_length=16), few(16)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(
@@ -402,18 +406,25 @@ class ResponsesBody(SamplingFields):
         items: list[Item] = []
         for index, item in enumerate(self.input):
             if isinstance(item, ItemReference):
-                why = f"there is no item {short(item.id)} here; send the item itself, or name a `previous_response_id`"
-                raise invalid(f"input[{index}]", why)
+                why = f"there is no item {short(item.id)} here, or it is named twice"
+                raise invalid(f"input[{index}]", f"{why}; send the item itself, or name a `previous_response_id`")
             items.append(item)
         return items
 
-    def with_items(self, find: Callable[[str], Mapping[str, Any] | None]) -> ResponsesBody:
-        """The same body with items in the place of the references to them, of those that `find` knows by their ids."""
+    @property
+    def references(self) -> list[str]:
+        """The ids of the items that are named and not sent."""
+        given = () if isinstance(self.input, str) else self.input
+        return [item.id for item in given if isinstance(item, ItemReference)]
+
+    def with_items(self, known: Mapping[str, Mapping[str, Any]]) -> ResponsesBody:
+        """The same body with items in the place of the references to them, each once: a short request stays a short one."""
         if isinstance(self.input, str):
             return self
+        left = dict(known)
         items: list[Item | ItemReference] = []
         for item in self.input:
-            found = find(item.id) if isinstance(item, ItemReference) else None
+            found = left.pop(item.id, None) if isinstance(item, ItemReference) else None
             items += [item] if found is None else _ITEMS.validate_python([found])
         return self.model_copy(update={"input": items})
 
@@ -725,13 +736,12 @@ class ResponseStore:
             return []
         return json.loads(self._find(tenant, response_id, "previous_response_id").items)
 
-    def item(self, tenant: str, item_id: str) -> dict[str, Any] | None:
-        """An item of an answer that is kept."""
-        shelf = self._shelves.get(tenant)
-        if shelf is None or item_id not in shelf.homes:
-            return None
-        output = json.loads(shelf.kept[shelf.homes[item_id]].response)["output"]
-        return next(item for item in output if item["id"] == item_id)
+    def items(self, tenant: str, item_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What is kept of the answers to which the items belong: their items by id."""
+        shelf = self._shelves.get(tenant, _Shelf())
+        homes = {shelf.homes[item_id] for item_id in item_ids if item_id in shelf.homes}
+        outputs = (json.loads(shelf.kept[home].response)["output"] for home in homes)
+        return {item["id"]: item for output in outputs for item in output}
 
     def input_items(self, tenant: str, response_id: str, query: Mapping[str, str]) -> dict[str, Any]:
         """A page of the items that a response answers. query: `order` (desc if left out), `limit` (20), `after` (an id)."""

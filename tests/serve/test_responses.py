@@ -466,12 +466,14 @@ def test_items_of_earlier_answers_may_be_named():
     results = [{"type": "function_call_output", "call_id": f"call_{n}", "output": "ok"} for n in (1, 2)]
     named = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
 
-    def resolved(tenant: str) -> ResponsesBody:
-        asked = body_of(input=[{"role": "user", "content": "Hello"}, *named, *results])
-        return asked.with_items(lambda id: store.item(tenant, id))
+    def resolved(tenant: str, *more: Any) -> ResponsesBody:
+        asked = body_of(input=[{"role": "user", "content": "Hello"}, *named, *results, *more])
+        return asked.with_items(store.items(tenant, asked.references))
 
     whole = body_of(input=[{"role": "user", "content": "Hello"}, *first["output"], *results])
     assert resolved("a").generation().messages == whole.generation().messages
+    with pytest.raises(ApiError, match="twice"):
+        resolved("a", named[0]).generation()
     store.delete("a", first["id"])
     for tenant in ("a", "b"):
         with pytest.raises(ApiError) as refused:
