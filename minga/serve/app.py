@@ -34,7 +34,7 @@ from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
 from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
 from minga.serve.runs import Runs
-from minga.serve.schema import Model, parse_body
+from minga.serve.schema import Model, invalid, parse_body
 from minga.serve.service import Service, Settings
 from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody, detokenize, moderate, tokenize
 
@@ -131,6 +131,7 @@ class Api:
     async def responses(self, request: Request) -> Answer:
         body, num_bytes = await _read_body(request, ResponsesBody)
         worker, tenant = self.service.worker(body.model), request.state.key.name
+        body = body.with_items(self.stored.items(tenant, body.references))
         earlier = self.stored.conversation(tenant, body.previous_response_id)
         generation = await asyncio.to_thread(body.generation, earlier)
         keep = self.stored.keeper(tenant, body, earlier)
@@ -138,6 +139,8 @@ class Api:
         return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
 
     async def stored_response(self, request: Request) -> Response:
+        if request.query_params.get("stream", "false") != "false":
+            raise invalid("stream", "a response that is kept is given whole; leave it out")
         act = self.stored.delete if request.method == "DELETE" else self.stored.get
         return json_response(act(request.state.key.name, request.path_params["id"]))
 

@@ -144,25 +144,27 @@ class ReasoningItem(ItemFields):
     encrypted_content: Ignored = None
 
 
+class ItemReference(Body):
+    """Stands for an item of an earlier answer."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 def _with_type(item: Any) -> Any:
-    """A message may leave its type out."""
+    """A message may leave its type out, and so may a reference."""
     if isinstance(item, dict) and item.get("type") is None:
         if "role" in item:
             return {**item, "type": "message"}
         if item.keys() <= {"type", "id"} and "id" in item:
-            item = {**item, "type": "item_reference"}
-    if isinstance(item, dict) and item.get("type") == "item_reference":
-        raise ValueError("items are not kept one by one here; send the item itself, or name a `previous_response_id`")
+            return {**item, "type": "item_reference"}
     return item
 
 
 Message = Annotated[InputMessage | OutputMessage, Field(discriminator="role")]
-Item = Annotated[
-    Message | FunctionCall | FunctionCallOutput | ReasoningItem,
-    Field(discriminator="type"),
-    BeforeValidator(_with_type),
-]
-_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
+Item = Message | FunctionCall | FunctionCallOutput | ReasoningItem
+GivenItem = Annotated[Item | ItemReference, Field(discriminator="type"), BeforeValidator(_with_type)]
+_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Annotated[Item, Field(discriminator="type")]])
 
 
 def _joined(content: str | Sequence[InputText | OutputText | Refusal | SummaryText | ReasoningText]) -> str:
@@ -324,7 +326,7 @@ class ResponsesBody(SamplingFields):
     model_config = ConfigDict(json_schema_extra=needs("stream_options", stream=True))
 
     model: str | None = Field(None, description="May be left out where one model is served.")
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: str | Annotated[list[GivenItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
     previous_response_id: str | None = Field(None, description="Goes on from a response that was stored.")
     store: bool | None = Field(None, description="false: the response cannot be read or gone on from later.")
@@ -401,7 +403,30 @@ class ResponsesBody(SamplingFields):
     def items(self) -> list[Item]:
         if isinstance(self.input, str):
             return [InputMessage(type="message", role="user", content=self.input)]
-        return self.input
+        items: list[Item] = []
+        for index, item in enumerate(self.input):
+            if isinstance(item, ItemReference):
+                why = f"there is no item {short(item.id)} here, or it is named twice"
+                raise invalid(f"input[{index}]", f"{why}; send the item itself, or name a `previous_response_id`")
+            items.append(item)
+        return items
+
+    @property
+    def references(self) -> list[str]:
+        """The ids of the items that are named and not sent."""
+        given = () if isinstance(self.input, str) else self.input
+        return [item.id for item in given if isinstance(item, ItemReference)]
+
+    def with_items(self, known: Mapping[str, Mapping[str, Any]]) -> ResponsesBody:
+        """The same body with items in the place of the references to them, each once: a short request stays a short one."""
+        if isinstance(self.input, str):
+            return self
+        left = dict(known)
+        items: list[Item | ItemReference] = []
+        for item in self.input:
+            found = left.pop(item.id, None) if isinstance(item, ItemReference) else None
+            items += [item] if found is None else _ITEMS.validate_python([found])
+        return self.model_copy(update={"input": items})
 
     @property
     def logprobs_wanted(self) -> bool:
@@ -647,6 +672,7 @@ class _Kept:
     response: bytes
     items: bytes
     num_inputs: int
+    output_ids: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -655,11 +681,22 @@ class _Kept:
 
 @dataclass
 class _Shelf:
+    """homes: the responses to which items of answers belong, by the ids of both."""
+
     kept: OrderedDict[str, _Kept] = field(default_factory=OrderedDict)
+    homes: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
 
+    def put(self, response_id: str, kept: _Kept) -> None:
+        self.kept[response_id] = kept
+        self.homes |= dict.fromkeys(kept.output_ids, response_id)
+        self.num_bytes += kept.num_bytes
+
     def pop(self, response_id: str) -> None:
-        self.num_bytes -= self.kept.pop(response_id).num_bytes
+        kept = self.kept.pop(response_id)
+        for item_id in kept.output_ids:
+            del self.homes[item_id]
+        self.num_bytes -= kept.num_bytes
 
 
 class ResponseStore:
@@ -673,10 +710,10 @@ class ResponseStore:
 
     def put(self, tenant: str, response: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> None:
         """inputs: the items that the response answers, from the beginning of the conversation."""
-        kept = _Kept(json_bytes(response), json_bytes([*inputs, *response["output"]]), len(inputs))
-        shelf = self._shelves.setdefault(tenant, _Shelf())
-        shelf.kept[response["id"]] = kept
-        shelf.num_bytes += kept.num_bytes
+        output = response["output"]
+        ids = tuple(item["id"] for item in output)
+        kept = _Kept(json_bytes(response), json_bytes([*inputs, *output]), len(inputs), ids)
+        self._shelves.setdefault(tenant, _Shelf()).put(response["id"], kept)
         while self._is_over():
             largest = max(self._shelves, key=lambda tenant: self._shelves[tenant].num_bytes)
             self._drop(largest, next(iter(self._shelves[largest].kept)))
@@ -698,6 +735,13 @@ class ResponseStore:
         if response_id is None:
             return []
         return json.loads(self._find(tenant, response_id, "previous_response_id").items)
+
+    def items(self, tenant: str, item_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What is kept of the answers to which the items belong: their items by id."""
+        shelf = self._shelves.get(tenant, _Shelf())
+        homes = {shelf.homes[item_id] for item_id in item_ids if item_id in shelf.homes}
+        outputs = (json.loads(shelf.kept[home].response)["output"] for home in homes)
+        return {item["id"]: item for output in outputs for item in output}
 
     def input_items(self, tenant: str, response_id: str, query: Mapping[str, str]) -> dict[str, Any]:
         """A page of the items that a response answers. query: `order` (desc if left out), `limit` (20), `after` (an id)."""

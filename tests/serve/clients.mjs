@@ -63,6 +63,9 @@ const clients = {
       await loop.done();
       assert.equal(asked, 1);
 
+      const { content } = await openai.chat.completions.stream(chat).finalMessage();
+      assert.equal(content, whole.choices[0].message.content);
+
       const response = await openai.responses.create({ model, input: "Hello", max_output_tokens: 20, temperature: 0 });
       assert.ok(response.output_text);
       assert.equal((await openai.responses.retrieve(response.id)).output_text, response.output_text);
@@ -70,7 +73,9 @@ const clients = {
       assert.equal((await all(openai.responses.inputItems.list(next.id))).length, 3);
       await openai.responses.delete(response.id);
       const format = zodTextFormat(weather, "weather");
-      weather.parse((await openai.responses.parse({ model, input: "Hello", text: { format }, ...brief })).output_parsed);
+      const said = await openai.responses.parse({ model, input: "Hello", text: { format }, ...brief });
+      weather.parse(said.output_parsed);
+      assert.ok(await openai.responses.create({ model, input: [...hello, ...said.output, ...hello], max_output_tokens: 5 }));
       const tools = [{ type: "function", name: "weather", parameters: schema, strict: true }];
       const asking = await openai.responses.parse({ model, input: hello, tools, tool_choice: "required", parallel_tool_calls: false, ...brief });
       const outputs = asking.output.filter((item) => item.type === "function_call");
@@ -132,6 +137,8 @@ const clients = {
     const format = zodOutputFormat(weather);
     const parsed = await claude.messages.parse({ model: "plain", max_tokens: 100, messages: hello, output_config: { format } });
     weather.parse(parsed.parsed_output);
+    const back = [...hello, { role: "assistant", content: parsed.content }, ...hello];
+    assert.ok((await claude.messages.create({ model: "plain", max_tokens: 5, messages: back })).content);
     const { betaZodTool } = await load("@anthropic-ai/sdk/helpers/beta/zod");
     let runs = 0;
     const tools = [betaZodTool({ name: "weather", description: "Of a city", inputSchema: weather, run: () => `${++runs} C` })];
@@ -168,7 +175,12 @@ const clients = {
     const openai = createOpenAI({ baseURL: `${address}/v1`, apiKey });
     await sdk((model) => openai(model), "openai", { parallelToolCalls: false }); // responses
     await sdk((model) => openai.chat(model), "openai", { parallelToolCalls: false });
-    const { embedMany } = await load("ai");
+    const { embedMany, generateText } = await load("ai");
+    const thinking = { model: openai("thinker"), maxOutputTokens: 20, providerOptions: { openai: { reasoningEffort: "low", forceReasoning: true } } };
+    const thought = await generateText({ ...thinking, messages: hello });
+    assert.ok(thought.usage.outputTokenDetails.reasoningTokens > 0);
+    const again = await generateText({ ...thinking, messages: [...hello, ...thought.response.messages, ...hello] });
+    assert.ok(again.usage.inputTokens > thought.usage.inputTokens);
     const { embeddings } = await embedMany({ model: openai.embedding("plain"), values: ["One", "Two"] });
     assert.equal(embeddings.length, 2);
   },
@@ -197,6 +209,10 @@ async function sdk(provider, name, options) {
     assert.equal((await all(streamed.textStream)).join(""), whole.text);
     assert.equal((await streamed.usage).outputTokens, whole.usage.outputTokens);
 
+    const messages = [...hello, ...whole.response.messages, ...hello];
+    const more = await generateText({ ...asked, messages });
+    assert.ok(more.usage.inputTokens > whole.usage.inputTokens);
+
     weather.parse((await generateObject({ ...asked, schema: weather })).object);
     weather.parse((await generateText({ ...asked, output: Output.object({ schema: weather }) })).output);
     const object = streamObject({ ...asked, schema: weather, onError: ({ error }) => { throw error; } });
@@ -205,7 +221,9 @@ async function sdk(provider, name, options) {
     const runs = [];
     const tools = { weather: tool({ description: "Of a city", inputSchema: weather, execute: (input) => (runs.push(input), "12 C") }) };
     const loop = { ...asked, tools, stopWhen: stepCountIs(2), prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? "none" : "required" }) };
-    assert.equal((await generateText(loop)).steps.length, 2);
+    const called = await generateText(loop);
+    assert.equal(called.steps.length, 2);
+    assert.ok((await generateText({ ...asked, messages: [...hello, ...called.response.messages, ...hello], tools })).text);
     const parts = await all(streamText({ ...loop, toolChoice: "required" }).fullStream);
     assert.ok(parts.some((part) => part.type === "tool-input-delta") && parts.some((part) => part.type === "tool-result"));
     assert.ok(!parts.some((part) => part.type === "error"), JSON.stringify(parts.find((part) => part.type === "error")));

@@ -2,7 +2,7 @@
 not. The Python clients check every document and every event of a stream against their own types.
 
 pytest tests/serve/test_clients.py; with -m peer those of npm too, which are installed once, or taken from the folder that
-MINGA_NODE_MODULES names.
+MINGA_NODE_MODULES names, and those of Python that are there (pip install llm litellm).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +145,7 @@ def test_the_stream_helper_tells_what_happens(client):
     assert isinstance(final.choices[0].message.parsed, Weather)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of the client, where a parsed answer is sent back
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tool_is_called_and_its_result_read(client, model):
     messages = [*HELLO]
@@ -158,7 +160,7 @@ def test_a_tool_is_called_and_its_result_read(client, model):
         parsed = stream.get_final_completion().choices[0].message
     messages += [parsed, {"role": "tool", "tool_call_id": parsed.tool_calls[0].id, "content": "19 C"}]
     answer = client.chat.completions.parse(**asked, response_format=Weather, tool_choice="none").choices[0].message
-    messages += [answer, *HELLO]
+    messages += [answer, *HELLO, first.message.model_dump(), messages[2], *HELLO]
     assert client.chat.completions.create(**asked | {"max_tokens": 10}, tool_choice="auto").choices[0].message
 
 
@@ -306,6 +308,8 @@ def test_responses_are_kept_and_gone_on_from(client, model):
     assert second.previous_response_id == first.id and second.usage.input_tokens > first.usage.input_tokens
     items = list(client.responses.input_items.list(second.id, order="asc", limit=2))
     assert [item.role for item in items] == ["user", "assistant", "user"]
+    with pytest.raises(openai.BadRequestError):
+        client.responses.retrieve(first.id, stream=True)
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.id)
@@ -339,6 +343,12 @@ def test_responses_are_parsed_and_call_tools(client, model):
     assert Weather.model_validate_json(call.arguments) and first.status == "completed"
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "12 C"}
     conversation += [*first.output, result]
+    assert client.responses.create(**asked, input=conversation, max_output_tokens=16).output
+    again = client.responses.parse(**asked | {"tools": [chat_tool()]}, input="Hello", tool_choice="required")
+    (same,) = (item for item in again.output if item.type == "function_call")
+    assert isinstance(same.parsed_arguments, Weather)
+    conversation += [*again.output, {**result, "call_id": same.call_id}, *parsed.output]
+    conversation += [item.model_dump() for item in client.responses.create(model=model, input="Hello").output]
     assert client.responses.create(**asked, input=conversation, max_output_tokens=16).output
     kept: Any = client.responses.create(**asked, input=[result], previous_response_id=first.id, max_output_tokens=16)
     assert kept.output
@@ -468,6 +478,7 @@ def test_messages_call_tools(claude, model):
     assert first.stop_reason == "tool_use"
     result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "12 C"}]}
     messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
+    messages += [{"role": "assistant", "content": [block.model_dump() for block in first.content]}, messages[-1]]
     assert claude.messages.create(**asked | {"max_tokens": 10}).usage.output_tokens
     whole = claude.messages.create(
         **asked, tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
@@ -496,7 +507,10 @@ def test_messages_are_parsed(claude):
     asked: Any = {"model": "plain", "max_tokens": 200, "messages": HELLO}
     assert isinstance(claude.messages.parse(**asked, output_format=Weather).parsed_output, Weather)
     with claude.messages.stream(**asked, output_format=Weather) as stream:
-        assert isinstance(stream.get_final_message().parsed_output, Weather)
+        final = stream.get_final_message()
+    assert isinstance(final.parsed_output, Weather)
+    back: Any = [*HELLO, {"role": "assistant", "content": final.content}, *HELLO]
+    assert claude.messages.create(**asked | {"messages": back, "max_tokens": 5}).content
     assert isinstance(claude.beta.messages.parse(**asked, output_format=Weather).parsed_output, Weather)
 
 
@@ -561,3 +575,58 @@ def test_clients_of_npm(address, node_modules, name):
     command = ["node", str(Path(__file__).with_name("clients.mjs")), address, str(node_modules), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- others of Python
+
+
+@pytest.fixture(scope="module")
+def open_address(models, tmp_path_factory) -> Iterator[str]:
+    with serving(models, tmp_path_factory.mktemp("runs")) as url:
+        yield url
+
+
+@pytest.mark.peer
+def test_llm(open_address, tmp_path):
+    pytest.importorskip("llm")
+    entries = [
+        f"- model_id: {name}\n  model_name: plain\n  api_base: {open_address}/v1\n  supports_schema: true\n{more}"
+        for name, more in (("chat", ""), ("complete", "  completion: true\n"))
+    ]
+    (tmp_path / "extra-openai-models.yaml").write_text("".join(entries))
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-m", "llm", *arguments, "-o", "max_tokens", "100", "-o", "temperature", "0"]
+        environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    assert said("Hello", "-m", "chat") == said("Hello", "-m", "chat", "--no-stream") != ""
+    assert Weather.model_validate_json(said("Hello", "-m", "chat", "--schema", json.dumps(Weather.model_json_schema())))
+    assert said("Once", "-m", "complete")
+
+
+@pytest.mark.peer
+def test_litellm(open_address, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the net for prices
+    litellm = pytest.importorskip("litellm")
+    root = {"api_key": "none", "num_retries": 0}
+    for at in (
+        {"model": "openai/plain", "api_base": f"{open_address}/v1"},
+        {"model": "hosted_vllm/plain", "api_base": f"{open_address}/v1"},
+        {"model": "anthropic/plain", "api_base": open_address},
+    ):
+        asked: dict[str, Any] = {**root, **at, "messages": HELLO, "max_tokens": 60, "temperature": 0}
+        whole = litellm.completion(**asked).choices[0].message.content
+        chunks = list(litellm.completion(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+        wanted: Any = {"tools": [chat_tool()], "tool_choice": "required", "parallel_tool_calls": False}
+        message = litellm.completion(**asked, **wanted).choices[0].message
+        (call,) = message.tool_calls
+        assert Weather.model_validate_json(call.function.arguments)
+        asked["messages"] = [*HELLO, message, {"role": "tool", "tool_call_id": call.id, "content": "12 C"}]
+        assert litellm.completion(**asked, tools=[chat_tool()]).choices
+    at = {**root, "model": "openai/plain", "api_base": f"{open_address}/v1"}
+    assert litellm.responses(**at, input="Hello", max_output_tokens=5).output
+    assert len(litellm.embedding(**at, input=["One", "Two"]).data) == 2

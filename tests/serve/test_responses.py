@@ -460,6 +460,27 @@ def test_every_answer_can_be_gone_on_from(events):
     assert said == ["user", *(["assistant"] if first["output"] else []), "user"]
 
 
+def test_items_of_earlier_answers_may_be_named():
+    store = ResponseStore()
+    first = answered(store, "a", canned.CALLS, tools=[WEATHER])
+    results = [{"type": "function_call_output", "call_id": f"call_{n}", "output": "ok"} for n in (1, 2)]
+    named = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+
+    def resolved(tenant: str, *more: Any) -> ResponsesBody:
+        asked = body_of(input=[{"role": "user", "content": "Hello"}, *named, *results, *more])
+        return asked.with_items(store.items(tenant, asked.references))
+
+    whole = body_of(input=[{"role": "user", "content": "Hello"}, *first["output"], *results])
+    assert resolved("a").generation().messages == whole.generation().messages
+    with pytest.raises(ApiError, match="twice"):
+        resolved("a", named[0]).generation()
+    store.delete("a", first["id"])
+    for tenant in ("a", "b"):
+        with pytest.raises(ApiError) as refused:
+            resolved(tenant).generation()
+        assert refused.value.param == "input[1]"
+
+
 def test_text_between_calls_keeps_its_place():
     between = [*canned.CALLS[:5], Text(0, "And the time."), *canned.CALLS[5:]]
     stream = canned.read_stream(canned.stream_of(writer_of(stream=True), between))
