@@ -18,6 +18,7 @@ EXAMPLE = """\
 examples:
   minga serve runs/shakespeare
   minga serve small=SmolLM2.gguf mine=runs/mine --port 0
+  minga serve runs/mine --replicas 4 --port 8080
   curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 """
 
@@ -36,6 +37,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default %(default)s)")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port; 0 finds a free one (default %(default)s)"
+    )
+    parser.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="processes that share the work, by Ray Serve (default 1)"
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="training runs to show (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the address as one JSON line when ready")
@@ -114,7 +118,12 @@ def run(args: argparse.Namespace) -> int:
         prefix_memory=args.prefix_memory,
         rates=rates_of(args),
     )
-    serve(models, options, as_json=args.json)
+    if args.replicas == 1:
+        serve(models, options, as_json=args.json)
+    else:
+        from minga.serve.replicas import serve_replicas
+
+        serve_replicas(models, options, args.replicas, as_json=args.json)
     return 0
 
 

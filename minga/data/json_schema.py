@@ -9,7 +9,6 @@ Annotations, formats that no standard names, and keywords that are no JSON schem
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,9 @@ Place = tuple[Any, ...]  # (path,), or (the place around it, a key or an index)
 
 MAX_BYTES = 1 << 16  # of compact JSON
 MAX_DEPTH = 32  # of objects and lists inside each other
+MAX_NODES = 8192  # objects, lists and other values
 MAX_PROPERTIES = 1000
+MAX_REFS = 256  # a compiler may need time in the cube of their number: 4,000 took 79 seconds
 MAX_ENUM = 1000  # values, of all enums together
 MAX_PATTERN = 512  # characters
 MAX_PATTERNS = 4096  # characters of all patterns of a schema together
@@ -54,7 +55,7 @@ def check_schema(schema: Any, path: str) -> None:
     if not isinstance(schema, Mapping):
         raise _refusal("the schema is no JSON object", path, 'send one, such as {"type": "object"}')
     _check_size(schema, path)
-    properties = values = 0
+    properties = values = refs = 0
     patterns: set[str] = set()
     for place, node in _schemas(schema, (path,)):
         if isinstance(node, bool):
@@ -70,8 +71,11 @@ def check_schema(schema: Any, path: str) -> None:
                 raise _refusal(f"the patterns have more than {MAX_PATTERNS} characters", where, "send fewer")
         properties += len(node.get("properties", ()))
         values += len(node.get("enum", ()))
+        refs += "$ref" in node
         if properties > MAX_PROPERTIES:
             raise _refusal(f"the schema has more than {MAX_PROPERTIES} properties", place, "send fewer")
+        if refs > MAX_REFS:
+            raise _refusal(f"the schema has more than {MAX_REFS} references", place, "send fewer")
         if values > MAX_ENUM:
             raise _refusal(f"the schema has more than {MAX_ENUM} values in its enums", place, "send fewer")
 
@@ -160,39 +164,39 @@ def _rewritten(schema: Any, rewrite: Callable[[dict[str, Any]], dict[str, Any]])
 
 def _check_size(schema: Any, path: str) -> None:
     """Counts bytes while it walks, so that the walk ends where the limit does."""
-    room = MAX_BYTES
+    room, num_nodes = MAX_BYTES, 0
     waiting: list[tuple[Any, Place, int]] = [(schema, (path,), 1)]
     while waiting:
-        value, place, depth = waiting.pop()
-        children: list[tuple[Any, Place]] = []
-        if isinstance(value, str):
-            room -= _num_bytes(value, place) + 2
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
+        container, place, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise _refusal(f"the schema is nested more than {MAX_DEPTH} deep", place, "flatten it")
+        num_nodes += len(container) + 1
+        if num_nodes > MAX_NODES:
+            raise _refusal(f"the schema has more than {MAX_NODES} values", path, "send a smaller one")
+        room -= 1 + max(1, len(container))  # brackets and commas
+        for key, value in container.items() if isinstance(container, Mapping) else enumerate(container):
+            if isinstance(container, Mapping):
                 if not isinstance(key, str):
                     raise _refusal(f"the key {_shown(key)} is no string", place, "JSON has no other keys")
                 room -= _num_bytes(key, place) + 3
-                children.append((item, (place, key)))
-                if room < 0:
-                    break
-            room -= 2 + max(0, len(value) - 1)
-        elif isinstance(value, (list, tuple)):
-            room -= 2 + max(0, len(value) - 1)
-            if room >= 0:
-                children = [(item, (place, index)) for index, item in enumerate(value)]
-        elif isinstance(value, bool) or value is None:
-            room -= 5 if value is False else 4
-        elif isinstance(value, (int, float)):
-            if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > 1e308:
-                raise _refusal("the number is not finite", place, "JSON has no such number")
-            room -= len(repr(value))
-        else:
-            raise _refusal(f"{type(value).__name__} is no JSON value", place, "send plain JSON")
-        if room < 0:
-            raise _refusal(f"the schema has more than {MAX_BYTES} bytes", path, "send a smaller one")
-        if children and depth > MAX_DEPTH:
-            raise _refusal(f"the schema is nested more than {MAX_DEPTH} deep", place, "flatten it")
-        waiting += [(item, name, depth + 1) for item, name in children]
+            if isinstance(value, (Mapping, list, tuple)):
+                waiting.append((value, (place, key), depth + 1))
+            else:
+                room -= _num_bytes_of_scalar(value, (place, key))
+            if room < 0:
+                raise _refusal(f"the schema has more than {MAX_BYTES} bytes", path, "send a smaller one")
+
+
+def _num_bytes_of_scalar(value: Any, place: Place) -> int:
+    if isinstance(value, str):
+        return _num_bytes(value, place) + 2
+    if isinstance(value, bool) or value is None:
+        return 5 if value is False else 4
+    if not isinstance(value, (int, float)):
+        raise _refusal(f"{type(value).__name__} is no JSON value", place, "send plain JSON")
+    if value != value or abs(value) > 1e308:
+        raise _refusal("the number is not finite", place, "JSON has no such number")
+    return len(repr(value))
 
 
 def _num_bytes(text: str, place: Place | str) -> int:

@@ -235,31 +235,23 @@ class Tokenizer:
         hidden = self._control_ids if skip_specials else ()
         return b"".join(self.token_bytes(token) for token in ids if token not in hidden).decode("utf-8", "replace")
 
-    def stream(self, skip_specials: bool = True, *, mark: bool = False) -> DecodeStream:
+    def stream(self, skip_specials: bool = True, *, marked: Iterable[int] = ()) -> DecodeStream:
         """A decoder for tokens that arrive one at a time; its pieces joined are `decode` of all of them.
 
-        mark: control tokens come as one private-use character each, which no other token can write; `split_marks` says which.
+        marked: tokens that come as one private-use character each, which no other token can write; `split_marks` says which.
         """
-        if mark:
-            return DecodeStream(
-                self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(self._control_ids))}
-            )
-        return DecodeStream(self, self._control_ids if skip_specials else set())
+        marks = {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(marked))}
+        return DecodeStream(self, self._control_ids if skip_specials else set(), marks)
 
-    def split_marks(self, text: str) -> list[tuple[str, bool]]:
-        """The parts of a marked text: what stands in it as text, and control tokens spelled out (True)."""
-        names = [self._content(id) for id in sorted(self._control_ids)]
-        parts = _MARK.split(text)  # every second one is a mark
+    def split_marks(self, text: str, marked: Iterable[int]) -> list[tuple[str, bool]]:
+        """The parts of a marked text: what stands in it as text, and marked tokens spelled out (True)."""
+        names = [self._content(id) for id in sorted(marked)]
+        parts = _MARK.split(text) if names else [text]  # every second one is a mark
         return [
             (names[ord(part) - _MARKS], True) if index % 2 else (part, False)
             for index, part in enumerate(parts)
             if part
         ]
-
-    def control_id(self, name: str) -> int | None:
-        """The id of a control token, None if there is none of this name."""
-        id = self._added_ids.get(name)
-        return id if id in self._control_ids else None
 
     def json(self) -> str:
         """The `tokenizer.json` that `save` writes."""
@@ -321,7 +313,7 @@ class Tokenizer:
 class DecodeStream:
     """Turns tokens into text as they come, holding back the bytes of a character until it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: set[int], marks: Mapping[int, str] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: set[int], marks: Mapping[int, str]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._marks = marks
@@ -329,13 +321,12 @@ class DecodeStream:
 
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly empty."""
-        if token in self._hidden:
-            return ""
-        if self._marks is None:
-            return self._utf8.decode(self._tokenizer.token_bytes(token))
         if token in self._marks:
             return self.flush() + self._marks[token]
-        return _MARK.sub("\ufffd", self._utf8.decode(self._tokenizer.token_bytes(token)))
+        if token in self._hidden:
+            return ""
+        text = self._utf8.decode(self._tokenizer.token_bytes(token))
+        return _MARK.sub("\ufffd", text) if self._marks else text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole, else nothing."""

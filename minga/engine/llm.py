@@ -204,7 +204,7 @@ class LLM:
         """
         began = perf_counter()
         sequence = self._sequence(prompt, params)
-        return (sequence.take_delta() for _ in self._run([sequence], salt, began))
+        return self._deltas(sequence, salt, began)
 
     def chat(self, messages: Messages, params: SamplingParams = DEFAULT_PARAMS) -> Completion:
         """Answers a conversation, a list of {"role", "content"}, through the model's chat template."""
@@ -240,7 +240,7 @@ class LLM:
 
     # ------------------------------------------------------------------ prompts
 
-    def _sequence(self, prompt: str | list[int], params: SamplingParams, mark: bool = False) -> Sequence:
+    def _sequence(self, prompt: str | list[int], params: SamplingParams, marked: abc.Collection[int] = ()) -> Sequence:
         ids = self._encode(prompt)
         if len(ids) >= self.max_context:
             raise UserError(
@@ -254,7 +254,7 @@ class LLM:
             params,
             stop_ids=frozenset() if params.ignore_eos else self._stop_ids,
             max_length=max_length,
-            decoder=self.tokenizer.stream(mark=mark),
+            decoder=self.tokenizer.stream(marked=marked),
             guide=self._guide(params),
         )
 
@@ -266,6 +266,7 @@ class LLM:
             matcher=None if grammar is None else self._grammars.matcher(grammar),
             triggers=frozenset() if grammar is None else grammar.triggers,
             thinking=thinking,
+            vocab_size=self.config.vocab_size,
             force=params.logprobs is None,  # the probability of a forced token is not known before it is read
         )
 
@@ -300,13 +301,18 @@ class LLM:
     # ------------------------------------------------------------------ running
 
     def submit(
-        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", mark: bool = False
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = DEFAULT_PARAMS,
+        *,
+        salt: str = "",
+        marked: abc.Collection[int] = (),
     ) -> Entry:
         """Queues a prompt beside those that run; `step` goes on with all, and `entry.sequence` has the answer so far.
 
-        mark: the text has a mark for each control token, for `Tokenizer.split_marks`.
+        marked: tokens that have a mark in the text, for `Tokenizer.split_marks`.
         """
-        return self._submit(self._sequence(prompt, params, mark), salt)
+        return self._submit(self._sequence(prompt, params, marked), salt)
 
     def step(self) -> None:
         """Everyone who runs gets some tokens, and some of what waits is read. Nothing, where there is nothing to do."""
@@ -346,6 +352,12 @@ class LLM:
             model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup,
             most_kept=kept // self._page_bytes,
         )  # fmt: skip
+
+    def _deltas(self, sequence: Sequence, salt: str, began: float) -> Generator[Delta, None, None]:
+        for _ in self._run([sequence], salt, began):
+            yield sequence.take_delta()
+        if sequence.failure is not None:
+            raise sequence.failure
 
     def _run(self, sequences: list[Sequence], salt: str, began: float) -> Iterator[None]:
         """Runs all to their end, beside whatever else runs; yields where they have got something."""

@@ -54,20 +54,25 @@ class Answer:
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self._deadline)
             if not answering.done() and not leaving.done():
-                self._answering.abort(too_late(self._deadline))
-                await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=FAREWELL_SECONDS)
+                await self._part(answering, leaving, too_late(self._deadline))
             if answering.done():
                 error = answering.result()
         except asyncio.CancelledError:  # the server is told to stop, and its patience is over
             message = "the server stops, and this answer took too long to finish"
             error = ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"})
-            self._answering.abort(error)
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=FAREWELL_SECONDS)
+            await self._part(answering, leaving, error)
         finally:
             answering.cancel()
             leaving.cancel()
             self._answering.cancel()
             self._done(error)
+
+    async def _part(
+        self, answering: asyncio.Task[ApiError | None], leaving: asyncio.Task[None], error: ApiError
+    ) -> None:
+        """Ends it with an error; a client that reads nothing is not told why."""
+        self._answering.abort(error)
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=FAREWELL_SECONDS)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> ApiError | None:
         """Returns the error that ended it, if one did."""

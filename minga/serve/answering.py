@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
 
+_USUAL_CHARACTERS = 4  # of a token
+_PIECE, _SLACK = 1 << 15, 1024  # characters read at once; tokens by which a count in pieces may be wrong
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What the model is given."""
@@ -55,6 +59,8 @@ class Prompt:
 def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
     """The prompt's tokens, and whether it ends in the middle of thoughts. Raises `ApiError` for what cannot be rendered."""
     llm, dialect, use = worker.llm, worker.dialect, generation.tool_use
+    texts = [generation.prompt] if generation.prompt is not None else [m["content"] for m in generation.messages]
+    refuse_endless([text for text in texts if isinstance(text, str)], worker, generation.field)
     try:
         if generation.prompt is not None:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
@@ -70,6 +76,10 @@ def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
 
 def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
     """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
+    vocab_size = worker.llm.config.vocab_size
+    for token in generation.sampling.logit_bias:
+        if token >= vocab_size:
+            raise invalid(f"logit_bias.{token}", f"{worker.name} has {vocab_size} tokens")
     ids, is_thinking = render(generation, worker)
     params = _within_context(generation, len(ids), worker)
     if most_tokens is not None:
@@ -80,9 +90,27 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
         if params.grammar is not None:
             worker.llm.check_grammar(params.grammar)
     except UserError as error:
-        field = "tools" if generation.format is None else "response_format"
+        field = "tools" if generation.format is None else generation.format.place
         raise ApiError(str(error), param=field, code="invalid_schema") from None
     return Prompt(ids, params, is_thinking)
+
+
+def refuse_endless(texts: Sequence[str], worker: Worker, field: str) -> None:
+    """Raises `ApiError` for texts that cannot fit the context: to read megabytes to their end would only cost time.
+
+    They are read in pieces, between which other threads run. Cut in pieces, a text has hardly fewer tokens than whole.
+    """
+    context, num_tokens = worker.llm.max_context, 0
+    if sum(map(len, texts)) <= _USUAL_CHARACTERS * context:
+        return
+    for text in texts:
+        for start in range(0, len(text), _PIECE):
+            num_tokens += len(worker.llm.tokenizer.encode(text[start : start + _PIECE]))
+            if num_tokens > context + _SLACK:
+                raise ApiError(
+                    f"the prompt has more than {context} tokens, the context of {worker.name}; shorten it",
+                    param=field, code="context_length_exceeded",
+                )  # fmt: skip
 
 
 def _within_context(generation: Generation, num_prompt_tokens: int, worker: Worker) -> SamplingParams:
@@ -104,7 +132,7 @@ def _thinking(generation: Generation, worker: Worker, is_open: bool) -> Thinking
         return None
     tokenizer, marks = worker.llm.tokenizer, (worker.dialect.think, worker.dialect.end_think)
     start, end = (tuple(tokenizer.encode(mark.strip(), specials=True)) for mark in marks)
-    return Thinking(start, end, is_open, generation.thinking_budget)
+    return Thinking(start, end, is_open, generation.thinking_budget, triggers_end=bool(worker.dialect.separator))
 
 
 _ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
@@ -375,7 +403,7 @@ class _Speaker:
         generation, worker = answering.generation, answering.worker
         use = generation.tool_use
         names = [] if use is None else [tool.name for tool in use.callable]
-        self._index, self._tokenizer = index, worker.llm.tokenizer
+        self._index, self._tokenizer, self._markers = index, worker.llm.tokenizer, worker.markers
         self._answering = answering
         self._parser = dialects.StreamParser(worker.dialect, tools=names, thinking=is_thinking)
         self._plain = generation.prompt is not None
@@ -407,7 +435,7 @@ class _Speaker:
             self._reason, self._stop = delta.finish_reason, delta.stop
         if self._logprobs is not None:
             self._logprobs += delta.logprobs or []
-        for piece, control in self._tokenizer.split_marks(delta.text):
+        for piece, control in self._tokenizer.split_marks(delta.text, self._markers):
             if self._plain:
                 yield from self._text("" if control else piece)
                 continue

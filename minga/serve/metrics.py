@@ -1,7 +1,8 @@
 """What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work here.
 
 Names, labels and buckets are those of vllm/v1/metrics/loggers.py and vllm/v1/spec_decode/metrics.py; `engine` is the
-label by which vLLM tells its data-parallel engines apart, and always "0" here. What vLLM does not count has the prefix `minga:`.
+label by which vLLM tells its data-parallel engines apart, here the replicas of a server. What vLLM does not count has the
+prefix `minga:`.
 
 A request is observed once, at its end, in some 20 µs. The pauses between its tokens come as a list then: each costs 0.6 µs
 in the library, a thousandth of what a model takes for a token, and a sum kept along the way would be a second histogram, ours.
@@ -22,7 +23,6 @@ from prometheus_client.registry import Collector
 __all__ = ["CONTENT_TYPE", "Metrics", "ModelState", "RequestTimes", "token_buckets"]
 
 _LABELS = ("model_name", "engine")
-_ENGINE = "0"
 _FINISH_REASONS = ("stop", "length", "abort", "error")  # shown as 0 before the first; others appear when they happen
 _FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -75,13 +75,14 @@ class Metrics:
     """The numbers of a server, in a registry of its own. For the event loop only.
 
     models: name -> the longest context. The longest of all decides the buckets of token counts, as one model's does in vLLM.
+    engine: which replica of the server this is.
     """
 
-    def __init__(self, models: Mapping[str, int]):
+    def __init__(self, models: Mapping[str, int], *, engine: str = "0"):
         disable_created_metrics()  # no second series for each, with the time of its birth; vLLM leaves them out too
-        self._models = tuple(models)
+        self._models, self._engine = tuple(models), engine
         self._registry = CollectorRegistry()
-        self._states = _States()
+        self._states = _States(engine)
         self._registry.register(self._states)
 
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed.")
@@ -91,7 +92,7 @@ class Metrics:
         self._success = self._counter("vllm:request_success", "Requests that ended, by reason.", "finished_reason")
         for model in models:
             for reason in _FINISH_REASONS:
-                self._success.labels(model, _ENGINE, reason)
+                self._success.labels(model, self._engine, reason)
 
         sizes = token_buckets(max(models.values()))
         self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", sizes)
@@ -161,7 +162,7 @@ class Metrics:
 
     def _labels(self, model: str) -> tuple[str, str]:
         assert model in self._models, "a client's text must not become a label"
-        return model, _ENGINE
+        return model, self._engine
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         counter = Counter(name, documentation, (*_LABELS, *labels), registry=self._registry)
@@ -177,25 +178,26 @@ class Metrics:
     def _show(self, metric: Counter | Histogram) -> None:
         """From the start, as 0: a series that appears with its first event hides that event from `rate()`."""
         for model in self._models:
-            metric.labels(model, _ENGINE)
+            metric.labels(model, self._engine)
 
 
 class _States(Collector):
     """The engines' own numbers, as they are when Prometheus asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
         self.now: dict[str, ModelState] = {}
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         for name, field, documentation in _GAUGES:
             gauge = GaugeMetricFamily(name, documentation, labels=_LABELS)
             for model, state in self.now.items():
-                gauge.add_metric((model, _ENGINE), getattr(state, field))
+                gauge.add_metric((model, self._engine), getattr(state, field))
             yield gauge
         for name, field, documentation in _ENGINE_COUNTERS:
             counter = CounterMetricFamily(name, documentation, labels=_LABELS)
             for model, state in self.now.items():
-                counter.add_metric((model, _ENGINE), getattr(state, field))
+                counter.add_metric((model, self._engine), getattr(state, field))
             yield counter
 
 

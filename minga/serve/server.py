@@ -12,17 +12,19 @@ import signal
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from minga.engine.watermark import read_secret
 from minga.errors import UserError
 from minga.planner.cost import Rates
 from minga.serve.app import create_app
+from minga.serve.errors import ApiError, json_bytes
 from minga.serve.keys import Keys
 from minga.serve.log import AccessLog
 from minga.serve.meter import Meter
@@ -32,6 +34,7 @@ from minga.serve.store import Store
 from minga.serve.worker import MAX_RUNNING, MAX_WAITING
 
 SHUTDOWN_SECONDS = 30.0  # for requests that are being answered
+HEADER_SECONDS = 20.0  # for a client to say what it wants
 _MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 128
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -79,43 +82,60 @@ def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool =
     Raises `UserError` for a model that does not open, a port that is taken, or an open address without an API key. The
     port is bound before the models are opened, which takes longer, and answers after.
     """
-    from minga.engine.llm import LLM  # torch: not before the flags have been checked
+    options = with_key(options)
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(options.host, options.port))
+        app = open_app(models, options, stack)
+        _listen(listener, options.port)
+        announce(models, options.host, listener.getsockname()[1], as_json=as_json)
+        run_until_signal(app, listener, options.shutdown_seconds)
 
-    api_key = _checked_key(os.environ.get("MINGA_API_KEY") or None if options.api_key is None else options.api_key)
+
+def with_key(options: Options) -> Options:
+    """The options with the environment's key, where they have none. Raises `UserError` for an open address without a key."""
+    given = os.environ.get("MINGA_API_KEY") or None if options.api_key is None else options.api_key
+    api_key = _checked_key(given)
     if api_key is None and options.keys_file is None and not _is_loopback(options.host):
         raise UserError(
             f"{options.host} is open to other machines and there is no API key (serve). set --api-key or MINGA_API_KEY, make "
             "keys with `minga keys add` and give --keys, or leave --host out"
         )
-    with ExitStack() as stack:
-        listener = stack.enter_context(bind(options.host, options.port))
-        settings = _settings(options, api_key, stack)
-        opened = {
-            name: LLM(
-                path,
-                quant=options.quant,
-                speculate=options.speculate,
-                cache=options.cache,
-                prefix_memory=options.prefix_memory,
-            )
-            for name, path in models.items()
-        }
-        app = create_app(opened, options.runs_dir, settings)
-        _listen(listener, options.port)
-        url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listener.getsockname()[1]}"
-        if as_json:
-            print(json.dumps({"url": url, "models": list(models)}, ensure_ascii=False), flush=True)
-        else:
-            print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1, /docs)", flush=True)
-        run_until_signal(app, listener, options.shutdown_seconds)
+    return replace(options, api_key=api_key)
 
 
-def _settings(options: Options, api_key: str | None, stack: ExitStack) -> Settings:
-    keys = meter = None
+def open_app(models: Mapping[str, str | Path], options: Options, stack: ExitStack, *, engine: str = "0") -> Starlette:
+    """The application with its models, of options that have been through `with_key`. What it opens, `stack` closes."""
+    from minga.engine.llm import LLM  # torch: not before the flags have been checked
+
+    settings = open_settings(options, stack, engine=engine)
+    opened = {
+        name: LLM(
+            path,
+            quant=options.quant,
+            speculate=options.speculate,
+            cache=options.cache,
+            prefix_memory=options.prefix_memory,
+        )
+        for name, path in models.items()
+    }
+    return create_app(opened, options.runs_dir, settings)
+
+
+def announce(models: Mapping[str, str | Path], host: str, port: int, *, as_json: bool) -> None:
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if as_json:
+        print(json.dumps({"url": url, "models": list(models)}, ensure_ascii=False), flush=True)
+    else:
+        print(f"serving {', '.join(models)} at {url}  (page: open the address; API: /v1, /docs)", flush=True)
+
+
+def open_settings(options: Options, stack: ExitStack, *, engine: str = "0") -> Settings:
+    keys, meter, api_key = None, None, options.api_key
     if options.keys_file is not None:
         store = Store(options.keys_file)
         stack.callback(store.close)
         keys, meter = Keys(store, static=api_key), Meter(store)
+        stack.callback(meter.close)
     elif api_key is not None:
         keys = Keys(static=api_key)
     return Settings(
@@ -130,6 +150,7 @@ def _settings(options: Options, api_key: str | None, stack: ExitStack) -> Settin
         max_running=options.max_running,
         max_waiting=options.max_waiting,
         watermark=None if options.watermark is None else read_secret(options.watermark),
+        engine=engine,
     )
 
 
@@ -152,13 +173,78 @@ def _opened_log(path: str | None) -> AccessLog | None:
     return None if path is None else AccessLog(None if path == "-" else path)
 
 
-def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
-    config = uvicorn.Config(
-        app, http=_protocol(), ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+class Connection(HttpToolsProtocol):
+    """Hangs up where a request's head is too long, or takes too long to come: uvicorn itself would wait for ever."""
+
+    _in_head = True
+    _passed = False  # an end of a head or of a body, in what came last
+    _num_bytes = 0  # of the head so far
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._passed = False
+        super().data_received(data)
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or not self._in_head:
+            self._stop_waiting()
+        else:
+            self._wait()
+        if self._in_head and not self._passed:
+            self._num_bytes += len(data)
+            if self._num_bytes > _MAX_HEADER_BYTES:
+                self._refuse(431, "the headers are too large", "headers_too_large")
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._passed, self._num_bytes = False, True, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._passed = True, True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is not HTTP", "invalid_http")
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            message = f"the request did not come within {HEADER_SECONDS:g} seconds"
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._refuse, 408, message, "header_timeout")
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # what is written now would stand inside that
+            self.transport.close()
+            return
+        body = json_bytes(ApiError(message, status=status, code=code).document())
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+def configured(app: Starlette, shutdown_seconds: float = SHUTDOWN_SECONDS) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds),
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+
+
+def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
+    server = uvicorn.Server(configured(app, shutdown_seconds))
 
     def stop(*_: object) -> None:
         app.state.service.draining = True
@@ -172,33 +258,6 @@ def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _protocol() -> type[asyncio.Protocol] | Literal["h11"]:
-    """Of HTTP: httptools's parser where it is there, which takes a head of any length; this one does not."""
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ModuleNotFoundError:
-        return "h11"
-
-    class Protocol(HttpToolsProtocol):
-        _num_head_bytes = 0
-
-        def data_received(self, data: bytes) -> None:
-            self._num_head_bytes += len(data)
-            super().data_received(data)
-            if self._num_head_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response("The headers are too long.")
-
-        def on_headers_complete(self) -> None:
-            super().on_headers_complete()
-            self._num_head_bytes = 0
-
-        def on_body(self, body: bytes) -> None:
-            super().on_body(body)
-            self._num_head_bytes = 0
-
-    return Protocol
 
 
 def bind(host: str, port: int) -> socket.socket:

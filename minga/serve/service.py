@@ -39,7 +39,7 @@ _HEADER_SAFE = " !#$&'()*+,/:;<=>?@[]^`{|}~"  # of a model's name in a quoted st
 class Settings:
     """host: the address that is bound. keys: who may ask; None: everybody. moderate: keep back what the guard flags, asked
     for or not. deadline: seconds that an answer may take. watermark: the secret with which answers are marked that ask for
-    it; None: none can be.
+    it; None: none can be. engine: which replica this is, in the metrics.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +53,7 @@ class Settings:
     max_running: int = MAX_RUNNING
     max_waiting: int = MAX_WAITING
     watermark: int | None = None
+    engine: str = "0"
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Service:
         limits = {"max_running": self.settings.max_running, "max_waiting": self.settings.max_waiting}
         self.workers = {name: Worker(name, llm, **limits) for name, llm in self.models.items()}
         self.limits = Limits()
-        self.metrics = Metrics({name: llm.max_context for name, llm in self.models.items()})
+        contexts = {name: llm.max_context for name, llm in self.models.items()}
+        self.metrics = Metrics(contexts, engine=self.settings.engine)
         self.draining = False
         self._num_open = 0  # answers that are not accounted for
 

@@ -8,6 +8,7 @@ read while the server writes, and a process killed in the middle leaves a file t
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -23,6 +24,7 @@ DEFAULT_PATH = "minga.db"
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x4D494E47  # "MING" in the file's header: tells our file from any other SQLite file
 BUSY_SECONDS = 5.0  # how long a writer waits for another one, such as `minga keys add` for the server
+_MAKING = threading.Lock()  # for the file to be made before another connection of this process opens it: see _make_file
 _SCHEMA = """
 CREATE TABLE keys (
     id TEXT PRIMARY KEY,            -- the first digits of the key, which are no secret
@@ -65,7 +67,8 @@ class Store:
         """create: make the file where there is none, readable and writable by its owner only."""
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._make_file(create)
+        with _MAKING:
+            self._make_file(create)
         with self._told():
             self._connection = sqlite3.connect(
                 self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -101,10 +104,18 @@ class Store:
     # ------------------------------------------------------------------ opening
 
     def _make_file(self, create: bool) -> None:
-        """SQLite would create it readable by all; the files beside it, -wal and -shm, take over its mode."""
+        """SQLite would create it readable by all; the files beside it, -wal and -shm, take over its mode.
+
+        A file that is there is not opened: closing it again would drop the locks that other connections of this process
+        hold on it, as POSIX has it, and another process would take the -wal away from under them.
+        """
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_NONBLOCK | (os.O_CREAT if create else 0), 0o600))
+            if create:
+                with suppress(FileExistsError):
+                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             is_file = stat.S_ISREG(self.path.stat().st_mode)
+            if is_file and not os.access(self.path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except FileNotFoundError:
             hint = "check the folder" if create else "`minga keys add NAME` makes it"
             raise UserError(f"there is no such file ({self.path}). {hint}") from None
@@ -123,9 +134,10 @@ class Store:
 
     def _check_header(self) -> int:
         """The schema's version, 0 in an empty file."""
-        application, version, tables = (
+        # In this order: where another process commits the schema in between, the application is its, whatever was read before.
+        version, tables, application = (
             self._connection.execute(sql).fetchone()[0]
-            for sql in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+            for sql in ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master", "PRAGMA application_id")
         )
         if application != APPLICATION_ID and (application or version or tables):
             raise UserError(f"this is another program's database ({self.path}). choose another name")

@@ -21,7 +21,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from minga.data.dialects import dialect_of
+from minga.data.dialects import dialect_of, marker_tokens
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
@@ -99,6 +99,7 @@ class Worker:
     def __init__(self, name: str, llm: LLM, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING):
         self.name, self.llm = name, llm
         self.dialect = dialect_of(llm.tokenizer)
+        self.markers = marker_tokens(llm.tokenizer, self.dialect)
         self.num_parameters = count_parameters(llm.config).total
         self.busy_seconds = 0.0  # of the model
         self._max_running, self._max_waiting = max_running, max_waiting
@@ -197,7 +198,7 @@ class Worker:
     def _open(self, job: Job) -> Entry:
         if job.embeds:
             return self.llm.submit_embedding(job.prompt_ids)
-        return self.llm.submit(job.prompt_ids, job.params, salt=f"{job.tenant}\0{job.salt}", mark=True)
+        return self.llm.submit(job.prompt_ids, job.params, salt=f"{job.tenant}\0{job.salt}", marked=self.markers)
 
     def _next(self, running: list[Job]) -> Job | None:
         """The first in the queue of the tenant with the fewest running; of equals, who was served longest ago."""
@@ -229,6 +230,7 @@ class Worker:
                     job.told = now
                 if not sequence.finished:
                     return True
+                error = sequence.failure
         self._end(job, error, news)
         return False
 

@@ -127,7 +127,7 @@ CALLS = st.lists(st.tuples(NAME, ARGUMENTS, st.booleans()), min_size=1, max_size
 
 @pytest.mark.parametrize("dialect", ALL)
 @given(calls=CALLS, cuts=st.lists(st.integers(0, 400), max_size=8), content=st.sampled_from(["", "I look."]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_calls_come_back(dialect: Dialect, calls: list[tuple[str, Any, bool]], cuts: list[int], content: str) -> None:
     """Markup in the arguments' strings is data. Where it consists of tokens, a tokenizer does not make them of text."""
     pairs = [(name, json.dumps(arguments, ensure_ascii=ascii)) for name, arguments, ascii in calls]
@@ -193,6 +193,7 @@ def streams(dialect: Dialect) -> list[str]:
         '<tool_call>{"name": "clock", "arguments": {}, "name": "rm", "arguments": 3}<tool_call>',
         '<tool_call>{"name": "clock", "arguments": "{}"}</tool_call>',
         '<tool_call>{"name": ["clock"], "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "' + "g" * 240 + "<tool_call>" + "g" * 99 + '", "arguments": {}}</tool_call>',
         '<tool_call>\n{"name": "clock", "arguments": {}\n</tool_call>\nand',
     ]
 
@@ -220,7 +221,7 @@ BITS = st.sampled_from(
 
 @pytest.mark.parametrize("dialect", ALL)
 @given(bits=st.lists(BITS | st.text(max_size=3), max_size=25), cuts=st.lists(st.integers(0, 200), max_size=6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_garbage(dialect: Dialect, bits: list[str], cuts: list[int]) -> None:
     """Any input is read, the same in any division, and without tools it comes out as it went in."""
     for text in ("".join(bits), "<tool_call>" + "".join(bits)):
@@ -342,7 +343,7 @@ ADDED = [*sorted({m for d in DIALECTS.values() for m in d.markers} - {"<think>",
 @lru_cache
 def tokenizer_with(added: tuple[str, ...] = (), template: str | None = CHATML) -> Tokenizer:
     base = train_bpe([json.dumps(TOOLS[0].spec()) + "\n<tool_call>\n hello, the weather " * 9] * 2, 300)
-    spec = json.loads(base._json())
+    spec = json.loads(base.json())
     flags = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False, "special": False}
     spec["added_tokens"] += [{**flags, "id": 300 + index, "content": text} for index, text in enumerate(added)]
     return Tokenizer(spec, eos_id=0, chat_template=template)
@@ -480,7 +481,7 @@ def test_no_template() -> None:
 
 @lru_cache
 def _ll(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(tokenizer._json(), eos_token=0)
+    return llguidance.LLTokenizer(tokenizer.json(), eos_token=0)
 
 
 def accepts(tokenizer: Tokenizer, lark: str, text: str) -> bool:
@@ -534,6 +535,24 @@ def test_named_and_lax_tools(dialect: Dialect) -> None:
         grammar_for(dialect, choice="x")
 
 
+@given(arguments=ARGUMENTS)
+@settings(max_examples=40, deadline=None)
+def test_any_object_fits_a_lax_tool(arguments: Any) -> None:
+    written = json.dumps(arguments, ensure_ascii=False).replace("\x7f", "")  # which llguidance wants escaped
+    for dialect in (SPELLED["hermes"], TOKENS["deepseek_v3"]):
+        grammar, _ = grammar_for(dialect, choice="required", tools=[replace(CLOCK, strict=False)])
+        head, tail = write(dialect, ("clock", "\0")).split("\0")
+        pieces = [
+            *pieces_of(dialect, head),
+            (written, False),
+            *pieces_of(dialect, tail),
+        ]
+        tokenizer = tokenizer_for(dialect)
+        ids = [id for text, control in pieces for id in tokenizer.encode(text, specials=control)]
+        matcher = llguidance.LLMatcher(_ll(tokenizer), grammar.lark, log_level=0)
+        assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
 @pytest.mark.parametrize("dialect", ALL)
 def test_reasoning_before_forced_calls(dialect: Dialect) -> None:
     call = write(dialect, NOW)
@@ -544,7 +563,8 @@ def test_reasoning_before_forced_calls(dialect: Dialect) -> None:
     grammar, takes = grammar_for(dialect, choice="auto", may_think=True)
     if not grammar.triggers:
         assert takes(f"<think>\nhm <tool_call> \n</think>\n\n{call}") and takes("text") and takes(call)
-        assert takes("<think>\nhm\n</think>\n\ntext") and takes("a <think> b")
+        assert takes("<think>\nhm\n</think>\n\ntext")
+        assert takes("a <think> b") is ("<think>" not in dialect.tokens)
 
 
 def test_other_grammars() -> None:

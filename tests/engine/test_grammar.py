@@ -169,8 +169,9 @@ def test_a_grammar_that_does_not_compile_is_refused(model, tokenizer):
 
 
 def test_marks_tell_control_tokens_from_their_names_spelled_out(model, tokenizer):
-    stream = tokenizer.stream(mark=True)
+    markers = ids(tokenizer, "<think>")
+    stream = tokenizer.stream(marked=markers)
     spelled = tokenizer.encode("<think>")
     assert len(spelled) > 1
     text = "".join(map(stream.push, [*spelled, *ids(tokenizer, "<think>"), *tokenizer.encode("ab\U00100003")]))
-    assert tokenizer.split_marks(text) == [("<think>", False), ("<think>", True), ("ab\ufffd", False)]
+    assert tokenizer.split_marks(text, markers) == [("<think>", False), ("<think>", True), ("ab\ufffd", False)]

@@ -34,8 +34,21 @@ def _scripts() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in PAGE.glob("*.js")}
 
 
-def _document() -> str:
-    return (PAGE / "index.html").read_text(encoding="utf-8")
+def _documents() -> dict[str, str]:
+    """By the name of the script that each begins with."""
+    return {
+        script: (PAGE / page).read_text(encoding="utf-8")
+        for script, page in (("app.js", "index.html"), ("docs.js", "docs.html"))
+    }
+
+
+def _imported(script: str) -> set[str]:
+    """All that a script needs, itself included."""
+    found, new = set(), {script}
+    while new:
+        found |= new
+        new = {file for name in new for file in re.findall(r'from "\./(\S+)"', _scripts()[name])} - found
+    return found
 
 
 def test_no_script_makes_markup_out_of_text():
@@ -44,26 +57,28 @@ def test_no_script_makes_markup_out_of_text():
 
 
 def test_every_import_is_a_file_of_the_page():
-    imported = {file for text in _scripts().values() for file in re.findall(r'from "\./(\S+)"', text)}
-    assert imported | {"app.js"} == set(_scripts())  # and none is left over
-    preloaded = re.findall(r'rel="modulepreload" href="/static/(\S+)"', _document())
-    assert set(preloaded) == imported  # they come at once, not one after the other
+    assert set().union(*map(_imported, _documents())) == set(_scripts())  # and none is left over
+    for script, document in _documents().items():
+        preloaded = re.findall(r'rel="modulepreload" href="/static/(\S+)"', document)
+        assert {*preloaded, script} == _imported(script)  # they come at once, not one after the other
 
 
 def test_every_word_is_said_in_english_and_spanish():
     scripts = _scripts()
     table = dict(re.findall(r"^\t(\w+): \[(.*)\],$", scripts["words.js"], re.MULTILINE))
     assert all(len(json.loads(f"[{texts}]")) == 2 for texts in table.values())
-    used = set(re.findall(r'data-t(?:-label|-hint)?="(\w+)"', _document()))
+    used = set(re.findall(r'data-t(?:-label|-hint)?="(\w+)"', "".join(_documents().values())))
     for text in scripts.values():
         used |= set(re.findall(r'\bt\("(\w+)"', text)) | set(re.findall(r'\bsaid\("\w+", "(\w+)"', text))
     assert used <= set(table) and len(used) > 40
 
 
 def test_every_element_that_a_script_looks_up_is_there():
-    ids = re.findall(r'\bid="([\w-]+)"', _document())
-    assert len(ids) == len(set(ids))
-    assert {found for text in _scripts().values() for found in re.findall(r'\$\("([\w-]+)"\)', text)} <= set(ids)
+    for script, document in _documents().items():
+        ids = re.findall(r'\bid="([\w-]+)"', document)
+        assert len(ids) == len(set(ids))
+        looked_up = {found for name in _imported(script) for found in re.findall(r'\$\("([\w-]+)"\)', _scripts()[name])}
+        assert looked_up <= set(ids)
 
 
 def _contrast(one: str, other: str) -> float:

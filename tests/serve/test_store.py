@@ -75,6 +75,20 @@ def test_it_is_read_while_another_connection_writes(store: Store) -> None:
     reader.close()
 
 
+def test_a_second_connection_leaves_the_locks_of_the_first(store: Store) -> None:
+    """Else the last one of another process believes that it is the last of all, and takes the -wal along as it closes."""
+    write(store, 1.0)
+    second = Store(store.path)
+    code = f"from minga.serve.store import Store; s = Store({str(store.path)!r}); print(s.rows('SELECT 1')); s.close()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[(1,)]\n"
+    write(second, 2.0)
+    assert store.path.with_name("minga.db-wal").exists()
+    second.close()
+    with sqlite3.connect(store.path) as outside:
+        assert outside.execute("SELECT count(*) FROM usage").fetchone() == (2,)
+
+
 def test_two_that_create_it_at_once_agree(tmp_path: Path) -> None:
     start, opened = threading.Barrier(4), []
 
@@ -164,7 +178,7 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
     refused(r"there is no such file .*minga keys add NAME", create=False)
     assert not path.exists()
     path.mkdir()
-    refused("cannot be opened: Is a directory")
+    refused("this is no file")
     path.rmdir()
     os.mkfifo(path)
     refused("this is no file")

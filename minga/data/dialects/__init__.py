@@ -3,6 +3,7 @@
 - `dialect.py`: the descriptions, and which of them a tokenizer calls for
 - `prompt.py`: messages and tools -> token ids, and training samples
 - `parser.py`: what a model writes, piece by piece -> text, reasoning and calls
+- `scanning.py`: what the parser is made of
 - `grammar.py`: tools -> a grammar that lets a model write only calls that fit them
 """
 

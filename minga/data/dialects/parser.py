@@ -10,14 +10,13 @@ turns out to be none it comes out as `Text`: nothing that a model wrote is lost.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 from minga.data.dialects.dialect import Dialect
+from minga.data.dialects.scanning import Literals, Scanner, is_object, parsed
 
 _SPACE = " \t\r\n"
 _SPACES = re.compile(f"[{_SPACE}]*")
@@ -83,10 +82,10 @@ class StreamParser:
         self._bare = bool(tools) and not dialect.calls_begin and not dialect.call_begin
         self._call_markers = frozenset((*opening, *dialect.closing, dialect.separator)) - {""} if tools else frozenset()
         # The markers that are recognised by their spelling, in the answer, in the reasoning, and inside calls.
-        self._in_text = _Literals(marker for marker in (*opening, *dialect.closing) if tools and self._spelled(marker))
-        self._in_thought = _Literals(marker for marker in (self._think, self._end_think) if self._spelled(marker))
-        self._in_calls = _Literals(filter(self._spelled, self._call_markers))
-        self._first = _Literals(filter(self._spelled, [self._think]))
+        self._in_text = Literals(marker for marker in (*opening, *dialect.closing) if tools and self._spelled(marker))
+        self._in_thought = Literals(marker for marker in (self._think, self._end_think) if self._spelled(marker))
+        self._in_calls = Literals(filter(self._spelled, self._call_markers))
+        self._first = Literals(filter(self._spelled, [self._think]))
 
         self._events: list[Event] = []
         self._buffer, self._at = "", 0
@@ -303,9 +302,9 @@ class StreamParser:
         self._name: str | None = None
         self._arguments: list[str] = []
         self._arguments_ended = False
-        self._scanner = _Scanner()
+        self._scanner = Scanner()
         self._head = ""
-        self._fence = _Literals(())  # what may stand here
+        self._fence = Literals(())  # what may stand here
         self._key: str | None = None
         self._string: list[str] = []
         self._expects = "{"
@@ -347,7 +346,7 @@ class StreamParser:
         self._arguments_ended = True
         if self._fate is _Fate.ACCEPTED:
             self._events.append(CallEnd(self._num_calls - 1))
-            self.malformed += not _is_object("".join(self._arguments))
+            self.malformed += not is_object("".join(self._arguments))
 
     def _give_up(self) -> None:
         """What follows does not belong to the call."""
@@ -417,7 +416,7 @@ class StreamParser:
         return bool(marker)
 
     def _end_head(self) -> None:
-        self._fence = _Literals([self._dialect.before_arguments.replace(self._dialect.separator, "").strip()])
+        self._fence = Literals([self._dialect.before_arguments.replace(self._dialect.separator, "").strip()])
         if self._dialect.separator in self._dialect.before_name:
             self._head = ""
             self._state = self._read_name
@@ -461,7 +460,7 @@ class StreamParser:
                 return False
             if not marker:
                 return True
-            self._fence = _Literals(())
+            self._fence = Literals(())
             self._keep(marker)
             self._at += len(marker)
 
@@ -474,7 +473,7 @@ class StreamParser:
         elif self._scanner.ended:
             self._end_arguments()
             if self._dialect.separator:
-                self._fence = _Literals([self._dialect.after_arguments.strip()])
+                self._fence = Literals([self._dialect.after_arguments.strip()])
                 self._state = self._read_tail
             else:
                 self._key, self._expects = None, ",}"
@@ -533,7 +532,7 @@ class StreamParser:
             self._state = self._read_tail
 
     def _begin_string(self) -> None:
-        self._scanner, self._string, self._expects = _Scanner(), [], ""
+        self._scanner, self._string, self._expects = Scanner(), [], ""
 
     def _begin_value(self, character: str) -> bool:
         if self._key in _ARGUMENT_KEYS and not self._arguments:
@@ -542,7 +541,7 @@ class StreamParser:
                 return True
             if self._name is not None:
                 self._decide()
-                self._scanner = _Scanner()
+                self._scanner = Scanner()
                 self._state = self._read_arguments
                 return True
         self._begin_string()
@@ -552,7 +551,7 @@ class StreamParser:
         """A key, or a value other than arguments that can be streamed."""
         holds_arguments = self._key in _ARGUMENT_KEYS and not self._arguments_ended
         bounded = self._key in (None, "name")
-        room = _LONGEST_NAME - sum(map(len, self._string)) if bounded else len(self._buffer)
+        room = max(0, _LONGEST_NAME - sum(map(len, self._string))) if bounded else len(self._buffer)
         end = self._scanner.feed(self._buffer, self._at, min(len(self._buffer), self._at + room))
         text = self._buffer[self._at : end]
         self._at = end
@@ -560,20 +559,20 @@ class StreamParser:
         self._string.append(text)
         if self._scanner.ended:
             self._end_string("".join(self._string), holds_arguments)
-        elif self._scanner.broken or (bounded and len(text) == room):
+        elif self._scanner.broken or (bounded and len(text) >= room):
             self._give_up()
         return True
 
     def _end_string(self, text: str, holds_arguments: bool) -> None:
         if self._key is None:
-            self._key, self._expects = _parsed(text), ":"
+            self._key, self._expects = parsed(text), ":"
             if not isinstance(self._key, str) or (
                 self._bare and self._key not in ("name", *_ARGUMENT_KEYS, *_OTHER_KEYS)
             ):
                 self._give_up()
             return
         if self._key == "name" and self._name is None:
-            name = _parsed(text)
+            name = parsed(text)
             if not isinstance(name, str) or not text.startswith('"'):
                 self._give_up()
                 return
@@ -586,96 +585,3 @@ class StreamParser:
         elif holds_arguments and not self._arguments:
             self._arguments = [text]
         self._key, self._expects = None, ",}"
-
-
-# ---------------------------------------------------------------------------------------------- parts
-
-
-class _Literals:
-    """A few strings to find in a text that is still coming."""
-
-    def __init__(self, literals: Iterable[str]) -> None:
-        self._literals = sorted(filter(None, literals), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._literals)))
-        self._beginnings = {literal[:length] for literal in self._literals for length in range(1, len(literal))}
-        self._longest = max(map(len, self._literals), default=0)
-
-    def search(self, text: str, start: int, final: bool) -> tuple[int, str]:
-        """Where the first of them is, and which; else "" and where the text ends that cannot be the beginning of one."""
-        match = self._pattern.search(text, start) if self._literals else None
-        if match:
-            return match.start(), match.group()
-        if not final:
-            for length in range(min(self._longest - 1, len(text) - start), 0, -1):
-                if text[-length:] in self._beginnings:
-                    return len(text) - length, ""
-        return len(text), ""
-
-    def match(self, text: str, start: int, final: bool) -> str | None:
-        """The one that stands here, "" for none, or None where that cannot be said yet."""
-        match = self._pattern.match(text, start) if self._literals else None
-        if match:
-            return match.group()
-        rest = text[start : start + self._longest]
-        return None if not final and rest in self._beginnings else ""
-
-
-_SCALAR_END = re.compile(r"[\s,\]}<]")
-_OUTSIDE = re.compile(r'["{}\[\]<]')
-_INSIDE = re.compile(r'["\\\x00-\x1f]')
-
-
-class _Scanner:
-    """Finds where a JSON value ends, or where it can no longer be one: at `<`, or at a line break inside a string."""
-
-    def __init__(self) -> None:
-        self.in_string = self.ended = self.broken = False
-        self._escaped = self._scalar = False
-        self._depth = -1  # not begun
-
-    def feed(self, text: str, start: int, stop: int) -> int:
-        """Reads `text[start:stop]` up to where the value ends, which it returns."""
-        at = start
-        if self._depth < 0:
-            self._depth = 0
-            self._scalar = text[at] not in '"{['
-        if self._scalar:
-            match = _SCALAR_END.search(text, at, stop)
-            self.ended = match is not None
-            return match.start() if match else stop
-        while at < stop and not self.ended:
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            match = (_INSIDE if self.in_string else _OUTSIDE).search(text, at, stop)
-            if match is None:
-                return stop
-            at, character = match.end(), match.group()
-            if character == '"':
-                self.in_string = not self.in_string
-            elif character == "\\":
-                self._escaped = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-            else:
-                self.broken = True
-                return match.start()
-            self.ended = not self.in_string and self._depth == 0
-        return at
-
-
-def _parsed(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)  # NaN and Infinity are JSON to Python only
-
-    try:
-        return json.loads(text, parse_int=str, parse_float=str, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_object(text: str) -> bool:
-    return isinstance(_parsed(text), dict)

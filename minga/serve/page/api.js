@@ -25,7 +25,7 @@ $("key-form").addEventListener("submit", (event) => {
 });
 $("key-cancel").addEventListener("click", () => $("key-dialog").close(""));
 
-// Raises an error with the server's own words and its status. `quiet` requests never ask for the key.
+// Raises an error with the server's own words, its status and its body. `quiet` requests never ask for the key.
 export async function api(path, options = {}, quiet = false) {
 	for (;;) {
 		const key = savedKey(), headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
@@ -43,7 +43,7 @@ export async function api(path, options = {}, quiet = false) {
 			if (!quiet && !(declined && !options.method) && await askKey()) continue;
 		}
 		const body = await reply.json().catch(() => ({}));
-		throw Object.assign(new Error(body.error?.message ?? `HTTP ${reply.status}`), { status: reply.status });
+		throw Object.assign(new Error(body.error?.message ?? `HTTP ${reply.status}`), { status: reply.status, body });
 	}
 }
 

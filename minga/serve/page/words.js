@@ -117,6 +117,19 @@ const WORDS = {
 	cold: ["half", "la mitad"],
 	worst: ["busiest / mean", "más ocupado / media"],
 	samples: ["Samples", "Muestras"],
+
+	api: ["API", "API"],
+	apiText: ["What this server answers to. The texts of the fields come from the server, in English.", "Lo que este servidor responde. Los textos de los campos vienen del servidor, en inglés."],
+	operations: ["Operations", "Operaciones"],
+	example: ["Example", "Ejemplo"],
+	fields: ["Fields of the body", "Campos del cuerpo"],
+	required: ["required", "obligatorio"],
+	unsupported: ["not supported", "no admitido"],
+	errors: ["Errors", "Errores"],
+	tryIt: ["Try it", "Probar"],
+	body: ["Body (JSON)", "Cuerpo (JSON)"],
+	characters: ["characters", "caracteres"],
+	entries: ["entries", "elementos"],
 };
 
 export let lang = recall("lang", navigator.language.startsWith("es") ? "es" : "en");
