@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import jsonschema
 import pytest
 
 from minga.serve.generation import DEFAULT_MAX_TOKENS
-from tests.serve.conftest import ANSWER, HELLO, THINKING_TEMPLATE, TinyLLM, frames, joined, says
+from tests.serve.conftest import ANSWER, HELLO, THINKING_TEMPLATE, TinyLLM, frames, joined, says, until
 
 LONG: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "seed": 5}
 CITY = {
@@ -368,10 +369,15 @@ def test_embeddings_are_of_length_one_and_tell_texts_apart(client, llm):
     assert isinstance(packed["data"][0]["embedding"], str)
 
 
-def test_an_embedding_that_cannot_be_is_refused_and_the_others_are_let_go(client, llm):
-    for inputs in ([[5], [5, 6], [10**6], [7]], ["fine", "z " * 2400]):
-        response = client.post("/v1/embeddings", input=inputs)
-        assert (response.status_code, response.json()["error"]["param"][:5]) == (400, "input")
+def test_an_embedding_that_cannot_be_is_refused_and_the_others_are_let_go(client, llm, caplog):
+    async def story() -> None:
+        for inputs in ([[5], [5, 6], [10**6], [7]], ["fine", "z " * 2400]):
+            response = await client.apost("/v1/embeddings", input=inputs)
+            assert (response.status_code, response.json()["error"]["param"][:5]) == (400, "input")
+        await until(lambda: not client.app.state.service.workers["tiny"].running)
+
+    asyncio.run(story())
+    assert caplog.text == ""
     assert client.post("/v1/embeddings", input="x").status_code == 200  # nobody waits for what will not come
     assert client.answer(max_tokens=2) and client.get("/api/status").json()["running"] == 0
 

@@ -79,7 +79,7 @@ def test_nothing_of_a_flagged_answer_comes_out(watched, llm):
                 for document in documents
                 for token in (document["choices"][0].get("logprobs") or {"content": []})["content"]
             ]
-            assert "filthy" not in "".join(tokens)
+            assert content.startswith("".join(tokens))
     assert len(content) > 100  # what came long before it did come out
     assert llm.comes_to_rest()
     metrics = watched.get("/metrics").text
