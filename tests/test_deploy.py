@@ -43,9 +43,8 @@ def _fences(document: str) -> str:
 COMMANDS = sorted({
     match for document in DOCUMENTS for match in re.findall(r"^(?:ExecStart=\S*/)?(minga .+)$", _fences(document), re.MULTILINE)
 })  # fmt: skip
-REQUESTS = [
-    (path, body) for path, body in re.findall(r"^curl (?:-N )?http://127\.0\.0\.1:8000(\S+)(?: -d '(.+)')?$", _fences(DOCUMENTS[1]), re.MULTILINE)
-]  # fmt: skip
+_CURL = re.compile(r"^curl (?:-N )?http://127\.0\.0\.1:8000(\S+)(?: -d '(.+)')?$", re.MULTILINE)
+REQUESTS = _CURL.findall(_fences(DOCUMENTS[1]))
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -105,9 +105,12 @@ def open_app(models: Mapping[str, str | Path], options: Options, stack: ExitStac
     settings = open_settings(options, stack, engine=engine)
     opened = {
         name: LLM(
-            path, quant=options.quant, speculate=options.speculate, cache=options.cache,
+            path,
+            quant=options.quant,
+            speculate=options.speculate,
+            cache=options.cache,
             prefix_memory=options.prefix_memory,
-        )  # fmt: skip
+        )
         for name, path in models.items()
     }
     return create_app(opened, options.runs_dir, settings)
