@@ -90,12 +90,24 @@ class CompiledModel:
         """Logits, (N, V)."""
         return net.head(self._net, hidden_ND.contiguous())
 
-    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]) -> list[list[int]]:
-        """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
+    def choose(
+        self,
+        logits: list[Tensor],
+        each: list[tuple[SamplingParams, list[tuple[int, int]]]],
+        allowed: Sequence[list[Tensor] | None] | None = None,
+    ) -> list[list[int]]:
+        """For each sequence the tokens that its rows of logits (T, V) give. each: how, and seed and place of each draw;
+        allowed: which tokens each row may give, see `sampler.masked`; None: all.
+        """
         draws = [draw for _, draws in each for draw in draws]
         how = _sampling([(params, seed) for params, draws in each for seed, _ in draws])
         places_N = torch.tensor([place for _, place in draws])
-        tokens_N = net.choose(torch.cat(logits), how, torch.arange(len(draws)), places_N)
+        words: list[Tensor | None] | None = None
+        if allowed is not None and any(allowed):
+            words = []
+            for rows_TV, mask in zip(logits, allowed, strict=True):
+                words += mask or [None] * len(rows_TV)
+        tokens_N = net.choose(torch.cat(logits), how, torch.arange(len(draws)), places_N, words)
         if bool((tokens_N < 0).any()):
             raise not_numbers()
         return [part.tolist() for part in tokens_N.split([len(rows_TV) for rows_TV in logits])]

@@ -7,6 +7,9 @@ appended without asking the model, and read together with what comes next.
 Thinking is free, and so is what comes before a trigger: there no mask is made, and the engine runs at its full speed. What
 was chosen beyond the point where rules begin to hold, by a guess or in a call of several steps, is dropped there; so the text
 is the same with guesses and without.
+
+Grammars come from strangers too, so compiling and each mask have their fuel. Where it runs out, only the answer of that
+grammar fails.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +30,14 @@ if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
 
 _KEPT = 256  # compiled grammars of a model
-_MAX_GRAMMAR_SIZE = 50_000  # symbols, a tenth of llguidance's own limit: beyond, compiling takes seconds
+# Measured with hostile grammars: compiling ends within 0.4 s, and a mask within some tens of milliseconds. The size, of
+# symbols, and the fuel for patterns are fractions of llguidance's own limits; a row holds a schema of 1,000 properties.
+_LIMITS: dict[str, Any] = {
+    "max_grammar_size": 50_000,
+    "initial_lexer_fuel": 300_000,
+    "max_items_in_row": 10_000,
+    "max_lexer_states": 50_000,
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,11 @@ class Grammars:
         return known.deep_copy()
 
     def _compile(self, lark: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False)
-        matcher = LLMatcher(self._backend, lark, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise UserError(f"the grammar does not compile ({_first_line(matcher.get_error())}). simplify it")
+        matcher = _matcher(self._backend, lark)
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()  # shows what allows nothing, or is too wide at its very beginning
+        if probe.is_error():
+            raise UserError(f"the grammar leaves no answer ({_first_line(probe.get_error())}). simplify it")
         return matcher
 
     @cached_property
@@ -92,12 +100,53 @@ class Grammars:
         return LLTokenizer(self._tokenizer.json(), n_vocab=self._vocab_size, eos_token=ends)
 
 
-class Guide:
-    """The rules of one answer, at its end so far."""
+class Pattern:
+    """A regular expression from a stranger, to be looked for in texts. Unlike Python's, it takes bounded time for each byte."""
 
-    def __init__(self, *, matcher: LLMatcher | None, triggers: frozenset[int], thinking: Thinking | None, force: bool):
+    def __init__(self, pattern: str):
+        """Raises `UserError` where it does not compile."""
+        from llguidance import LLTokenizer
+
+        from minga.data.dialects import regex_grammar
+
+        inner = pattern.removeprefix("^")
+        ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1
+        before = "" if pattern.startswith("^") else "(?s:.*)"
+        whole = f"{before}({inner[:-1]})" if ends else f"{before}({inner})(?s:.*)"
+        self._matcher = _matcher(LLTokenizer("byte"), regex_grammar(whole))
+
+    def found_in(self, text: str) -> bool:
+        """Where its fuel runs out, it is taken for not found."""
+        matcher, spelled = self._matcher.deep_copy(), text.encode("utf-8", "replace")
+        return matcher.try_consume_tokens([*spelled]) == len(spelled) and matcher.is_accepting()
+
+
+def _matcher(backend: LLTokenizer, lark: str) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    matcher = LLMatcher(backend, lark, log_level=0, limits=LLParserLimits(verbose_errors=False, **_LIMITS))
+    if matcher.is_error():
+        raise UserError(f"the grammar does not compile ({_first_line(matcher.get_error())}). simplify it")
+    return matcher
+
+
+class Guide:
+    """The rules of one answer, at its end so far. failure: why they cannot be followed further."""
+
+    def __init__(
+        self,
+        *,
+        matcher: LLMatcher | None,
+        triggers: frozenset[int],
+        thinking: Thinking | None,
+        force: bool,
+        vocab_size: int,
+    ):
         self._matcher, self._triggers, self._thinking, self._force = matcher, triggers, thinking, force
+        self._num_words = -(-vocab_size // 32)
+        self._allowed: dict[tuple[int, ...], Tensor] = {}  # by the guesses before, as far as it was asked for
         self.num_thought = 0  # tokens between the marks
+        self.failure: UserError | None = None
         self._is_thinking = thinking is not None and thinking.is_open
         self._may_think = thinking is not None and bool(thinking.start) and not thinking.is_open
         self._begun: list[int] = []  # of a mark, or since it
@@ -113,16 +162,17 @@ class Guide:
     @property
     def finished(self) -> bool:
         """Nothing can follow but the end."""
-        return self._holds and self._matcher is not None and self._matcher.is_stopped()
+        return self.failure is not None or (self._holds and self._matcher is not None and self._matcher.is_stopped())
 
     def take(self, token: int) -> bool:
         """A token has come. False: what was chosen for the places after it was chosen by other rules."""
+        self._allowed.clear()
         opens = self._may_open and self._thinking is not None and token == self._thinking.start[0]
         self._may_open = False
         if self._holds and not opens:
             assert self._matcher is not None
             if not self._matcher.consume_token(token):
-                raise RuntimeError(f"a grammar refuses its own token {token}: {_first_line(self._matcher.get_error())}")
+                self._fail(self._matcher)
             return True
         self._holds = False
         ends_thoughts = token in self._triggers and self._thinking is not None and self._thinking.triggers_end
@@ -141,33 +191,45 @@ class Guide:
             return list(self._thinking.end)
         if self._matcher is None or not self._holds or self._may_open or not self._force:
             return []
-        return self._matcher.compute_ff_tokens()
+        forced = self._matcher.compute_ff_tokens()
+        if self._matcher.is_error():
+            self._fail(self._matcher)
+        return forced
 
-    def mask(self, logits_TV: Tensor, draft: list[int]) -> Tensor:
-        """Minus infinity for what may not stand in the places after each beginning of the draft; those T come last of all
-        len(draft) + 1.
+    def allowed(self, draft: list[int], num_places: int) -> list[Tensor]:
+        """Which tokens may stand in the places after each beginning of the draft, the last `num_places` of them: (W) each, a
+        bit a token, see `sampler.masked`. What follows a guess that may not stand, and will be dropped, is anything.
         """
+        before = [tuple(draft[:place]) for place in range(len(draft) + 1)][-num_places:]
+        if unknown := [guesses for guesses in before if guesses not in self._allowed]:
+            self._look_ahead(draft, unknown)
+        return [self._allowed[guesses] for guesses in before]
+
+    def _look_ahead(self, draft: list[int], wanted: list[tuple[int, ...]]) -> None:
+        """Fills in what may stand in the wanted places."""
         assert self._matcher is not None
-        matcher, (T, V) = self._matcher, logits_TV.shape
-        first, taken = len(draft) + 1 - T, 0
-        words_TW = np.full((T, -(-V // 32)), -1, dtype=np.int32)
+        matcher, taken = self._matcher, 0
+        missing = {guesses: torch.full((self._num_words,), -1, dtype=torch.int32) for guesses in wanted}
         for place in range(len(draft) + 1):
-            if place >= first:
-                row = words_TW[place - first]
-                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            row_W = missing.get(tuple(draft[:place]))
+            if row_W is not None:
+                matcher.unsafe_compute_mask_ptr(row_W.data_ptr(), row_W.nbytes)
                 if place == 0 and self._may_open and self._thinking is not None:
-                    _allow(row, self._thinking.start[0])
-            if place < len(draft) and matcher.validate_tokens(draft[place : place + 1]) == 0:
-                break  # what follows this guess will be dropped
+                    _allow(row_W, self._thinking.start[0])
             if place < len(draft):
+                if matcher.validate_tokens(draft[place : place + 1]) == 0:
+                    break
                 matcher.consume_token(draft[place])
                 taken += 1
         if taken:
             matcher.rollback(taken)
         if matcher.is_error():
-            raise UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
-        bits_TV = np.unpackbits(words_TW.view(np.uint8), axis=1, count=V, bitorder="little").view(np.bool_)
-        return logits_TV.masked_fill(~torch.from_numpy(bits_TV).to(logits_TV.device), -torch.inf)
+            self._fail(matcher)
+        self._allowed |= missing
+
+    def _fail(self, matcher: LLMatcher) -> None:
+        """What comes now does not matter: the answer ends with it."""
+        self.failure = UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
 
     # ------------------------------------------------------------------ thinking
 
@@ -199,8 +261,8 @@ class Guide:
         return True
 
 
-def _allow(words_W: np.ndarray, token: int) -> None:
-    words_W.view(np.uint8)[token // 8] |= 1 << token % 8
+def _allow(words_W: Tensor, token: int) -> None:
+    words_W.view(torch.uint8)[token // 8] |= 1 << token % 8
 
 
 def _first_line(message: str) -> str:

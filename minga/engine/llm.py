@@ -204,7 +204,7 @@ class LLM:
         """
         began = perf_counter()
         sequence = self._sequence(prompt, params)
-        return (sequence.take_delta() for _ in self._run([sequence], salt, began))
+        return self._deltas(sequence, salt, began)
 
     def chat(self, messages: Messages, params: SamplingParams = DEFAULT_PARAMS) -> Completion:
         """Answers a conversation, a list of {"role", "content"}, through the model's chat template."""
@@ -266,6 +266,7 @@ class LLM:
             matcher=None if grammar is None else self._grammars.matcher(grammar),
             triggers=frozenset() if grammar is None else grammar.triggers,
             thinking=thinking,
+            vocab_size=self.config.vocab_size,
             force=params.logprobs is None,  # the probability of a forced token is not known before it is read
         )
 
@@ -351,6 +352,12 @@ class LLM:
             model, self._pages, max_drafts=self.num_drafts, pace=self._pace, lookup=self._lookup,
             most_kept=kept // self._page_bytes,
         )  # fmt: skip
+
+    def _deltas(self, sequence: Sequence, salt: str, began: float) -> Generator[Delta, None, None]:
+        for _ in self._run([sequence], salt, began):
+            yield sequence.take_delta()
+        if sequence.failure is not None:
+            raise sequence.failure
 
     def _run(self, sequences: list[Sequence], salt: str, began: float) -> Iterator[None]:
         """Runs all to their end, beside whatever else runs; yields where they have got something."""

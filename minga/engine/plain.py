@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minga.engine.sampler import SamplingParams, choose
+from minga.engine.sampler import SamplingParams, choose, masked
 from minga.model.cache import Cache
 from minga.model.transformer import Transformer
 
@@ -61,9 +61,18 @@ class PlainModel:
         """Logits, (N, V)."""
         return self.model.head(hidden_ND)
 
-    def choose(self, logits: list[Tensor], each: list[tuple[SamplingParams, list[tuple[int, int]]]]) -> list[list[int]]:
-        """For each sequence the tokens that its rows of logits (T, V) give; each: how, and seed and place of each draw."""
-        return [choose(rows_TV, *how) for rows_TV, how in zip(logits, each, strict=True)]
+    def choose(
+        self,
+        logits: list[Tensor],
+        each: list[tuple[SamplingParams, list[tuple[int, int]]]],
+        allowed: Sequence[list[Tensor] | None] | None = None,
+    ) -> list[list[int]]:
+        """For each sequence the tokens that its rows of logits (T, V) give. each: how, and seed and place of each draw;
+        allowed: which tokens each row may give, see `sampler.masked`; None: all.
+        """
+        masks = [None] * len(logits) if allowed is None else allowed
+        rows = [r if mask is None else masked(r, torch.stack(mask)) for r, mask in zip(logits, masks, strict=True)]
+        return [choose(rows_TV, *how) for rows_TV, how in zip(rows, each, strict=True)]
 
     def _side_by_side(self, tokens: Tokens, cache: Cache) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Cache]:
         """Sequences as rows of one call, the shorter ones filled up with their own last token, whose numbers are the same

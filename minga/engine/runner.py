@@ -223,7 +223,8 @@ class Runner:
         logits = self.model.head(last).split(counts)
         adjusted = [e.adjusted(rows_TV, draft) for e, rows_TV, draft in zip(group, logits, drafts, strict=True)]
         how = [(entry.sequence.params, entry.draws(draft)) for entry, draft in zip(group, drafts, strict=True)]
-        chosen = self.model.choose(adjusted, how)
+        allowed = [entry.allowed(draft, len(draft) + 1) for entry, draft in zip(group, drafts, strict=True)]
+        chosen = self.model.choose(adjusted, how, allowed)
         for entry, draft, tokens, state_TD, rows_TV in zip(group, drafts, chosen, states, logits, strict=True):
             num_top = entry.sequence.params.logprobs
             new = accepted(draft, tokens)

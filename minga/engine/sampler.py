@@ -149,6 +149,13 @@ def adjust(logits_TV: Tensor, params: SamplingParams, prompt: list[int], answer:
     return logits_TV
 
 
+def masked(logits_TV: Tensor, words_TW: Tensor) -> Tensor:
+    """Minus infinity for tokens that may not be taken: bit b of word w, an int32, is 1 for a token 32 w + b that may."""
+    T, V = logits_TV.shape
+    bits_TWB = words_TW.to(logits_TV.device)[..., None] >> torch.arange(32, device=logits_TV.device) & 1
+    return logits_TV.masked_fill(bits_TWB.view(T, -1)[:, :V] == 0, -torch.inf)
+
+
 def choose(logits_TV: Tensor, params: SamplingParams, draws: Sequence[tuple[int, int]]) -> list[int]:
     """The tokens that the rows give; draws: seed and place of the race of each."""
     best = logits_TV.amax(-1)

@@ -54,11 +54,16 @@ class Entry:
             self.marker = Marker(sequence.params.watermark, sequence.seed, sequence.num_prompt_tokens)
 
     @property
+    def masks(self) -> bool:
+        """Whether rules hold for its next token."""
+        guide = self.sequence.guide
+        return guide is not None and guide.masks
+
+    @property
     def plain(self) -> bool:
         """Whether its next tokens follow from the logits alone, and nothing else is wanted of them."""
-        params, guide = self.sequence.params, self.sequence.guide
-        is_free = guide is None or not guide.masks
-        return params.logprobs is None and not params.adjusts and is_free and params.watermark is None
+        params = self.sequence.params
+        return params.logprobs is None and not params.adjusts and not self.masks and params.watermark is None
 
     @property
     def unread(self) -> list[int]:
@@ -90,9 +95,12 @@ class Entry:
             logits_TV = adjust(
                 logits_TV, sequence.params, prompt, sequence.answer_ids + before, [] if before else draft
             )
-        if sequence.guide is not None and sequence.guide.masks:
-            logits_TV = sequence.guide.mask(logits_TV, draft)
         return logits_TV
+
+    def allowed(self, draft: list[int], num_places: int) -> list[Tensor] | None:
+        """What the answer's rules let stand in the last places after each beginning of the draft; None: anything."""
+        guide = self.sequence.guide
+        return guide.allowed(draft, num_places) if guide is not None and self.masks else None
 
     def names_of(self, num_pages: int, ahead: int) -> list[bytes]:
         known = self.names[ahead]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from minga.data.tokenizer import DecodeStream
 from minga.engine.grammar import Guide
 from minga.engine.sampler import MAX_SEED, SamplingParams, TokenLogprob
+from minga.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Sequence:
         return 0 if self.guide is None else self.guide.num_thought
 
     @property
+    def failure(self) -> UserError | None:
+        """Why the answer ended before its end."""
+        return None if self.guide is None else self.guide.failure
+
+    @property
     def answer_ids(self) -> list[int]:
         return self.ids[self.num_prompt_tokens :]
 
@@ -133,6 +139,8 @@ class Sequence:
             for token in forced:
                 if not self.finished:
                     self._append(token)
+        if self.failure is not None and not self.finished:
+            self._finish("stop")
         return num_taken
 
     def _append(self, token: int) -> bool:
@@ -170,6 +178,9 @@ class Sequence:
         return Delta(text, token_ids, self.finish_reason, logprobs, self._text.stopped_by)
 
     def completion(self) -> Completion:
+        """Raises `UserError` for an answer that failed."""
+        if self.failure is not None:
+            raise self.failure
         assert self.finish_reason is not None
         return Completion(
             self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens,

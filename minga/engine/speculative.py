@@ -52,7 +52,8 @@ def propose(model: PlainModel | CompiledModel, cache: Cache, entries: list[Entry
             entry.adjusted(logits_V[None], guess)
             for entry, logits_V, guess in zip(entries, logits_BV, guesses, strict=True)
         ]
-        for guess, chosen in zip(guesses, model.choose(rows, each), strict=True):
+        allowed = [entry.allowed(guess, 1) for entry, guess in zip(entries, guesses, strict=True)]
+        for guess, chosen in zip(guesses, model.choose(rows, each, allowed), strict=True):
             guess += chosen
         if place + 1 == num_drafts:
             return guesses

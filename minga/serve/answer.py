@@ -7,17 +7,24 @@ once a stream has begun, an error is its last event. Where the model reads for l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from minga.serve.answering import Answering
-from minga.serve.errors import ApiError, json_response
+from minga.serve.errors import ApiError, a_bug, json_response
 from minga.serve.generation import Writer
 
 PATIENCE_SECONDS = 15.0  # without a byte, after which a stream says that it lives
+FAREWELL_SECONDS = 5.0  # for the last words to a client that may read no more
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Answer:
@@ -47,22 +54,25 @@ class Answer:
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self._deadline)
             if not answering.done() and not leaving.done():
-                message = f"the answer was not finished within {self._deadline:g} seconds"
-                self._answering.abort(
-                    ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"})
-                )
-                await answering
+                await self._part(answering, leaving, too_late(self._deadline))
             if answering.done():
                 error = answering.result()
         except asyncio.CancelledError:  # the server is told to stop, and its patience is over
             message = "the server stops, and this answer took too long to finish"
-            self._answering.abort(ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"}))
-            error = await answering
+            error = ApiError(message, status=503, code="shutting_down", headers={"retry-after": "5"})
+            await self._part(answering, leaving, error)
         finally:
             answering.cancel()
             leaving.cancel()
             self._answering.cancel()
             self._done(error)
+
+    async def _part(
+        self, answering: asyncio.Task[ApiError | None], leaving: asyncio.Task[None], error: ApiError
+    ) -> None:
+        """Ends it with an error; a client that reads nothing is not told why."""
+        self._answering.abort(error)
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=FAREWELL_SECONDS)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> ApiError | None:
         """Returns the error that ended it, if one did."""
@@ -75,13 +85,17 @@ class Answer:
                     pass
                 document = self._writer.document(self._answering.outcome)
                 await json_response(document, headers=self._headers)(scope, receive, send)
-        except ApiError as error:
-            if self._begun:
-                await send(_body(b"".join(self._writer.error(error)), last=True))
-            else:
-                await json_response(self._refusal(error), error.status, error.headers)(scope, receive, send)
-            return error
-        return None
+            return None
+        except ApiError as refusal:
+            error = refusal
+        except Exception as failure:
+            log.error("an answer failed", exc_info=failure)
+            error = a_bug()
+        if self._begun:
+            await send(_body(b"".join(self._writer.error(error)), last=True))
+        else:
+            await json_response(self._refusal(error), error.status, error.headers)(scope, receive, send)
+        return error
 
     async def _stream(self, send: Send) -> None:
         await self._answering.start()
@@ -100,6 +114,24 @@ class Answer:
 
 def _body(data: bytes, *, last: bool = False) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": not last}
+
+
+async def while_there(work: Coroutine[Any, Any, T], receive: Receive, deadline: float) -> T:
+    """What `work` returns. It ends where the client leaves, or at the deadline."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=deadline)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect if leaving.done() else too_late(deadline)
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def too_late(deadline: float | None) -> ApiError:
+    message = f"the answer was not finished within {deadline:g} seconds"
+    return ApiError(message, status=408, code="timeout", headers={"x-should-retry": "false"})
 
 
 async def _disconnect(receive: Receive) -> None:

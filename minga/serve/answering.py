@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
 
+_USUAL_CHARACTERS = 4  # of a token
+_PIECE, _SLACK = 1 << 15, 1024  # characters read at once; tokens by which a count in pieces may be wrong
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What the model is given."""
@@ -55,6 +59,8 @@ class Prompt:
 def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
     """The prompt's tokens, and whether it ends in the middle of thoughts. Raises `ApiError` for what cannot be rendered."""
     llm, dialect, use = worker.llm, worker.dialect, generation.tool_use
+    texts = [generation.prompt] if generation.prompt is not None else [m["content"] for m in generation.messages]
+    refuse_endless([text for text in texts if isinstance(text, str)], worker, generation.field)
     try:
         if generation.prompt is not None:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
@@ -70,6 +76,10 @@ def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
 
 def prepare(generation: Generation, worker: Worker, most_tokens: int | None = None) -> Prompt:
     """Renders the prompt and compiles the grammar. Raises `ApiError` for what cannot be answered."""
+    vocab_size = worker.llm.config.vocab_size
+    for token in generation.sampling.logit_bias:
+        if token >= vocab_size:
+            raise invalid(f"logit_bias.{token}", f"{worker.name} has {vocab_size} tokens")
     ids, is_thinking = render(generation, worker)
     params = _within_context(generation, len(ids), worker)
     if most_tokens is not None:
@@ -80,9 +90,27 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
         if params.grammar is not None:
             worker.llm.check_grammar(params.grammar)
     except UserError as error:
-        field = "tools" if generation.format is None else "response_format"
+        field = "tools" if generation.format is None else generation.format.place
         raise ApiError(str(error), param=field, code="invalid_schema") from None
     return Prompt(ids, params, is_thinking)
+
+
+def refuse_endless(texts: Sequence[str], worker: Worker, field: str) -> None:
+    """Raises `ApiError` for texts that cannot fit the context: to read megabytes to their end would only cost time.
+
+    They are read in pieces, between which other threads run. Cut in pieces, a text has hardly fewer tokens than whole.
+    """
+    context, num_tokens = worker.llm.max_context, 0
+    if sum(map(len, texts)) <= _USUAL_CHARACTERS * context:
+        return
+    for text in texts:
+        for start in range(0, len(text), _PIECE):
+            num_tokens += len(worker.llm.tokenizer.encode(text[start : start + _PIECE]))
+            if num_tokens > context + _SLACK:
+                raise ApiError(
+                    f"the prompt has more than {context} tokens, the context of {worker.name}; shorten it",
+                    param=field, code="context_length_exceeded",
+                )  # fmt: skip
 
 
 def _within_context(generation: Generation, num_prompt_tokens: int, worker: Worker) -> SamplingParams:
@@ -211,6 +239,7 @@ class Answering:
         self.worker.refuse_if_full()
         self.prompt = await asyncio.to_thread(self._prepare)
         self.outcome.usage.prompt = len(self.prompt.ids)
+        self.worker.refuse_if_full()  # others may have come meanwhile
         self._ask()
 
     async def batches(self, patience: float | None = None) -> AsyncIterator[list[Event]]:
@@ -229,7 +258,7 @@ class Answering:
             if self._trial is not None and (self._trial.decided or self._num_over == self._num_jobs):
                 self.cancel()
                 self.outcome.scaling = self._trial.document()
-                events = self._trial.winner().events
+                events = await self._chosen(self._trial.winner())
             for event in events:
                 self.outcome.take(event)
             yield events
@@ -237,6 +266,14 @@ class Answering:
                 break
         if self._guard is not None:
             await asyncio.to_thread(self._judge_output, self._guard)
+
+    async def _chosen(self, winner: Candidate) -> list[Event]:
+        """What is told of the answer that was chosen; its end too, where the tokens were spent before it came."""
+        assert self._trial is not None
+        if winner.finished:
+            return winner.events
+        speaker = self._speakers[self._trial.candidates.index(winner)]
+        return [*winner.events, *await asyncio.to_thread(lambda: list(speaker.cut()))]
 
     def _try(self, trial: Trial, index: int, events: list[Event], item: Delta | BaseException | None) -> None:
         """Events of one of several answers, none of which is told yet."""
@@ -416,6 +453,11 @@ class _Speaker:
         self._answering.num_malformed_calls += self._parser.malformed
         yield Finish(self._index, self._finish_reason(), self._stop)
 
+    def cut(self) -> Iterator[Event]:
+        """The end of an answer that does not go on."""
+        self._reason = "length"
+        return self._close()
+
     def _finish_reason(self) -> str:
         if self.verdict is not None:
             return "content_filter"
@@ -436,9 +478,11 @@ class _Speaker:
             yield CallArguments(self._index, event.index, event.text)
 
     def _text(self, text: str) -> Iterator[Event]:
-        shown = text if self._text_guard is None else self._text_guard.push(text)
-        if shown or (self._logprobs and self.verdict is None):
-            yield self._released(shown)
+        if self._text_guard is None:
+            if text or self._logprobs:
+                yield self._released(text)
+        elif shown := self._text_guard.push(text):
+            yield Text(self._index, shown)  # logprobs spell out what is held back, and come at the end
 
     def _released(self, text: str) -> Text:
         logprobs, self._logprobs = self._logprobs, None if self._logprobs is None else []

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +22,26 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 import minga
-from minga.serve.answer import Answer
+from minga.serve.answer import Answer, while_there
 from minga.serve.answering import render
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
 from minga.serve.embeddings import EmbeddingBody
 from minga.serve.errors import ApiError, json_response
-from minga.serve.gate import Gate
+from minga.serve.gate import LEFT, Gate
 from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
 from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
 from minga.serve.runs import Runs
-from minga.serve.schema import parse_body
+from minga.serve.schema import Model, parse_body
 from minga.serve.service import Service, Settings
 from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody, detokenize, moderate, tokenize
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
-MAX_BODY_BYTES = 10 << 20
+MAX_BODY_BYTES, MAX_BODY_SECONDS = 10 << 20, 60.0
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
 # Said here, not left to the system's own table: browsers run no module that is called text/plain.
@@ -56,6 +57,7 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
+        await service.settle()
         service.close()
 
     gate = Middleware(
@@ -63,15 +65,14 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
         host=service.settings.host,
         keys=service.settings.keys,
         access_log=service.settings.access_log,
-        refused=service.metrics.refused,
+        refuse=api.refuse,
     )
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/responses", api.responses, methods=["POST"]),
-            Route("/v1/responses/{id}", api.show_response, methods=["GET"]),
-            Route("/v1/responses/{id}", api.delete_response, methods=["DELETE"]),
+            Route("/v1/responses/{id}", api.stored_response, methods=["GET", "DELETE"]),
             Route("/v1/responses/{id}/input_items", api.list_input_items),
             Route("/v1/messages", api.messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", api.count_tokens, methods=["POST"]),
@@ -94,7 +95,7 @@ def create_app(models: Mapping[str, LLM], runs_dir: str | Path, settings: Settin
         ],
         middleware=[gate],
         exception_handlers={
-            ApiError: api.refuse, HTTPException: api.refuse_http, ClientDisconnect: _give_up, Exception: _fail,
+            ApiError: api.refuse, HTTPException: api.refuse_http, ClientDisconnect: _give_up,
         },
         lifespan=lifespan,
     )  # fmt: skip
@@ -114,62 +115,58 @@ class Api:
     # ------------------------------------------------------------------ answers
 
     async def chat_completions(self, request: Request) -> Answer:
-        data = await _read_body(request)
-        body = parse_body(ChatBody, data)
+        body, num_bytes = await _read_body(request, ChatBody)
         worker = self.service.worker(body.model)
+        generation = await asyncio.to_thread(body.generation)
         writer = ChatWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(request, body.generation(), writer, worker, num_bytes=len(data))
+        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
 
     async def completions(self, request: Request) -> Answer:
-        data = await _read_body(request)
-        body = parse_body(CompletionBody, data)
+        body, num_bytes = await _read_body(request, CompletionBody)
         worker = self.service.worker(body.model)
+        generation = await asyncio.to_thread(body.generation)
         writer = CompletionWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(request, body.generation(), writer, worker, num_bytes=len(data))
+        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
 
     async def responses(self, request: Request) -> Answer:
-        data = await _read_body(request)
-        body = parse_body(ResponsesBody, data)
+        body, num_bytes = await _read_body(request, ResponsesBody)
         worker, tenant = self.service.worker(body.model), request.state.key.name
         earlier = self.stored.conversation(tenant, body.previous_response_id)
+        generation = await asyncio.to_thread(body.generation, earlier)
         keep = self.stored.keeper(tenant, body, earlier)
         writer = ResponsesWriter(body, worker.name, worker.llm.tokenizer, keep=keep)
-        return self.service.answer(request, body.generation(earlier), writer, worker, num_bytes=len(data))
+        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
 
-    async def show_response(self, request: Request) -> Response:
-        return json_response(self.stored.get(request.state.key.name, request.path_params["id"]))
-
-    async def delete_response(self, request: Request) -> Response:
-        return json_response(self.stored.delete(request.state.key.name, request.path_params["id"]))
+    async def stored_response(self, request: Request) -> Response:
+        act = self.stored.delete if request.method == "DELETE" else self.stored.get
+        return json_response(act(request.state.key.name, request.path_params["id"]))
 
     async def list_input_items(self, request: Request) -> Response:
         id = request.path_params["id"]
         return json_response(self.stored.input_items(request.state.key.name, id, request.query_params))
 
     async def messages(self, request: Request) -> Answer:
-        data = await _read_body(request)
-        body = parse_body(MessagesBody, data)
+        body, num_bytes = await _read_body(request, MessagesBody)
         worker = self.service.worker(body.model)
+        generation = await asyncio.to_thread(body.generation)
         writer = MessagesWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(
-            request, body.generation(), writer, worker, num_bytes=len(data), refusal=error_document
-        )
+        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes, refusal=error_document)
 
     async def count_tokens(self, request: Request) -> Response:
-        body = parse_body(CountTokensBody, await _read_body(request))
+        body, _ = await _read_body(request, CountTokensBody)
         worker = self.service.worker(body.model)
-        ids, _ = await asyncio.to_thread(render, body.generation(), worker)
+        ids, _ = await asyncio.to_thread(lambda: render(body.generation(), worker))
         return json_response(count_document(len(ids)))
 
     # ------------------------------------------------------------------ models, embeddings, words
 
     async def embeddings(self, request: Request) -> Response:
-        data = await _read_body(request)
-        body = parse_body(EmbeddingBody, data)
-        return json_response(await self.service.embed(request, body, len(data)))
+        body, num_bytes = await _read_body(request, EmbeddingBody)
+        work = self.service.embed(request, body, num_bytes)
+        return json_response(await while_there(work, request.receive, self.service.settings.deadline))
 
     async def moderations(self, request: Request) -> Response:
-        body = parse_body(ModerationBody, await _read_body(request))
+        body, _ = await _read_body(request, ModerationBody)
         guard = self.service.settings.guard
         if guard is None:
             message = "this server has no guard; start it without `--guard none`"
@@ -177,23 +174,35 @@ class Api:
         return json_response(await asyncio.to_thread(moderate, body, guard))
 
     async def tokenize(self, request: Request) -> Response:
-        body = parse_body(TokenizeBody, await _read_body(request))
+        body, _ = await _read_body(request, TokenizeBody)
         return json_response(await asyncio.to_thread(tokenize, body, self.service.worker(body.model)))
 
     async def detokenize(self, request: Request) -> Response:
-        body = parse_body(DetokenizeBody, await _read_body(request))
+        body, _ = await _read_body(request, DetokenizeBody)
         return json_response(await asyncio.to_thread(detokenize, body, self.service.worker(body.model)))
 
     async def list_models(self, _: Request) -> Response:
-        documents = [self._model_document(name) for name in self.service.workers]
-        return json_response({"object": "list", "data": documents})
+        names = list(self.service.workers)
+        documents = [self._model_document(name) for name in names]
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return json_response({"object": "list", "data": documents, **ends})
 
     async def show_model(self, request: Request) -> Response:
         return json_response(self._model_document(self.service.worker(request.path_params["name"]).name))
 
     def _model_document(self, name: str) -> dict[str, Any]:
+        """For the clients of both APIs, which look for different names; `max_model_len` is vLLM's."""
         context = self.service.workers[name].llm.max_context
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "minga", "max_model_len": context}
+        openai = {"object": "model", "created": self._created, "owned_by": "minga"}
+        anthropic = {
+            "type": "model",
+            "created_at": datetime.fromtimestamp(self._created, UTC).isoformat(),
+            "display_name": name,
+            "lifecycle": "active",
+            "max_input_tokens": context,
+            "max_tokens": context,
+        }
+        return {"id": name, **openai, **anthropic, "max_model_len": context}
 
     # ------------------------------------------------------------------ for operators, and for the page
 
@@ -210,7 +219,7 @@ class Api:
         return Response(self.service.metrics.exposition(self.service.model_states()), media_type=CONTENT_TYPE)
 
     async def openapi(self, _: Request) -> Response:
-        return json_response(describe(list(self.service.workers)))
+        return json_response(describe(list(self.service.workers), needs_key=self.service.settings.keys is not None))
 
     async def status(self, _: Request) -> Response:
         """The version, each model with its speed, queue, cache and price, and the sums of the first two."""
@@ -249,17 +258,23 @@ class Api:
         return await self.refuse(request, ApiError(message, status=error.status_code, code=code, headers=error.headers))
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
+    """The checked body, whatever media type it says it has, and its bytes. A large one is checked in a thread."""
     body, num_bytes = bytearray(), 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > _MAX_DRAINED_BYTES:
-            break
-        if num_bytes <= MAX_BODY_BYTES:
-            body += chunk
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > _MAX_DRAINED_BYTES:
+                    break
+                if num_bytes <= MAX_BODY_BYTES:
+                    body += chunk
+    except TimeoutError:
+        message = f"the body was not sent within {MAX_BODY_SECONDS:g} seconds"
+        raise ApiError(message, status=408, code="timeout", headers={"connection": "close"}) from None
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413, code="body_too_large")
-    return bytes(body)
+    return await asyncio.to_thread(parse_body, model, bytes(body)), num_bytes
 
 
 # ---------------------------------------------------------------------------------------------- page
@@ -285,10 +300,4 @@ async def show_static_file(request: Request) -> Response:
 
 async def _give_up(_: Request, __: Exception) -> Response:
     """The client left while it was sending: nobody reads this."""
-    return Response(status_code=400)
-
-
-async def _fail(_: Request, __: Exception) -> Response:
-    """A bug of ours: the server logs its traceback, which is not the client's business."""
-    message = "the server has a bug; its log has the details"
-    return ApiError(message, status=500, code="internal_error", headers={"x-should-retry": "false"}).response()
+    return Response(status_code=LEFT)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minga.engine.sampler import TokenLogprob
 from minga.serve.common import (
@@ -45,7 +45,7 @@ from minga.serve.generation import (
     Usage,
     sse,
 )
-from minga.serve.schema import Body, Ignored, Unsupported, invalid
+from minga.serve.schema import Body, Ignored, Unsupported, few, invalid, needs
 
 if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class RefusalPart(Body):
     refusal: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class SystemMessage(Body):
@@ -82,21 +82,27 @@ class UserMessage(Body):
 class CalledFunction(Body):
     name: str
     arguments: str
+    parsed_arguments: Ignored = None
 
 
 class Called(Body):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: Ignored = None
 
 
 class AssistantMessage(Body):
-    """`reasoning` is what vLLM calls `reasoning_content`."""
+    """`reasoning` is what vLLM calls `reasoning_content`. OpenAI's clients send an answer back with what they made of it:
+    `parsed`, and in its calls `parsed_arguments` and `index`.
+    """
 
     role: Literal["assistant"]
     content: (
         str
-        | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(min_length=1, fail_fast=True)
+        ]
         | None
     ) = None
     name: str | None = None
@@ -104,6 +110,7 @@ class AssistantMessage(Body):
     tool_calls: Annotated[list[Called], Field(max_length=128)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    parsed: Ignored = None
     annotations: Ignored = None
     audio: Unsupported = None
     function_call: Unsupported = None
@@ -125,6 +132,16 @@ class StreamOptions(Body):
 
 
 class ChatBody(SamplingFields):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                needs("stream_options", stream=True),
+                needs("top_logprobs", logprobs=True),
+                needs("scaling", n=(1, None)),
+            ]
+        }
+    )
+
     model: str | None = Field(None, description="May be left out where one model is served.")
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -146,7 +163,7 @@ class ChatBody(SamplingFields):
     scaling: ScalingFields | None = None
     moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), few(16)] | None = None
     user: str | None = None
     store: Ignored = None
     service_tier: Ignored = None
@@ -213,7 +230,10 @@ def plain_message(message: SystemMessage | UserMessage | AssistantMessage | Tool
     plain["content"] = joined(message.content)
     if isinstance(message, AssistantMessage):
         if message.tool_calls:
-            plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+            plain["tool_calls"] = [
+                call.model_dump(include={"id": True, "type": True, "function": {"name", "arguments"}})
+                for call in message.tool_calls
+            ]
         if reasoning := message.reasoning_content or message.reasoning:
             plain["reasoning_content"] = reasoning
         if message.content is None and not message.tool_calls:

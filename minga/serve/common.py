@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minga.data.dialects import Tool
 from minga.data.json_schema import check_choices, check_regex, check_schema
@@ -13,7 +13,8 @@ from minga.engine.sampler import MAX_SEED, SamplingParams
 from minga.errors import UserError
 from minga.serve.errors import ApiError
 from minga.serve.generation import AnswerFormat, Moderated, Scaling, ToolUse
-from minga.serve.schema import Body, invalid, short
+from minga.serve.scaling import compiled
+from minga.serve.schema import Body, few, invalid, short
 
 MAX_BIASES = 1024
 MAX_CHOICES = 16  # of one request
@@ -44,7 +45,7 @@ class SamplingFields(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES), few(MAX_BIASES)] | None = None
     ignore_eos: bool | None = Field(None, description="Goes on past the end of the text until the limit.")
 
     def sampling(self, *, logprobs: int | None = None, temperature: float = 1.0) -> SamplingParams:
@@ -142,6 +143,18 @@ class StructuredOutputs(Body):
 class ScalingFields(Body):
     """Several answers share the prompt; one is given, and what it took is told."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {
+                    "properties": {"method": {"const": "verifier"}, "verifier": {"type": "string"}},
+                    "required": ["verifier"],
+                },
+                {"properties": {"method": {"enum": ["majority", "best_of"]}, "verifier": {"type": "null"}}},
+            ]
+        }
+    )
+
     method: Literal["majority", "best_of", "verifier"]
     n: int = Field(8, ge=2, le=64)
     early_stop: bool = True
@@ -232,27 +245,25 @@ def answer_format(
 ) -> AnswerFormat | None:
     """What both fields say, checked."""
     found: list[AnswerFormat] = []
-    try:
-        if isinstance(response, JsonObjectFormat):
-            found.append(AnswerFormat("json_object"))
-        elif isinstance(response, JsonSchemaFormat):
-            field = "response_format.json_schema.schema"
-            found.append(schema_format(response.json_schema.schema_, field))
-        if structured is not None:
-            field = "structured_outputs"
-            if structured.json_ is not None:
-                check_schema(structured.json_, f"{field}.json")
-                found.append(AnswerFormat("json_schema", structured.json_))
-            if structured.regex is not None:
-                check_regex(structured.regex, f"{field}.regex")
-                found.append(AnswerFormat("regex", structured.regex))
-            if structured.choice is not None:
-                check_choices(structured.choice, f"{field}.choice")
-                found.append(AnswerFormat("choice", structured.choice))
-            if structured.grammar is not None:
-                found.append(AnswerFormat("lark", structured.grammar))
-    except UserError as error:
-        raise ApiError(str(error), param=field, code="invalid_schema") from None
+    if isinstance(response, JsonObjectFormat):
+        found.append(AnswerFormat("json_object"))
+    elif isinstance(response, JsonSchemaFormat):
+        found.append(schema_format(response.json_schema.schema_, "response_format.json_schema.schema"))
+    if structured is not None:
+        ways: tuple[tuple[str, str, Any, Callable[[Any, str], None]], ...] = (
+            ("json", "json_schema", structured.json_, check_schema),
+            ("regex", "regex", structured.regex, check_regex),
+            ("choice", "choice", structured.choice, check_choices),
+            (
+                "grammar",
+                "lark",
+                structured.grammar,
+                lambda grammar, field: None,
+            ),  # which is compiled, and that is bounded
+        )
+        for name, kind, value, check in ways:
+            if value is not None:
+                found.append(_format(kind, value, f"structured_outputs.{name}", check))
     if len(found) > 1 or (structured is not None and not found):
         raise invalid(
             "structured_outputs", "give one of json, regex, choice and grammar, and no `response_format` beside it"
@@ -261,11 +272,15 @@ def answer_format(
 
 
 def schema_format(schema: Mapping[str, Any], field: str) -> AnswerFormat:
+    return _format("json_schema", schema, field, check_schema)
+
+
+def _format(kind: str, value: Any, field: str, check: Callable[[Any, str], None]) -> AnswerFormat:
     try:
-        check_schema(schema, field)
+        check(value, field)
     except UserError as error:
         raise ApiError(str(error), param=field, code="invalid_schema") from None
-    return AnswerFormat("json_schema", schema)
+    return AnswerFormat(kind, value, field)
 
 
 # ---------------------------------------------------------------------------------------------- thinking and scaling
@@ -286,6 +301,7 @@ def scaling_of(fields: ScalingFields | None) -> Scaling | None:
     if fields.verifier is not None:
         try:
             check_regex(fields.verifier, "scaling.verifier")
+            compiled(fields.verifier)
         except UserError as error:
             raise ApiError(str(error), param="scaling.verifier", code="invalid_value") from None
     return Scaling(fields.method, fields.n, fields.early_stop, fields.verifier, fields.max_total_tokens)

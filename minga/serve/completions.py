@@ -7,24 +7,26 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minga.engine.sampler import TokenLogprob
 from minga.serve.chat import StreamOptions, extras, usage_document
 from minga.serve.common import MAX_CHOICES, MAX_TOKENS, SamplingFields, StructuredOutputs, answer_format
 from minga.serve.errors import ApiError
 from minga.serve.generation import Event, Finish, Generation, Outcome, Text, Usage, sse
-from minga.serve.schema import Ignored, Unsupported, invalid
+from minga.serve.schema import Ignored, Unsupported, invalid, needs
 
 if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionBody(SamplingFields):
+    model_config = ConfigDict(json_schema_extra=needs("stream_options", stream=True))
+
     model: str | None = None
     prompt: str | Ids | Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
         description="A text, a list with one text, or the ids of its tokens."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from minga.errors import UserError
+from minga.serve.answering import refuse_endless
 from minga.serve.completions import Ids
 from minga.serve.errors import ApiError
 from minga.serve.schema import Body, Ignored, invalid
@@ -22,9 +23,12 @@ MAX_INPUTS = 256
 
 class EmbeddingBody(Body):
     model: str | None = None
-    input: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
-        description="A text, the ids of its tokens, or a list of either."
-    )
+    input: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    ) = Field(description="A text, the ids of its tokens, or a list of either.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, description="The model's own size, and no other.")
     user: Ignored = None
@@ -58,8 +62,9 @@ async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[
     except Exception as error:
         raise refusal_of(error, "input") from None
     finally:
-        for job in jobs:
+        for job, future in zip(jobs, futures, strict=True):
             job.cancel()
+            future.cancel()  # of one that is cancelled there is no embedding
     num_tokens = sum(map(len, prompts))
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector_D, body.encoding_format)}
@@ -78,6 +83,8 @@ def _prompts(body: EmbeddingBody, worker: Worker) -> list[list[int]]:
     for index, text in enumerate(body.inputs()):
         field = "input" if isinstance(body.input, str) else f"input[{index}]"
         try:
+            if isinstance(text, str):
+                refuse_endless([text], worker, field)
             ids = worker.llm.encode(text) if isinstance(text, str) else text
         except UserError as error:
             raise ApiError(str(error), param=field, code="invalid_value") from None

@@ -37,6 +37,12 @@ class ApiError(Exception):
         return json_response(self.document(), self.status, self.headers)
 
 
+def a_bug() -> ApiError:
+    """What a client is told of a failure of ours: the log has its traceback, which is not the client's business."""
+    message = "the server has a bug; its log has the details"
+    return ApiError(message, status=500, code="internal_error", headers={"x-should-retry": "false"})
+
+
 def json_response(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json_bytes(document), status, headers, media_type="application/json")
 

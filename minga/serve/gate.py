@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minga.serve.errors import ApiError
+from minga.serve.errors import ApiError, a_bug
 from minga.serve.keys import Key, Keys
 from minga.serve.log import Access, AccessLog
 
@@ -34,6 +36,7 @@ _REPLY_HEADERS = {
 
 _PUBLIC = {"/", "/health", "/ready", "/docs"}  # the page's files too: what they ask the server for is not
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+LEFT = 499  # logged where the client went away before it was told anything, as nginx does
 EVERYBODY = Key("")  # who asks where no key is needed
 
 
@@ -42,7 +45,7 @@ class Gate:
 
     The state of a request that passes has `key` and `request_id`; routes may put `access` there, what the log says of them.
     Bound to every address, a server has names that it does not know. There it does not check Host: the API key, which
-    such a server must have, keeps strangers out.
+    such a server must have, keeps strangers out. refuse: writes the reply to a request that does not pass.
     """
 
     def __init__(
@@ -52,16 +55,17 @@ class Gate:
         host: str,
         keys: Keys | None,
         access_log: AccessLog | None = None,
-        refused: Callable[[str], None] = lambda code: None,
+        refuse: Callable[[Request, ApiError], Awaitable[Response]],
     ):
         self._app = app
         self._hosts = None if host in _EVERY_ADDRESS else {*_LOOPBACK, host.lower()}
-        self._keys, self._access_log, self._refused = keys, access_log, refused
+        self._keys, self._access_log, self._refuse = keys, access_log, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, headers, status = monotonic(), Headers(scope=scope), 500
+        began, headers = monotonic(), Headers(scope=scope)
+        status: int | None = None
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
@@ -72,7 +76,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 reply = MutableHeaders(scope=message)
-                reply["x-request-id"] = request_id
+                reply["x-request-id"] = reply["request-id"] = request_id  # OpenAI's name for it, and Anthropic's
                 for name, value in _REPLY_HEADERS.items():
                     reply.setdefault(name, value)
             await send(message)
@@ -82,14 +86,19 @@ class Gate:
                 self._check_address(headers)
                 state["key"] = self._key(headers, scope["path"])
             except ApiError as error:
-                self._refused(str(error.code))
-                await error.response()(scope, receive, send_with_headers)
+                refusal = await self._refuse(Request(scope), error)
+                await refusal(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
+        except Exception:
+            if status is None:
+                await a_bug().response()(scope, receive, send_with_headers)
+            raise  # for the log
         finally:
             if self._access_log is not None:
                 key, seconds = state["key"].name or None, monotonic() - began
-                access = Access(request_id, scope["method"], scope["path"], status, seconds, key, **state["access"])
+                shown = LEFT if status is None else status
+                access = Access(request_id, scope["method"], scope["path"], shown, seconds, key, **state["access"])
                 self._access_log.write(access)
 
     def _check_address(self, headers: Headers) -> None:

@@ -7,7 +7,7 @@ An endpoint turns its body into a `Generation`. What the model says comes back a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from minga.data.dialects import Tool, ToolCall
@@ -20,11 +20,12 @@ DEFAULT_MAX_TOKENS = 1024
 @dataclass(frozen=True)
 class AnswerFormat:
     """What the text of the answer must be: "json_object", "json_schema" (value: the schema), "regex" (the pattern), "choice"
-    (the strings) or "lark" (a grammar).
+    (the strings) or "lark" (a grammar). place: the field of the request that says so.
     """
 
     kind: str
     value: Any = None
+    place: str = field(default="response_format", compare=False)
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,13 @@ class TextBlock(Body):
     citations: Ignored = None
 
 
-Texts = str | Annotated[list[TextBlock], Field(min_length=1)]
+Texts = str | Annotated[list[TextBlock], Field(min_length=1, fail_fast=True)]
 
 
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
     is_error: bool | None = None
     cache_control: Ignored = None
     toolset_name: Ignored = None
@@ -109,12 +109,12 @@ class SystemMessage(Body):
 
 class UserMessage(Body):
     role: Literal["user"]
-    content: str | Annotated[list[UserBlock], Field(min_length=1)]
+    content: str | Annotated[list[UserBlock], Field(min_length=1, fail_fast=True)]
 
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | Annotated[list[AssistantBlock], Field(fail_fast=True)]
 
 
 Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
@@ -302,6 +302,7 @@ class MessagesBody(CountTokensBody):
     diagnostics: Ignored = None
     inference_geo: Unsupported = None
     container: Unsupported = None
+    thread: Unsupported = None
 
     def generation(self) -> Generation:
         generation = super().generation()
@@ -459,7 +460,11 @@ def count_document(num_tokens: int) -> dict[str, Any]:
 def error_document(error: ApiError) -> dict[str, Any]:
     """The error as Anthropic's clients know it."""
     kind = _ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    document: dict[str, Any] = {"type": kind, "message": error.message}
+    if (error.param, error.code) == ("thread", "unsupported_parameter"):
+        # The client's runner of tools asks for a thread by itself. Told so, it sends the whole conversation instead.
+        document["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": document}
 
 
 def _sse(document: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
 from minga.serve.chat import logprob_entries
 from minga.serve.common import (
@@ -50,7 +50,7 @@ from minga.serve.generation import (
     Usage,
     sse,
 )
-from minga.serve.schema import Body, Ignored, Unsupported, invalid, short
+from minga.serve.schema import Body, Ignored, Unsupported, few, invalid, needs, short
 
 if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
@@ -71,6 +71,7 @@ class OutputText(Body):
     text: str
     annotations: Ignored = None
     logprobs: Ignored = None
+    parsed: Ignored = None  # what OpenAI's client for JavaScript made of it
 
 
 class Refusal(Body):
@@ -88,7 +89,7 @@ class ReasoningText(Body):
     text: str
 
 
-InputTexts = str | Annotated[list[InputText], Field(min_length=1)]
+InputTexts = str | Annotated[list[InputText], Field(min_length=1, fail_fast=True)]
 SpokenPart = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
 
 
@@ -109,7 +110,7 @@ class InputMessage(ItemFields):
 class OutputMessage(ItemFields):
     type: Literal["message"]
     role: Literal["assistant"]
-    content: str | Annotated[list[SpokenPart], Field(min_length=1)]
+    content: str | Annotated[list[SpokenPart], Field(min_length=1, fail_fast=True)]
     phase: Ignored = None
 
 
@@ -118,6 +119,7 @@ class FunctionCall(ItemFields):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Ignored = None
     caller: Ignored = None
     namespace: Ignored = None
     created_by: Ignored = None
@@ -137,8 +139,8 @@ class ReasoningItem(ItemFields):
     """The summary counts where there is no content."""
 
     type: Literal["reasoning"]
-    summary: list[SummaryText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[list[SummaryText], Field(fail_fast=True)] | None = None
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
     encrypted_content: Ignored = None
 
 
@@ -319,6 +321,8 @@ Includable = Literal[
 
 
 class ResponsesBody(SamplingFields):
+    model_config = ConfigDict(json_schema_extra=needs("stream_options", stream=True))
+
     model: str | None = Field(None, description="May be left out where one model is served.")
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
@@ -342,8 +346,10 @@ class ResponsesBody(SamplingFields):
     moderation: ModerationFields | None = None
     watermark: bool | None = Field(None, description="Marks the choice of tokens for `minga watermark` to find.")
     truncation: Literal["disabled"] | None = Field(None, description="Nothing is cut off silently.")
-    background: bool | None = Field(None, description="false only.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    background: Annotated[bool, WithJsonSchema({"const": False})] | None = Field(
+        None, description="A response is given at once here."
+    )
+    metadata: Annotated[dict[str, str], Field(max_length=16), few(16)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(

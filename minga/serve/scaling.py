@@ -13,8 +13,10 @@ import re
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+from minga.engine.grammar import Pattern
 from minga.serve.generation import Event, Outcome, Scaling
 
 _WARM_UP = 2  # finished answers, before any is given up
@@ -39,6 +41,12 @@ def _plain(result: str) -> str:
     return result.replace(",", "") if _NUMBER.fullmatch(result) else result
 
 
+@lru_cache(maxsize=64)
+def compiled(verifier: str) -> Pattern:
+    """Raises `UserError` where it does not compile."""
+    return Pattern(verifier)
+
+
 @dataclass(eq=False)
 class Candidate:
     """An answer under way. `outcome` collects it; `events` are told if it is chosen."""
@@ -49,6 +57,7 @@ class Candidate:
     total_logprob: float = 0.0
     worst_group: float = 0.0  # mean log-probability of its least likely stretch
     finished: bool = False
+    verified: bool | None = None  # once it is finished and was looked at
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_GROUP))
 
     @property
@@ -73,7 +82,7 @@ class Trial:
 
     def __init__(self, scaling: Scaling, candidates: Sequence[Candidate]):
         self._scaling, self.candidates = scaling, candidates
-        self._verifier = None if scaling.verifier is None else re.compile(scaling.verifier)
+        self._verifier = None if scaling.verifier is None else compiled(scaling.verifier)
 
     @property
     def num_tokens(self) -> int:
@@ -138,4 +147,6 @@ class Trial:
         return Counter(extracted(candidate.text)[:200] for candidate in done)
 
     def _is_right(self, candidate: Candidate) -> bool:
-        return self._verifier is not None and self._verifier.search(candidate.text) is not None
+        if candidate.verified is None and self._verifier is not None:
+            candidate.verified = self._verifier.found_in(candidate.text)
+        return bool(candidate.verified)

@@ -55,6 +55,25 @@ Unsupported = Annotated[
 ]
 
 
+def few(most: int) -> BeforeValidator:
+    """Refuses an object with more entries before each of them is checked. Lists have `fail_fast` for that."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("dict_too_long", "too long", {"max_length": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+def needs(field: str, **needed: Any) -> dict[str, Any]:
+    """For the OpenAPI document: where the field is given, each of these has one of its values (None: or is left out)."""
+    values = {name: list(value) if isinstance(value, tuple) else [value] for name, value in needed.items()}
+    required = [name for name in values if None not in values[name]]
+    there = {"properties": {name: {"enum": found} for name, found in values.items()}}
+    return {"anyOf": [{"properties": {field: {"type": "null"}}}, there | ({"required": required} if required else {})]}
+
+
 def parse_body(model: type[Model], body: bytes) -> Model:
     """The checked body. Raises `ApiError` 400 that says what is wrong, where, and what would be right."""
     return check(model, parse_json(body))
@@ -157,6 +176,8 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
     here = [each for place, _, each in found if place == path]
     alternatives = [each["type"] for each in here]
     first = next((each for each in here if each["type"] not in _TYPES), first)  # of the form whose type is right
+    if first["loc"][-1:] == ("[key]",):  # of an object: its name is wrong, and no value
+        value = first["input"]
     kind, context, name = str(first["type"]), first.get("ctx") or {}, path_name(path)
     if all(each in _TYPES for each in alternatives):
         due = " or ".join(dict.fromkeys(_TYPES[each] for each in alternatives))

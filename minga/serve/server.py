@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
@@ -12,15 +13,18 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from minga.engine.watermark import read_secret
 from minga.errors import UserError
 from minga.planner.cost import Rates
 from minga.serve.app import create_app
+from minga.serve.errors import ApiError, json_bytes
 from minga.serve.keys import Keys
 from minga.serve.log import AccessLog
 from minga.serve.meter import Meter
@@ -30,6 +34,7 @@ from minga.serve.store import Store
 from minga.serve.worker import MAX_RUNNING, MAX_WAITING
 
 SHUTDOWN_SECONDS = 30.0  # for requests that are being answered
+HEADER_SECONDS = 20.0  # for a client to say what it wants
 _MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 128
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -168,13 +173,78 @@ def _opened_log(path: str | None) -> AccessLog | None:
     return None if path is None else AccessLog(None if path == "-" else path)
 
 
-def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
-    config = uvicorn.Config(
-        app, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+class Connection(HttpToolsProtocol):
+    """Hangs up where a request's head is too long, or takes too long to come: uvicorn itself would wait for ever."""
+
+    _in_head = True
+    _passed = False  # an end of a head or of a body, in what came last
+    _num_bytes = 0  # of the head so far
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._passed = False
+        super().data_received(data)
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or not self._in_head:
+            self._stop_waiting()
+        else:
+            self._wait()
+        if self._in_head and not self._passed:
+            self._num_bytes += len(data)
+            if self._num_bytes > _MAX_HEADER_BYTES:
+                self._refuse(431, "the headers are too large", "headers_too_large")
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._passed, self._num_bytes = False, True, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._passed = True, True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is not HTTP", "invalid_http")
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            message = f"the request did not come within {HEADER_SECONDS:g} seconds"
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._refuse, 408, message, "header_timeout")
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # what is written now would stand inside that
+            self.transport.close()
+            return
+        body = json_bytes(ApiError(message, status=status, code=code).document())
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+def configured(app: Starlette, shutdown_seconds: float = SHUTDOWN_SECONDS) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=math.ceil(shutdown_seconds),
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+
+
+def run_until_signal(app: Starlette, listener: socket.socket, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
+    server = uvicorn.Server(configured(app, shutdown_seconds))
 
     def stop(*_: object) -> None:
         app.state.service.draining = True

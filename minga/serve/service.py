@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from starlette.requests import Request
 
 from minga.planner.cost import Rates
 from minga.serve import meter
-from minga.serve.answer import Answer
+from minga.serve.answer import FAREWELL_SECONDS, Answer
 from minga.serve.answering import Answering
 from minga.serve.embeddings import EmbeddingBody, embed
 from minga.serve.errors import ApiError
@@ -29,13 +32,14 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 600.0
 _BYTES_A_TOKEN = 3  # of a body, for an estimate that is corrected at the end
+_HEADER_SAFE = " !#$&'()*+,/:;<=>?@[]^`{|}~"  # of a model's name in a quoted string; the rest is percent-encoded
 
 
 @dataclass(frozen=True)
 class Settings:
     """host: the address that is bound. keys: who may ask; None: everybody. moderate: keep back what the guard flags, asked
-    for or not. deadline: seconds that an answer may take. watermark: the secret with which every answer is marked that does
-    not refuse it; None: none can be. engine: which replica this is, in the metrics.
+    for or not. deadline: seconds that an answer may take. watermark: the secret with which answers are marked that ask for
+    it; None: none can be. engine: which replica this is, in the metrics.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +69,14 @@ class Service:
         contexts = {name: llm.max_context for name, llm in self.models.items()}
         self.metrics = Metrics(contexts, engine=self.settings.engine)
         self.draining = False
+        self._num_open = 0  # answers that are not accounted for
+
+    async def settle(self) -> None:
+        """Returns once all answers are accounted for; the server has told them to end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * FAREWELL_SECONDS):
+                while self._num_open:
+                    await asyncio.sleep(0.01)
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -109,13 +121,16 @@ class Service:
                 )
                 raise ApiError(message, param="max_tokens", code="max_output_tokens_exceeded")
             wanted = key.max_output_tokens
+        if generation.scaling is not None:
+            wanted *= generation.scaling.num
+            wanted = min(wanted, generation.scaling.max_total_tokens or wanted)
         admission = self.limits.admit(key, num_bytes // _BYTES_A_TOKEN + wanted * generation.num_choices)
         answering = Answering(
             generation, worker, tenant=key.name, guard=self.settings.guard, blocks=self.settings.moderate,
             watermark=self.settings.watermark, most_tokens=key.max_output_tokens,
         )  # fmt: skip
         request.state.access["model"] = worker.name
-
+        self._num_open += 1
         return Answer(
             answering, writer, refusal=refusal, deadline=self.settings.deadline,
             done=lambda error: self._account(request, answering, admission, error),
@@ -126,11 +141,12 @@ class Service:
         """Limits; and that a machine wrote this, with what (EU AI Act, article 50)."""
         mark = "; watermark" if answering.watermarked else ""
         return self.limits.headers(key) | {
-            "x-content-provenance": f'ai-generated; generator="minga"; model="{worker.name}"{mark}'
+            "x-content-provenance": f'ai-generated; generator="minga"; model="{quote(worker.name, safe=_HEADER_SAFE)}"{mark}'
         }
 
     def _account(self, request: Request, answering: Answering, admission: Admission, error: ApiError | None) -> None:
         """Once, when an answer is over: limits, meter, metrics and log."""
+        self._num_open -= 1
         usage, worker, now = answering.outcome.usage, answering.worker, monotonic()
         admission.release(usage.prompt + usage.completion)
         reason = answering.outcome.choices[0].finish_reason
@@ -180,7 +196,11 @@ class Service:
         worker, key = self.worker(body.model), request.state.key
         request.state.access["model"] = worker.name
         with self.limits.admit(key, num_bytes // _BYTES_A_TOKEN) as admission:
-            document, num_tokens, seconds = await embed(body, worker, key.name)
+            try:
+                document, num_tokens, seconds = await embed(body, worker, key.name)
+            except asyncio.CancelledError:
+                self.metrics.cancelled(worker.name)
+                raise
             admission.release(num_tokens)
         request.state.access["prompt_tokens"] = num_tokens
         self._record(request, worker, Usage(prompt=num_tokens), busy_seconds=seconds)

@@ -230,6 +230,7 @@ class Worker:
                     job.told = now
                 if not sequence.finished:
                     return True
+                error = sequence.failure
         self._end(job, error, news)
         return False
 

@@ -9,6 +9,7 @@ import torch
 
 from minga.config.presets import tiny
 from minga.engine.compiled import compile_model
+from minga.engine.plain import PlainModel
 from minga.engine.sampler import SamplingParams, adjust, choose, distribution, race, token_logprobs
 from minga.errors import UserError
 from minga.model.transformer import Transformer
@@ -172,3 +173,30 @@ def test_the_compiled_choice_is_this_one(forward_pass, kind):
     for how in (greedy, each[0]):
         with pytest.raises(UserError, match="not numbers"):
             model.choose([torch.full((1, 9), math.nan)], [how])
+
+
+def test_the_compiled_choice_takes_what_is_allowed(forward_pass):
+    """As the choice from logits that are minus infinity elsewhere, whether few, half or all may be taken, or a word's last."""
+    if forward_pass == "torch":
+        pytest.skip("there is one form only")
+    model = compile_model(Transformer(tiny()).init_weights())
+    random = torch.Generator().manual_seed(1)
+    for V in (31, 32, 37, 1003):
+        logits_NV = 3 * torch.randn(120, V, generator=random)
+        words_NW = torch.randint(-(2**31), 2**31, (120, -(-V // 32)), generator=random, dtype=torch.int32)
+        words_NW[:40] &= torch.randint(-(2**31), 2**31, words_NW[:40].shape, generator=random, dtype=torch.int32)
+        words_NW[40:50], words_NW[50:60], words_NW[60] = -1, 0, 0
+        words_NW[50:60, (V - 1) // 32] = 1 << (V - 1) % 32 if V % 32 else -(2**31)
+        each = [(SamplingParams(n % 3, top_k=n % 5), [(7 * n, 11 * n)]) for n in range(120)]
+        allowed = [None if n % 7 == 6 else [words_NW[n]] for n in range(120)]
+        ours = model.choose(list(logits_NV[:, None]), each, allowed)
+        expected = PlainModel.choose(model, list(logits_NV[:, None]), each, allowed)
+        assert sum(a != b for a, b in zip(ours, expected, strict=True)) <= 1, V
+        assert all(words_NW[n, t // 32] >> t % 32 & 1 for n, (t,) in enumerate(ours) if n % 7 != 6 and n != 60)
+        rows = ours[4:6] + ours[8:9]
+        together = model.choose(
+            [logits_NV[4:6], logits_NV[8:9]],
+            [(each[4][0], each[4][1] + [(35, 55)]), each[8]],
+            [[words_NW[4], words_NW[5]], [words_NW[8]]],
+        )
+        assert [together[0][0], together[1][0]] == [rows[0][0], rows[2][0]]

@@ -284,7 +284,7 @@ def _gguf_seeds(folder: Path, tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _gguf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    spec = json.loads(tokenizer._json())
+    spec = json.loads(tokenizer.json())
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
     control = {token["content"] for token in spec["added_tokens"]}
     return {

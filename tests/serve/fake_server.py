@@ -1,4 +1,4 @@
-"""A server for the page alone: its real files behind the real guard, with answers that a test writes piece by piece."""
+"""A server for the page alone: its real files behind the real gate, with answers that a test writes piece by piece."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from minga.serve.app import show_page, show_static_file
-from minga.serve.guard import Guard
-from minga.serve.protocol import json_bytes, json_response
+from minga.serve.errors import json_bytes, json_response
+from minga.serve.gate import Gate
 from minga.serve.runs import Runs
 
 HOLD = "hold"  # in an answer: wait here until the test opens the gate
@@ -61,7 +61,7 @@ class FakeServer:
             Route("/api/runs", lambda _: json_response({"runs": self._runs.summaries()})),
             Route("/api/runs/{name}", self._run),
         ]
-        self.app = Starlette(routes=routes, middleware=[Middleware(Guard, host="127.0.0.1", api_key=None)])
+        self.app = Starlette(routes=routes, middleware=[Middleware(Gate, host="127.0.0.1", keys=None)])
 
     def answer(self, *parts: Any, end: str = "stop") -> None:
         """The next answer: deltas and HOLDs, then why it ended."""

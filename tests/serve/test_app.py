@@ -1,85 +1,20 @@
-"""pytest tests/serve/test_app.py"""
+"""What is there for everybody: paths, refusals, models, the page, runs, and who is kept out."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import pytest
 
 import minga
 from minga.planner.counts import count_parameters
-from minga.serve.app import create_app
-
-ANSWER = "Hola, ¿qué tal? Adiós."
-
-# ---------------------------------------------------------------------------------------------- answers
-
-
-def test_an_answer_in_one_piece(client, llm):
-    document = client.chat(model="fake").json()
-    assert document["object"] == "chat.completion" and document["model"] == "fake"
-    (choice,) = document["choices"]
-    assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
-    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
-    assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    assert llm.num_closed == 1
-
-
-def test_an_answer_as_a_stream(client):
-    events = client.events()
-    assert len({(event["id"], event["created"], event["model"], event["object"]) for event in events}) == 1
-    assert all("usage" not in event for event in events)
-    deltas = [event["choices"][0]["delta"] for event in events]
-    assert deltas[0] == {"role": "assistant", "content": ""}
-    assert "".join(delta.get("content", "") for delta in deltas) == ANSWER
-    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["stop"]
-    assert deltas[-1] == {}
-
-
-def test_usage_is_the_last_event_of_a_stream_that_asks_for_it(client):
-    *events, last = client.events(stream_options={"include_usage": True})
-    assert all(event["usage"] is None for event in events)
-    assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-
-
-def test_text_that_is_held_back_is_no_event(client, llm):
-    llm.words = ["a", "b"]
-    contents = [event["choices"][0]["delta"].get("content") for event in client.events()]
-    assert contents == ["", "a", " b", None]
-
-
-def test_logprobs_whole_and_streamed(client):
-    whole = client.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
-    chosen = [event["choices"][0] for event in client.events(logprobs=True, top_logprobs=2)]
-    streamed = [entry for choice in chosen if choice["logprobs"] for entry in choice["logprobs"]["content"]]
-    assert whole == streamed
-    assert [entry["token"] for entry in whole] == ["�", "w1", "w2", "w3"]
-    assert [len(entry["top_logprobs"]) for entry in whole] == [2, 2, 2, 2]
-
-
-def test_the_answer_ends_where_max_tokens_says(client):
-    document = client.chat(max_tokens=2).json()
-    assert document["choices"][0]["finish_reason"] == "length"
-    assert document["choices"][0]["message"]["content"] == "Hola, ¿qué"
-    assert document["usage"]["completion_tokens"] == 2
-
-
-def test_without_max_tokens_the_answer_may_fill_the_context(client, llm):
-    client.chat()
-    assert llm.params[0].max_tokens == llm.max_context - 3
-
-
-def test_a_model_without_a_chat_template_continues_the_text(make_client, make_llm):
-    llm = make_llm(chat_template=None)
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "To be,"}]
-    document = make_client({"plain": llm}).chat(messages=[*messages, {"role": "user", "content": "or not"}]).json()
-    assert llm.prompts[0] == "To be,\n\nor not"
-    assert document["usage"]["prompt_tokens"] == 4
-    assert document["choices"][0]["message"]["content"] == ANSWER
-
+from minga.serve.app import _PAGE, create_app
+from minga.serve.gate import _PUBLIC
+from minga.serve.keys import Keys
+from tests.serve.conftest import HELLO, Client, TinyLLM
 
 # ---------------------------------------------------------------------------------------------- refusals
 
@@ -88,32 +23,24 @@ def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(client):
     response = client.chat(model="gpt-5")
     assert response.status_code == 404
     error = response.json()["error"]
-    assert (error["code"], error["param"], error["type"]) == ("model_not_found", "model", "invalid_request_error")
-    assert "gpt-5" in error["message"] and "fake" in error["message"]
+    assert (error["code"], error["param"], error["type"]) == ("model_not_found", "model", "not_found_error")
+    assert "gpt-5" in error["message"] and "tiny" in error["message"]
 
 
-def test_with_two_models_a_request_must_name_one(make_client, make_llm):
-    client = make_client({"one": make_llm("uno"), "two": make_llm("dos")})
+def test_with_two_models_a_request_must_name_one(make_client):
+    client = make_client({"one": TinyLLM.make(), "two": TinyLLM.make()})
     response = client.chat()
     assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
-    assert client.chat(model="two").json()["choices"][0]["message"]["content"] == "dos"
+    assert client.answer(model="two", max_tokens=1)["model"] == "two"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(client, stream):
-    response = client.chat(messages=[{"role": "user", "content": "word " * 100}], stream=stream)
-    error = response.json()["error"]
-    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
-    assert "101" in error["message"] and "64" in error["message"]
-
-
-def test_messages_that_the_template_refuses_are_the_clients_mistake(client):
-    response = client.chat(messages=[{"role": "user", "content": "refuse me"}])
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+def test_messages_that_the_template_refuses_are_the_clients_mistake(make_client):
+    llm = TinyLLM.make(chat_template="{{ raise_exception('no') }}")
+    assert make_client({"tiny": llm}).error()["param"] == "messages"
 
 
 def test_large_bodies_are_refused(client):
-    response = client.chat(messages=[{"role": "user", "content": "x" * (4 << 20)}])
+    response = client.chat(messages=[{"role": "user", "content": "x" * (11 << 20)}])
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
@@ -177,9 +104,12 @@ def test_hostile_bodies_are_refused_as_the_clients_mistake(client, llm):
         response = client.request("POST", "/v1/chat/completions", content=content)
         assert response.status_code in (400, 404), (body[:80], response.text)
         error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+        assert set(error) == {"message", "type", "param", "code"} and error["type"] in (
+            "invalid_request_error",
+            "not_found_error",
+        )
         assert error["code"] and len(error["message"]) < 400
-    assert llm.num_made == 0
+    assert llm.num_steps == 0
     assert client.chat().status_code == 200
 
 
@@ -190,8 +120,8 @@ def test_models_are_listed_and_shown(client):
     document = client.get("/v1/models").json()
     (model,) = document["data"]
     assert document["object"] == "list"
-    assert (model["id"], model["object"], model["owned_by"]) == ("fake", "model", "minga")
-    assert client.get("/v1/models/fake").json() == model
+    assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "minga")
+    assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
@@ -201,10 +131,10 @@ def test_health(client):
 
 
 def test_status_tells_size_speed_and_queue(client, llm):
-    client.chat()
+    client.answer(max_tokens=200, ignore_eos=True)
     document = client.get("/api/status").json()
     (model,) = document["models"]
-    assert (model["name"], model["max_context"]) == ("fake", llm.max_context)
+    assert (model["name"], model["max_context"]) == ("tiny", llm.max_context)
     assert model["parameters"] == count_parameters(llm.config).total
     assert model["tokens_per_second"] > 0
     assert (document["version"], document["running"], document["waiting"]) == (minga.__version__, 0, 0)
@@ -325,18 +255,18 @@ def test_after_must_be_a_line_number(client, run_file, after):
 
 
 @pytest.mark.parametrize("name", ["..", "%2e%2e", "..%2f..", "%2e%2e%2fother", "first%00", "%2fetc", "other", "~"])
-def test_names_of_runs_lead_nowhere_else(make_llm, client, tmp_path, name):
+def test_names_of_runs_lead_nowhere_else(llm, client, tmp_path, name):
     for folder in ("", "other", "runs/first"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "run.jsonl").write_text('{"kind": "a secret"}\n')
-    client.app = create_app({"fake": make_llm()}, tmp_path / "runs")
+    client.app = create_app({"tiny": llm}, tmp_path / "runs")
     assert client.get("/api/runs/first").status_code == 200
     response = client.get(f"/api/runs/{name}")
     assert response.status_code == 404 and "secret" not in response.text
 
 
-def test_without_a_runs_folder_there_are_no_runs(make_llm, client, tmp_path):
-    client.app = create_app({"fake": make_llm()}, tmp_path / "nowhere")
+def test_without_a_runs_folder_there_are_no_runs(llm, client, tmp_path):
+    client.app = create_app({"tiny": llm}, tmp_path / "nowhere")
     assert client.get("/api/runs").json() == {"runs": []}
 
 
@@ -354,14 +284,14 @@ def test_other_host_names_are_refused(client, host):
     assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
 
 
-def test_the_bound_address_is_a_host_name_too(make_client, make_llm):
-    client = make_client({"fake": make_llm()}, host="10.0.0.5", api_key="k")
+def test_the_bound_address_is_a_host_name_too(make_client, llm):
+    client = make_client({"tiny": llm}, host="10.0.0.5", keys=Keys(static="k"))
     assert client.get("/health", headers={"host": "10.0.0.5:8000"}).status_code == 200
     assert client.get("/health", headers={"host": "10.0.0.6:8000"}).status_code == 403
 
 
-def test_bound_to_every_address_any_name_will_do(make_client, make_llm):
-    client = make_client({"fake": make_llm()}, host="0.0.0.0", api_key="k")
+def test_bound_to_every_address_any_name_will_do(make_client, llm):
+    client = make_client({"tiny": llm}, host="0.0.0.0", keys=Keys(static="k"))
     assert client.get("/health", headers={"host": "my-laptop.lan:8000"}).status_code == 200
 
 
@@ -390,22 +320,77 @@ def test_every_reply_has_the_security_headers(client, path):
 
 
 @pytest.fixture
-def locked(make_client, make_llm):
-    return make_client({"fake": make_llm()}, api_key="s3cret")
+def locked(make_client, llm) -> Client:
+    return make_client({"tiny": llm}, keys=Keys(static="s3cret"))
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/fake", "/v1/chat/completions", "/api/status", "/api/runs", "/api/runs/x", "/x"]
-)
+def test_every_route_but_the_page_and_health_needs_the_key(locked, llm):
+    """All there are, so that a new one cannot be forgotten."""
+    checked = 0
+    for route in locked.app.routes:
+        path = re.sub(r"\{\w+(:path)?\}", "app.js", route.path)
+        for method in route.methods - {"HEAD"}:
+            response = locked.request(method, path, content="{}" if method == "POST" else None)
+            if path in _PUBLIC or path.startswith("/static/"):
+                assert response.status_code != 401, path
+            else:
+                assert response.status_code == 401, (method, path)
+                assert response.json()["error"]["type"] == "authentication_error"
+                checked += 1
+    assert checked >= 20 and llm.num_steps == 0
+    assert {"/", "/health", "/ready", "/docs"} == _PUBLIC
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/x"])
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Bearer s3cre", "Basic s3cret", "s3cret", "Bearer ñ"])
-def test_everything_but_the_page_needs_the_key(locked, path, header):
+def test_what_is_no_good_key(locked, path, header):
     headers = {"authorization": header.encode("latin-1")} if header else {}
     response = locked.get(path, headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 def test_with_the_key_it_answers(locked):
-    assert locked.get("/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
-    assert locked.get("/v1/models", headers={"authorization": "bearer s3cret"}).status_code == 200
-    assert locked.get("/health").status_code == 200
-    assert locked.get("/static/app.js").status_code == 200
+    for headers in ({"authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"}, {"x-api-key": "s3cret"}):
+        assert locked.get("/v1/models", headers=headers).status_code == 200
+    assert locked.chat({"x-api-key": "s3cret"}, messages=HELLO, max_tokens=1).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------- names of requests
+
+
+def test_every_reply_has_a_name_and_keeps_the_clients_own(client):
+    for path in ("/", "/v1/models", "/nowhere"):
+        assert re.fullmatch(r"req_[0-9a-f]{24}", client.get(path).headers["x-request-id"])
+    assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert client.get("/health", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req_")
+
+
+def test_a_bug_in_the_server_is_a_json_error_with_a_name_too(client, monkeypatch):
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("minga.serve.runs.Runs.summaries", broken)
+    response = client.get("/api/runs")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] and response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_server_that_stops_is_not_ready(client):
+    assert client.get("/ready").json() == {"status": "ready", "models": ["tiny"]}
+    client.app.state.service.draining = True
+    response = client.get("/ready")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(response.headers["retry-after"]) > 0 and client.get("/health").status_code == 200
+
+
+def test_the_docs_say_what_there_is(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    described = {re.sub(r"\{\w+\}", "{}", path) for path in paths}
+    routes = {re.sub(r"\{\w+(:path)?\}", "{}", route.path) for route in client.app.routes}
+    assert described == routes - {"/", "/docs", "/static/{}", "/openapi.json"}
+
+
+@pytest.mark.skipif(not (_PAGE / "docs.html").exists(), reason="docs.html is to come")
+def test_the_docs_are_a_page(client):
+    assert client.get("/docs").headers["content-type"].startswith("text/html")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import minga.serve
 from tests.serve.browser import CHROMIUM, Browser, Tab
-from tests.serve.conftest import _serving
+from tests.serve.conftest import serving
 from tests.serve.fake_server import HOLD, FakeServer, call, thoughts, words
 
 PAGE = Path(minga.serve.__file__).parent / "page"
@@ -229,7 +229,7 @@ def fake(tmp_path) -> FakeServer:
 
 @pytest.fixture
 def url(fake) -> Iterator[str]:
-    with _serving(fake.app) as url:
+    with serving(fake.app) as url:
         yield url
         fake.gate.set()
 

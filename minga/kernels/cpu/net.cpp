@@ -869,11 +869,13 @@ struct Race {
 
 // The tokens that the cuts leave, with their weights: minga/engine/sampler.py `distribution`.
 struct Chooser {
-  std::vector<float> weight;
+  std::vector<float> masked, weight;
   std::vector<std::pair<float, int32_t>> kept;
   std::vector<int32_t> token;
 
-  int64_t operator()(const float* logits, int64_t V, const MingaSampling& how, int64_t position) {
+  // allowed: a bit for each token, 0 where it may not come; null: all may
+  int64_t operator()(const float* logits, int64_t V, const MingaSampling& how, int64_t position, const uint32_t* allowed) {
+    if (allowed) logits = mask(logits, V, allowed);
     int64_t likeliest = first_largest(logits, V);
     if (how.temperature == 0 || likeliest < 0) return likeliest;
     float top = logits[likeliest], sharp = (float)(1.0 / how.temperature);
@@ -909,6 +911,23 @@ struct Chooser {
   }
 
  private:
+  // The logits, minus infinity for those that are not allowed.
+  const float* mask(const float* logits, int64_t V, const uint32_t* allowed) {
+    masked.resize(V);
+    vu lanes;
+    for (int l = 0; l < VL; l++) lanes[l] = (uint32_t)l;
+    for (int64_t first = 0; first < V; first += 32) {
+      uint32_t word = allowed[first / 32];
+      int64_t end = std::min(V, first + 32), i = first;
+      for (; i + VL <= end; i += VL) {
+        vu bit = (word >> (lanes + (uint32_t)(i - first))) & 1u;
+        store(&masked[i], bit != 0 ? load<vf>(logits + i) : splat(-INFINITY));
+      }
+      for (; i < end; i++) masked[i] = word >> (i - first) & 1 ? logits[i] : -INFINITY;
+    }
+    return masked.data();
+  }
+
   static bool before(const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
     return a.first > b.first || (a.first == b.first && a.second < b.second);
   }
@@ -985,14 +1004,16 @@ void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   }
 }
 
-// The token of each of N rows of logits, -1 where they are not numbers; `rows` says which of `how` and what each draws for.
+// The token of each of N rows of logits, -1 where they are not numbers; `rows` says which of `how` and `positions` what
+// each draws for, `allowed` (null: everything, for one or for all) what it may take.
 void minga_net_choose(const float* logits, int64_t N, int64_t V, const MingaSampling* how, const int64_t* rows,
-                      const int64_t* positions, int64_t* tokens, int64_t threads) {
+                      const int64_t* positions, const uint32_t* const* allowed, int64_t* tokens, int64_t threads) {
 #pragma omp parallel num_threads((int)std::min(threads, N))
   {
     Chooser choose;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < N; i++) tokens[i] = choose(logits + i * V, V, how[rows[i]], positions[i]);
+    for (int64_t i = 0; i < N; i++)
+      tokens[i] = choose(logits + i * V, V, how[rows[i]], positions[i], allowed ? allowed[i] : nullptr);
   }
 }
 
@@ -1025,7 +1046,7 @@ void minga_net_decode(const MingaNet* net, const MingaCall* call, int64_t steps,
     for (int64_t k = 0; k < K; k++) {
       minga_net_forward(net, &step);
       for (int64_t b = 0; b < B; b++) owner[b] = b, next[b] = positions[b] + k + 1;
-      minga_net_choose(logits.data(), B, V, how, owner.data(), next.data(), chosen.data(), threads);
+      minga_net_choose(logits.data(), B, V, how, owner.data(), next.data(), nullptr, chosen.data(), threads);
       for (int64_t b = 0; b < B; b++) std::memcpy(&state[b * D], &out[last[b] * D], (size_t)D * 4);
       for (int64_t b = 0; b < B; b++) {
         guess[b * T + k + 1] = ids[b] = std::max<int64_t>(0, chosen[b]);
@@ -1043,7 +1064,7 @@ void minga_net_decode(const MingaNet* net, const MingaCall* call, int64_t steps,
       }
     }
     minga_net_forward(net, &step);
-    minga_net_choose(logits.data(), B * R, V, how, owner.data(), next.data(), chosen.data(), threads);
+    minga_net_choose(logits.data(), B * R, V, how, owner.data(), next.data(), nullptr, chosen.data(), threads);
     for (int64_t b = 0; b < B; b++) {
       int64_t n = 0, *came = tokens + (s * B + b) * T;
       do {

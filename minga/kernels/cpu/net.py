@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -172,10 +173,22 @@ def forward(net: Net, step: Call) -> None:
     call("minga_net_forward", net, step)
 
 
-def choose(logits_NV: Tensor, how: ctypes.Array[Sampling], rows_N: Tensor, positions_N: Tensor) -> Tensor:
-    """The tokens that take the places `positions_N`, (N); -1 where the logits are no numbers. rows_N: which of `how`."""
-    tokens_N = torch.empty_like(positions_N)
-    call("minga_net_choose", logits_NV, *logits_NV.shape, how, rows_N, positions_N, tokens_N, torch.get_num_threads())
+def choose(
+    logits_NV: Tensor,
+    how: ctypes.Array[Sampling],
+    rows_N: Tensor,
+    positions_N: Tensor,
+    allowed: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """The tokens that take the places `positions_N`, (N); -1 where the logits are no numbers. rows_N: which of `how`.
+
+    allowed: for each row the words (W) whose bits say which tokens may be taken; None: all.
+    """
+    tokens_N, words = torch.empty_like(positions_N), None
+    if allowed is not None:
+        words = (ctypes.c_void_p * len(allowed))(*(None if row_W is None else row_W.data_ptr() for row_W in allowed))
+    what = (logits_NV, *logits_NV.shape, how, rows_N, positions_N, words, tokens_N)
+    call("minga_net_choose", *what, torch.get_num_threads())
     return tokens_N
 
 
