@@ -10,13 +10,14 @@ Ray starts for this process alone and ends with it, or, where RAY_ADDRESS names 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
 import signal
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ _NAME = "minga"
 _MAX_REPLICAS = 1024
 _SIDE_REQUESTS = 64  # to one replica besides answers: of the page, of Prometheus
 _LOOPBACK = "127.0.0.1"
+_RAY_PATIENCE = 60.0  # seconds that one call waits for an application to be gone
 
 
 def serve_replicas(
@@ -66,8 +68,8 @@ def _absolute(options: Options) -> Options:
 
     guard = options.guard
     if guard not in ("rules", "none"):
-        kind, colon, path = guard.rpartition(":") if guard.startswith("model:") else ("", "", guard)
-        guard = f"{kind}{colon}{absolute(path)}"
+        kind = "model:" if guard.startswith("model:") else ""
+        guard = f"{kind}{absolute(guard.removeprefix(kind))}"
     return replace(
         options, guard=guard, runs_dir=absolute(options.runs_dir), keys_file=absolute(options.keys_file),
         watermark=absolute(options.watermark),
@@ -124,7 +126,16 @@ def _deploy(paths: Mapping[str, Path], options: Options, num_replicas: int, stac
         if reason := re.search(r"UserError: (.+)", str(error)):
             raise UserError(reason[1]) from None
         raise
-    stack.callback(serve.delete, _NAME)  # first of all: requests under way are answered, new ones refused
+    stack.callback(_drain, options.shutdown_seconds)
+
+
+def _drain(seconds: float) -> None:
+    """Requests under way are answered, new ones refused."""
+    from ray import serve
+
+    for _ in range(1 + math.ceil(seconds / _RAY_PATIENCE)):
+        with suppress(TimeoutError):
+            return serve.delete(_NAME)
 
 
 def _signalled(stack: ExitStack) -> threading.Event:
