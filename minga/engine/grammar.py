@@ -130,7 +130,7 @@ class Guide:
         if self._holds and not opens:
             assert self._matcher is not None
             if not self._matcher.consume_token(token):
-                raise RuntimeError(f"a grammar refuses its own token {token}: {_first_line(self._matcher.get_error())}")
+                raise _stuck(self._matcher)
             return True
         self._holds = False
         if self._is_thinking:
@@ -178,7 +178,7 @@ class Guide:
         if taken:
             matcher.rollback(taken)
         if matcher.is_error():
-            raise UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
+            raise _stuck(matcher)
         self._allowed |= missing
 
     # ------------------------------------------------------------------ thinking
@@ -213,6 +213,11 @@ class Guide:
 
 def _allow(words_W: Tensor, token: int) -> None:
     words_W.view(torch.uint8)[token // 8] |= 1 << token % 8
+
+
+def _stuck(matcher: LLMatcher) -> UserError:
+    """For one that has met a limit, or a place where nothing may stand."""
+    return UserError(f"the grammar cannot go on here ({_first_line(matcher.get_error())}). simplify it")
 
 
 def _first_line(message: str) -> str:

@@ -348,6 +348,9 @@ class LLM:
                     self.stats.ttft = self.stats.ttft or perf_counter() - began
                     yield
                 elif all(sequence.finished for sequence in sequences):
+                    for sequence in sequences:
+                        if sequence.failure is not None:
+                            raise sequence.failure
                     return
                 elif not self._runner.scheduler.busy:
                     raise RuntimeError("a step failed while others waited for it, and this request was let go with it")

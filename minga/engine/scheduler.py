@@ -20,6 +20,7 @@ from minga.engine.lookup import Grams
 from minga.engine.sampler import adjust
 from minga.engine.sequence import Sequence
 from minga.engine.watermark import Marker
+from minga.errors import UserError
 from minga.model.cache import PAGE
 
 MAX_BATCH = 64  # beyond it a CPU gains nothing, and a cache of many unfinished answers only takes room
@@ -100,7 +101,13 @@ class Entry:
     def allowed(self, draft: list[int], num_places: int) -> list[Tensor] | None:
         """What the answer's rules let stand in the last places after each beginning of the draft; None: anything."""
         guide = self.sequence.guide
-        return guide.allowed(draft, num_places) if guide is not None and self.masks else None
+        if guide is None or not guide.masks or self.sequence.finished:
+            return None
+        try:
+            return guide.allowed(draft, num_places)
+        except UserError as error:
+            self.sequence.fail(error)  # what is chosen for it will not be taken
+            return None
 
     def names_of(self, num_pages: int, ahead: int) -> list[bytes]:
         known = self.names[ahead]

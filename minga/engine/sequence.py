@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from minga.data.tokenizer import DecodeStream
 from minga.engine.grammar import Guide
 from minga.engine.sampler import MAX_SEED, SamplingParams, TokenLogprob
+from minga.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Sequence:
         self.params = params
         self.max_length = max_length
         self.finish_reason: str | None = None
+        self.failure: Exception | None = None  # why it goes no further, where that is neither its end nor a limit
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         self.num_cached_tokens = 0
@@ -124,16 +126,24 @@ class Sequence:
         """
         num_taken = 0
         goes_on = not self.finished
-        while goes_on and num_taken < len(token_ids):
-            goes_on = self._append(token_ids[num_taken])
-            num_taken += 1
+        try:
+            while goes_on and num_taken < len(token_ids):
+                num_taken += 1
+                goes_on = self._append(token_ids[num_taken - 1])
+            while self.guide is not None and not self.finished and (forced := self.guide.forced()):
+                for token in forced:
+                    if not self.finished:
+                        self._append(token)
+        except (UserError, RuntimeError) as error:
+            self.fail(error)
         if self.logprobs is not None and logprobs is not None:
             self.logprobs += logprobs[:num_taken]
-        while self.guide is not None and not self.finished and (forced := self.guide.forced()):
-            for token in forced:
-                if not self.finished:
-                    self._append(token)
         return num_taken
+
+    def fail(self, error: Exception) -> None:
+        """This answer goes no further; others do. Whoever takes it gets the error."""
+        self.failure = error
+        self._finish("stop")
 
     def _append(self, token: int) -> bool:
         """False if nothing that was chosen for the places after it counts."""
@@ -161,7 +171,9 @@ class Sequence:
         self._finish("stop")
 
     def take_delta(self) -> Delta:
-        """What was added since the last call."""
+        """What was added since the last call. Raises what made the answer fail."""
+        if self.failure is not None:
+            raise self.failure
         text = self._text.shown[self._num_taken_characters :]
         token_ids = self.ids[self.num_prompt_tokens + self._num_taken_tokens :]
         logprobs = None if self.logprobs is None else self.logprobs[self._num_taken_tokens :]
@@ -171,6 +183,8 @@ class Sequence:
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
+        if self.failure is not None:
+            raise self.failure
         return Completion(
             self._text.shown, self.answer_ids, self.finish_reason, self.logprobs, self.num_prompt_tokens,
             self.num_cached_tokens, self.num_reasoning_tokens,
