@@ -238,23 +238,27 @@ class Tokenizer:
     def stream(self, skip_specials: bool = True, *, mark: bool = False) -> DecodeStream:
         """A decoder for tokens that arrive one at a time; its pieces joined are `decode` of all of them.
 
-        mark: control tokens come as one private-use character each, which no other token can write; `split_marks` says which.
+        mark: added tokens come as one private-use character each, which no other token can write; `split_marks` says which.
         """
         if mark:
-            return DecodeStream(
-                self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(sorted(self._control_ids))}
-            )
+            return DecodeStream(self, set(), {id: chr(_MARKS + rank) for rank, id in enumerate(self._marked)})
         return DecodeStream(self, self._control_ids if skip_specials else set())
 
     def split_marks(self, text: str) -> list[tuple[str, bool]]:
-        """The parts of a marked text: what stands in it as text, and control tokens spelled out (True)."""
-        names = [self._content(id) for id in sorted(self._control_ids)]
+        """The parts of a marked text: what stands in it as text, and added tokens spelled out (True). These are control
+        tokens where `control_id` knows them; many models have marks of calls and thoughts that are not.
+        """
         parts = _MARK.split(text)  # every second one is a mark
         return [
-            (names[ord(part) - _MARKS], True) if index % 2 else (part, False)
+            (self._content(self._marked[ord(part) - _MARKS]), True) if index % 2 else (part, False)
             for index, part in enumerate(parts)
             if part
         ]
+
+    @cached_property
+    def _marked(self) -> list[int]:
+        """The added tokens in the order of their marks."""
+        return sorted(self._added)
 
     def control_id(self, name: str) -> int | None:
         """The id of a control token, None if there is none of this name."""

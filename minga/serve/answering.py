@@ -344,6 +344,7 @@ class _Speaker:
         self._answering = answering
         self._parser = dialects.StreamParser(worker.dialect, tools=names, thinking=is_thinking)
         self._plain = generation.prompt is not None
+        self._markers = frozenset() if self._plain else worker.dialect.tokens
         self._logprobs: list[TokenLogprob] | None = None if generation.sampling.logprobs is None else []
         self._reason = "stop"
         self._stop: str | None = None
@@ -368,7 +369,8 @@ class _Speaker:
             self._reason, self._stop = delta.finish_reason, delta.stop
         if self._logprobs is not None:
             self._logprobs += delta.logprobs or []
-        for piece, control in self._tokenizer.split_marks(delta.text):
+        for piece, added in self._tokenizer.split_marks(delta.text):
+            control = added and (piece in self._markers or self._tokenizer.control_id(piece) is not None)
             if self._plain:
                 yield from self._text("" if control else piece)
                 continue
