@@ -9,8 +9,10 @@ Annotations, formats that no standard names, and keywords that are no JSON schem
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,6 +29,7 @@ MAX_ENUM = 1000  # values, of all enums together
 MAX_PATTERN = 512  # characters
 MAX_PATTERNS = 4096  # characters of all patterns of a schema together
 MAX_REPEATS = 20_000  # of the smallest parts of a pattern, its counted repetitions written out
+MAX_MULTIPLE = 10_000  # of `multipleOf` together, without decimal points: an automaton has a state for each remainder
 MAX_CHOICES = 256
 MAX_CHOICE_BYTES = 1024
 
@@ -56,6 +59,8 @@ def check_schema(schema: Any, path: str) -> None:
         raise _refusal("the schema is no JSON object", path, 'send one, such as {"type": "object"}')
     _check_size(schema, path)
     properties = values = refs = 0
+    multiples: set[int] = set()
+    joined = False  # schemas that hold at once, whose multiples are those of both
     patterns: set[str] = set()
     for place, node in _schemas(schema, (path,)):
         if isinstance(node, bool):
@@ -69,6 +74,9 @@ def check_schema(schema: Any, path: str) -> None:
                 patterns.add(pattern)
             if sum(map(len, patterns)) > MAX_PATTERNS:
                 raise _refusal(f"the patterns have more than {MAX_PATTERNS} characters", where, "send fewer")
+        joined = joined or "allOf" in node or "$ref" in node
+        if "multipleOf" in node:
+            multiples.add(_without_point(node["multipleOf"]))
         properties += len(node.get("properties", ()))
         values += len(node.get("enum", ()))
         refs += "$ref" in node
@@ -78,6 +86,8 @@ def check_schema(schema: Any, path: str) -> None:
             raise _refusal(f"the schema has more than {MAX_REFS} references", place, "send fewer")
         if values > MAX_ENUM:
             raise _refusal(f"the schema has more than {MAX_ENUM} values in its enums", place, "send fewer")
+    if (math.lcm(*multiples) if joined else sum(multiples)) > MAX_MULTIPLE:
+        raise _refusal("its multipleOf are too large", path, f"without points they may come to {MAX_MULTIPLE} together")
 
 
 def check_regex(pattern: Any, path: str) -> None:
@@ -261,6 +271,12 @@ def _check_type(value: Any, place: Place) -> None:
     for type_ in types or [value]:
         if type_ not in TYPES:
             raise _refusal(f"the type {_shown(type_)} is not known", place, f"known: {', '.join(TYPES)}")
+
+
+def _without_point(number: float) -> int:
+    """0.25 -> 25"""
+    digits = Decimal(repr(+number))
+    return int(digits.scaleb(max(0, -int(digits.as_tuple().exponent))))
 
 
 def _is_names(value: Any) -> bool:

@@ -229,7 +229,7 @@ class Guide:
 
     def _fail(self, matcher: LLMatcher) -> None:
         """What comes now does not matter: the answer ends with it."""
-        self.failure = UserError(f"the grammar is too complex here ({_first_line(matcher.get_error())}). simplify it")
+        self.failure = UserError(f"the grammar cannot go on here ({_first_line(matcher.get_error())}). simplify it")
 
     # ------------------------------------------------------------------ thinking
 

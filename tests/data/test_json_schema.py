@@ -88,6 +88,10 @@ HOSTILE: list[tuple[Any, str]] = [
     ({"patternProperties": {"(": {}}}, r"does not compile .*\(p\.patternProperties\.\(\)"),
     ({"properties": {str(n): {"pattern": f"{n}" + "x" * 500} for n in range(100)}}, "more than 4096 characters"),
     *(({key: {}}, f"{key} is not supported \\(p\\.{key}\\)") for key in ("not", "if", "contains", "propertyNames")),
+    ({"multipleOf": 1_000_003}, "multipleOf are too large"),
+    ({"multipleOf": 1234.567}, "multipleOf are too large"),
+    ({"multipleOf": 1e300}, "multipleOf are too large"),
+    ({"items": {"allOf": [{"multipleOf": n} for n in (1009, 1013)]}}, "multipleOf are too large"),
     ({"uniqueItems": True}, "uniqueItems is not supported"),
 ]
 

@@ -168,6 +168,24 @@ def test_a_grammar_that_does_not_compile_is_refused(model, tokenizer):
         llm.check_grammar(Grammar("start: ("))
 
 
+@pytest.mark.parametrize("speculate", [False, "always"])
+def test_a_grammar_that_leads_nowhere_ends_its_own_answer_only(model, tokenizer, speculate):
+    """That nothing may follow is found out on the way."""
+    circle = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    grammar = Grammar(f'start: ("x" | "y") %json {json.dumps(circle)}')
+    params = SamplingParams(1, seed=1, max_tokens=20, grammar=grammar)
+    llm = make(model, tokenizer, speculate=speculate)
+    other = llm.submit([5, 6, 7], SamplingParams(0, max_tokens=20, ignore_eos=True))
+    entry = llm.submit([5, 6, 7], params)
+    while not (entry.sequence.finished and other.sequence.finished):
+        llm.step()
+    assert len(other.sequence.take_delta().token_ids) == 20
+    assert "the grammar cannot go on here" in str(entry.sequence.failure)
+    for take in (lambda: list(llm.stream("a", params)), lambda: llm.generate("a", params)):
+        with pytest.raises(UserError, match="the grammar cannot go on here"):
+            take()
+
+
 def test_marks_tell_control_tokens_from_their_names_spelled_out(model, tokenizer):
     markers = ids(tokenizer, "<think>")
     stream = tokenizer.stream(marked=markers)
