@@ -26,7 +26,18 @@ from minga.model.transformer import Transformer
 from minga.serve.answering import _Speaker
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.errors import json_bytes
-from minga.serve.generation import Choice, Event, Finish, Generation, Outcome, Usage, Writer
+from minga.serve.generation import (
+    CallStart,
+    Choice,
+    Event,
+    Finish,
+    Generation,
+    Outcome,
+    Text,
+    ToolUse,
+    Usage,
+    Writer,
+)
 from minga.serve.messages import MessagesBody, MessagesWriter
 from minga.serve.responses import ResponsesBody, ResponsesWriter
 from minga.serve.schema import parse_body
@@ -102,27 +113,33 @@ def heard(name: str, kind: str, deltas: Iterable[Delta], *, thinking: bool = Fal
     tokenizer, dialect = speaks(name, kind)
     sampling = SamplingParams(logprobs=0)
     answering: Any = SimpleNamespace(
-        generation=Generation(sampling=sampling, tools=TOOLS), guard=None, blocks_output=False, num_malformed_calls=0,
-        worker=SimpleNamespace(dialect=dialect, llm=SimpleNamespace(tokenizer=tokenizer)),
+        generation=Generation(sampling=sampling, tool_use=ToolUse(TOOLS, TOOLS)), guard=None, blocks_output=False,
+        num_malformed_calls=0, worker=SimpleNamespace(dialect=dialect, llm=SimpleNamespace(tokenizer=tokenizer),
+                                                      markers=dialects.marker_tokens(tokenizer, dialect)),
     )  # fmt: skip
     speaker = _Speaker(0, answering, thinking)
-    events = [event for delta in deltas for event in speaker.say(delta)]
-    return [*events, *speaker.close()], answering.num_malformed_calls
+    events = [event for delta in [*deltas, None] for event in speaker.hear(delta)]
+    return events, answering.num_malformed_calls
 
 
 def outcome_of(events: Sequence[Event]) -> Outcome:
     """Without the ids of calls, which are drawn anew."""
     outcome = Outcome([Choice()], Usage())
     for event in events:
-        outcome.take(event)
-    choice = outcome.choices[0]
-    choice.calls = [replace(call, id=f"call_{number}") for number, call in enumerate(choice.calls)]
+        outcome.take(replace(event, id=f"call_{event.call}") if isinstance(event, CallStart) else event)
     return outcome
+
+
+def whole_of(events: Sequence[Event], *, logprobs: bool = True) -> list[Event]:
+    """The shortest stream that says the same."""
+    merged = list(outcome_of(events).choices[0].events())
+    return merged if logprobs else [replace(e, logprobs=None) if isinstance(e, Text) else e for e in merged]
 
 
 def deltas_of_tokens(name: str, kind: str, ids: Sequence[int], cuts: Sequence[int]) -> list[Delta]:
     """One for the tokens between each cut and the next."""
-    stream = speaks(name, kind)[0].stream(mark=True)
+    tokenizer, dialect = speaks(name, kind)
+    stream = tokenizer.stream(marked=dialects.marker_tokens(tokenizer, dialect))
     pieces = [stream.push(id) for id in ids]
     deltas = []
     for start, end in pairwise([0, *cuts, len(ids)]):
@@ -147,10 +164,10 @@ def test_every_division_of_the_text_gives_the_same(name: str, kind: str) -> None
         text = text_of(name, kind, ids)
         for thinking in (False, True):
             events, malformed = heard(name, kind, pieces_of_text(text, []), thinking=thinking)
-            whole = outcome_of(events)
+            whole = whole_of(events)
             for cuts in [list(range(1, len(text))), *([at] for at in range(len(text) + 1))]:
                 found, num = heard(name, kind, pieces_of_text(text, cuts), thinking=thinking)
-                assert (outcome_of(found), num) == (whole, malformed), (text, cuts)
+                assert (whole_of(found), num) == (whole, malformed), (text, cuts)
 
 
 @pytest.mark.parametrize(("name", "kind"), ALL)
@@ -161,12 +178,13 @@ def test_any_division_gives_the_same(name: str, kind: str, data: st.DataObject) 
     ids = data.draw(st.sampled_from([*tokens_of(name, kind), *recorded(name, kind)]))
     text = text_of(name, kind, ids)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
-    whole = outcome_of(heard(name, kind, pieces_of_text(text, []))[0]).choices[0]
-    assert outcome_of(heard(name, kind, pieces_of_text(text, cuts))[0]).choices[0] == whole
+    whole, _ = heard(name, kind, pieces_of_text(text, []))
+    assert whole_of(heard(name, kind, pieces_of_text(text, cuts))[0]) == whole_of(whole)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)))))
-    choice = outcome_of(heard(name, kind, deltas_of_tokens(name, kind, ids, cuts))[0]).choices[0]
-    assert [token.token_id for token in choice.logprobs or []] == ids
-    assert replace(choice, logprobs=None) == replace(whole, logprobs=None)
+    events, _ = heard(name, kind, deltas_of_tokens(name, kind, ids, cuts))
+    assert [token.token_id for token in outcome_of(events).choices[0].logprobs] == ids
+    # a text that has nothing but log-probabilities counts as none
+    assert [e for e in whole_of(events, logprobs=False) if e != Text(0, "")] == whole_of(whole, logprobs=False)
 
 
 @pytest.mark.parametrize(("name", "kind"), ALL)
