@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minga.serve.keys import Key
 from minga.serve.limits import Admission, Limits, duration
-from minga.serve.protocol import ApiError
+from minga.serve.errors import ApiError
 
 
 class Clock:
