@@ -31,7 +31,7 @@ PYTHON = (3, 11)
 TORCH = "2.13.0"
 CORE = ("numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab")
 EXTRAS = {
-    "serve": ("starlette", "uvicorn", "prometheus-client"),
+    "serve": ("starlette", "uvicorn", "httptools", "uvloop", "pydantic", "llguidance", "prometheus-client"),
     "dev": (
         *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "import-linter", "pre-commit"),
         *("ruff", "mypy", "transformers", "openai", "httpx"),

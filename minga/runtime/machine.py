@@ -20,7 +20,18 @@ from typing import Any
 
 PACKAGES = (
     *("minga", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab", "triton"),
-    *("starlette", "uvicorn", "prometheus-client", "transformers", "openai", "httpx"),
+    *(
+        "starlette",
+        "uvicorn",
+        "httptools",
+        "uvloop",
+        "pydantic",
+        "llguidance",
+        "prometheus-client",
+        "transformers",
+        "openai",
+        "httpx",
+    ),
     *("ruff", "mypy", "import-linter", "pre-commit"),
     *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "gguf", "llama-cpp-python"),
 )

@@ -11,7 +11,7 @@ import pytest
 
 import minga
 from minga.planner.counts import count_parameters
-from minga.serve.app import _PAGE, create_app
+from minga.serve.app import create_app
 from minga.serve.gate import _PUBLIC
 from minga.serve.keys import Keys
 from tests.serve.conftest import HELLO, Client, TinyLLM
@@ -332,12 +332,12 @@ def test_every_route_but_the_page_and_health_needs_the_key(locked, llm):
         for method in route.methods - {"HEAD"}:
             response = locked.request(method, path, content="{}" if method == "POST" else None)
             if path in _PUBLIC or path.startswith("/static/"):
-                assert response.status_code != 401, path
+                assert response.status_code == 200, path
             else:
                 assert response.status_code == 401, (method, path)
                 assert response.json()["error"]["type"] == "authentication_error"
                 checked += 1
-    assert checked >= 20 and llm.num_steps == 0
+    assert checked >= 18 and llm.num_steps == 0
     assert {"/", "/health", "/ready", "/docs"} == _PUBLIC
 
 
@@ -391,6 +391,5 @@ def test_the_docs_say_what_there_is(client):
     assert described == routes - {"/", "/docs", "/static/{}", "/openapi.json"}
 
 
-@pytest.mark.skipif(not (_PAGE / "docs.html").exists(), reason="docs.html is to come")
 def test_the_docs_are_a_page(client):
     assert client.get("/docs").headers["content-type"].startswith("text/html")

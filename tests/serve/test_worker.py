@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from time import monotonic, sleep
+from typing import Any
 
 import httpx
 import pytest
@@ -339,10 +340,24 @@ def test_a_model_that_fails_is_our_fault_and_the_next_request_works(client, llm,
     assert client.chat(max_tokens=2).status_code == 200
 
 
+def stream_that_fails(client: Client, llm: TinyLLM, path: str, **fields: Any) -> list[str]:
+    """Its events; the model fails once it has spoken."""
+    llm.step = slowed(llm)
+
+    async def story() -> Visit:
+        visit = Visit(client.app, path, stream=True, **fields)
+        await until(lambda: len(visit.sent) > 1)
+        llm.fail_after = llm.num_steps
+        await visit.task
+        return visit
+
+    return frames(asyncio.run(story()).body.decode())
+
+
 def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client, llm):
-    llm.fail_after = 2
-    *_, word, failure = client.events(**LONG)
-    assert word["choices"][0]["delta"]["content"]
+    *events, done = stream_that_fails(client, llm, "/v1/chat/completions", **LONG)
+    *_, word, failure = map(json.loads, events)
+    assert done == "[DONE]" and word["choices"][0]["delta"]["content"]
     assert failure["error"]["type"] == "server_error" and failure["error"]["code"] == "generation_failed"
     llm.fail_after = None
     assert client.chat(max_tokens=2).status_code == 200
@@ -350,13 +365,13 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client, llm):
 
 @pytest.mark.parametrize("path, last", [("/v1/responses", "response.failed"), ("/v1/messages", "error")])
 def test_each_api_says_in_its_own_way_that_it_failed(client, llm, path, last):
-    llm.fail_after = 2
     fields = (
         {"input": "Hello", "ignore_eos": True} if path == "/v1/responses" else {"messages": HELLO, "max_tokens": 200}
     )
-    events = [json.loads(data) for data in frames(client.post(path, stream=True, **fields).text)]
+    events = [json.loads(data) for data in stream_that_fails(client, llm, path, **fields)]
     assert events[-1]["type"] == last
-    assert client.post(path, stream=False, **fields).status_code in (200, 500)
+    llm.fail_after = llm.num_steps
+    assert client.post(path, stream=False, **fields).status_code == 500
 
 
 class Broken:
