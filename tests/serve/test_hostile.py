@@ -11,7 +11,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def server(llm: LLM, log_file: Path, tmp_path_factory: pytest.TempPathFactory) -
 def nothing_broke(server: httpx.Client, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """After each attack the server answers as ever, and its log has no traceback."""
     yield
-    answer = server.post(CHAT, json={"messages": HI, "max_tokens": 2})
+    answer = server.post(CHAT, json={"messages": HI, "max_tokens": 2, "ignore_eos": True})
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
 
@@ -134,7 +134,9 @@ RAW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, "/v1/embeddings", "/v1/moderations", "/tokenize"])
+@pytest.mark.parametrize(
+    "path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, "/v1/embeddings", "/v1/moderations", "/tokenize"]
+)
 def test_what_is_no_json(server: httpx.Client, path: str) -> None:
     for name, body in RAW.items():
         error = refused(server.post(path, content=body), None, "invalid_json")
@@ -207,7 +209,7 @@ REFUSED_RULES = {
         SCHEMA,
     ),
     "CWE-1333 patterns that must all match": (
-        schema({"allOf": [{"type": "string", "pattern": "(a|b)*a(a|b){%d}" % (8 + n)} for n in range(12)]}), SCHEMA,
+        schema({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{8 + n}}}"} for n in range(12)]}), SCHEMA,
     ),
     "CWE-674 a schema that is itself": (schema({"$ref": "#"}), SCHEMA),
     "CWE-674 a schema that is all of itself": (schema({"allOf": [{"$ref": "#"}]}), SCHEMA),
@@ -311,12 +313,15 @@ def test_rules_whose_work_is_bounded(server: httpx.Client, name: str) -> None:
 
 def test_an_answer_whose_grammar_is_too_complex_ends_alone(server: httpx.Client) -> None:
     """CWE-400: others that are answered in the same steps of the model get all that they asked for."""
-    bomb = BOUNDED_RULES["CWE-400 (((x{1000}){1000}){1000}"]
+    bomb = {
+        "structured_outputs": BOUNDED_RULES["CWE-400 (((x{1000}){1000}){1000}"]["structured_outputs"],
+        "max_tokens": 40,
+    }
     wanted = {"messages": HI, "max_tokens": 300, "ignore_eos": True, "stream": True}
     with server.stream("POST", CHAT, json=wanted | {"stream_options": {"include_usage": True}}) as other:
         lines = other.iter_lines()
         next(lines)
-        error = refused(server.post(CHAT, json=bomb), None, None)
+        error = refused(server.post(COMPLETIONS, json={"prompt": "x"} | bomb), "prompt", "invalid_value")
         assert "too complex" in error["message"] and "simplify" in error["message"]
         *_, usage, done = [line for line in lines if line]
     assert '"completion_tokens":300' in usage and done == "data: [DONE]"
@@ -445,13 +450,24 @@ def test_texts_up_to_the_limit_of_a_body(server: httpx.Client, name: str) -> Non
 def test_larger_bodies(server: httpx.Client) -> None:
     body = b" " * (MAX_BODY_BYTES + 1)
     refused(server.post(CHAT, content=body), None, "body_too_large", 413)
-    refused(server.post(CHAT, content=(body[n : n + 65_536] for n in range(0, len(body), 65_536))), None, "body_too_large", 413)
+    refused(
+        server.post(CHAT, content=(body[n : n + 65_536] for n in range(0, len(body), 65_536))),
+        None,
+        "body_too_large",
+        413,
+    )
 
 
-@pytest.mark.parametrize("mark", [*SPECIALS, "\U00100003", "\x00", "\u202e", "\ufeff", "\x1b[2J", "{{ 7 * 7 }}", "{% raw %}"])
+@pytest.mark.parametrize(
+    "mark", [*SPECIALS, "\U00100003", "\x00", "\u202e", "\ufeff", "\x1b[2J", "{{ 7 * 7 }}", "{% raw %}"]
+)
 def test_marks_of_models_are_text_wherever_they_stand(server: httpx.Client, mark: str) -> None:
     """CVE-2026-44222, CVE-2026-5760: no control token and no template is made of what a user wrote."""
-    tool = {"name": "f", "description": mark, "parameters": {"type": "object", "properties": {mark: {"description": mark}}}}
+    tool = {
+        "name": "f",
+        "description": mark,
+        "parameters": {"type": "object", "properties": {mark: {"description": mark}}},
+    }
     messages = [
         {"role": "system", "content": mark},
         {"role": "user", "content": mark, "name": mark},
@@ -468,7 +484,9 @@ def test_marks_of_models_are_text_wherever_they_stand(server: httpx.Client, mark
     answer = server.post(CHAT, json=body)
     if answer.status_code != 200:  # a dialect may refuse arguments that are no JSON, or be too long for this context
         refused(answer, None, None)
-    specials = {server.post("/tokenize", json={"messages": each}).json()["tokens"].count(1) for each in (messages, plain)}
+    specials = {
+        server.post("/tokenize", json={"messages": each}).json()["tokens"].count(1) for each in (messages, plain)
+    }
     assert len(specials) == 1
     if mark in SPECIALS:
         tokens = server.post("/tokenize", json={"prompt": mark}).json()["tokens"]
@@ -490,15 +508,15 @@ def test_calls_that_clients_send_back(server: httpx.Client, arguments: str) -> N
 def spoken(server: httpx.Client, *parts: bytes, close: bool = False) -> bytes:
     """All that the server says to these bytes until it hangs up."""
     with socket.create_connection((server.base_url.host, server.base_url.port), timeout=20) as connection:
-        for part in parts:
-            connection.sendall(part)
-        if close:
-            connection.shutdown(socket.SHUT_WR)
         said = b""
         try:
+            for part in parts:
+                connection.sendall(part)
+            if close:
+                connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(65_536):
                 said += chunk
-        except ConnectionResetError:  # it hung up while more was on its way
+        except (ConnectionResetError, BrokenPipeError):  # it hung up while more was on its way
             pass
         return said
 
@@ -519,19 +537,22 @@ def head(server: httpx.Client, *lines: str, request: str = f"POST {CHAT} HTTP/1.
 def test_heads_that_are_wrong(server: httpx.Client, lines: tuple[str, ...]) -> None:
     """CWE-444, request smuggling."""
     said = spoken(server, head(server, *lines), close=True)
-    assert said.startswith(b"HTTP/1.1 400") and b'"error":{"message"' in said or said == b""
+    assert (said.startswith(b"HTTP/1.1 400") and b'"error":{"message"' in said) or said == b""
 
 
-@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 99, b"SSH-2.0-x\r\n", b"GET / HTTP/9.9\r\n\r\n"])
+@pytest.mark.parametrize(
+    "data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 99, b"SSH-2.0-x\r\n", b"GET / HTTP/9.9\r\n\r\n"]
+)
 def test_what_is_no_http(server: httpx.Client, data: bytes) -> None:
-    assert spoken(server, data, close=True).startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")) or True
+    said = spoken(server, data, close=True)
+    assert said.startswith(b"HTTP/1.1 4") or said == b""
 
 
 def test_large_headers(server: httpx.Client) -> None:
     """CVE-2025-48956."""
     for lines in (["x: " + "y" * 300_000], [f"x{n}: y" for n in range(60_000)]):
         said = spoken(server, head(server, *lines)[:-4], b"z" * 400_000)
-        assert said.startswith(b"HTTP/1.1 431") and b"headers_too_large" in said or said == b""
+        assert (said.startswith(b"HTTP/1.1 431") and b"headers_too_large" in said) or said == b""
     assert server.get("/health", headers={"x": "y" * 30_000}).status_code == 200
 
 
@@ -545,8 +566,9 @@ def test_slow_loris(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> No
     """Half a head, none at all, and half a body: nobody is waited for without end."""
     monkeypatch.setattr("minga.serve.server.HEADER_SECONDS", 0.2)
     monkeypatch.setattr("minga.serve.app.MAX_BODY_SECONDS", 0.2)
-    for parts in ([], [head(server)[:-2]], [b"P"], [head(server, "content-length: 2") + b"{}", b"POST"]):
-        assert b"408" in spoken(server, *parts) or parts[-1:] == [b"POST"]
+    for parts in ([], [head(server)[:-2]], [b"P"]):
+        said = spoken(server, *parts)
+        assert said.startswith(b"HTTP/1.1 408") and b"header_timeout" in said
     for lines, body in (("content-length: 100", b"{"), ("transfer-encoding: chunked", b"5\r\n{")):
         said = spoken(server, head(server, lines) + body)
         assert said.startswith(b"HTTP/1.1 408") and b"body_timeout" in said
@@ -561,7 +583,8 @@ def test_half_chunks(server: httpx.Client, body: bytes) -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        {"host": "evil.example"}, {"host": "evil.example:8000"}, {"host": ""}, {"host": "[::1"}, {"host": "127.0.0.1.evil.example"},
+        {"host": "evil.example"}, {"host": "evil.example:8000"}, {"host": ""}, {"host": "[::1"},
+        {"host": "127.0.0.1.evil.example"},
         {"host": "127.0.0.1@evil.example"}, {"host": "evil.example#@127.0.0.1"}, {"origin": "https://evil.example"},
         {"origin": "null"}, {"origin": "http://127.0.0.1.evil.example"}, {"origin": ""},
     ],
@@ -591,7 +614,10 @@ def test_paths(server: httpx.Client, prefix: str, name: str) -> None:
 def test_what_is_logged_stays_one_line(server: httpx.Client, log_file: Path) -> None:
     """CWE-117: neither a path nor a request id forges a line, or a colour."""
     lines = len(log_file.read_text().splitlines())
-    spoken(server, head(server, "connection: close", "x-request-id: a\x1b[31m {}", request="GET /a%0a%7b%22x%22:1%7d%1b HTTP/1.1"))
+    spoken(
+        server,
+        head(server, "connection: close", "x-request-id: a\x1b[31m {}", request="GET /a%0a%7b%22x%22:1%7d%1b HTTP/1.1"),
+    )
     answer = server.get("/health", headers={"x-request-id": "x" * 5000})
     assert len(answer.headers["x-request-id"]) < 100
     server.get("/health")
@@ -601,7 +627,9 @@ def test_what_is_logged_stays_one_line(server: httpx.Client, log_file: Path) -> 
 
 def test_responses_of_others_are_not_found(server: httpx.Client) -> None:
     refused(server.get("/v1/responses/" + "x" * 3000), "response_id", "response_not_found", 404)
-    refused(server.post(RESPONSES, json={"input": "x", "previous_response_id": "\x00"}), None, "response_not_found", 404)
+    refused(
+        server.post(RESPONSES, json={"input": "x", "previous_response_id": "\x00"}), None, "response_not_found", 404
+    )
 
 
 # ---------------------------------------------------------------------------------------------- clients that do not read
@@ -628,13 +656,13 @@ def test_a_client_that_never_reads_is_given_up(llm: LLM, tmp_path: Path, monkeyp
         never = asyncio.Event()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def receive() -> dict[str, Any]:
+        async def receive() -> MutableMapping[str, Any]:
             message = next(messages, None)
             if message is None:
                 await never.wait()
             return message or {}
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)
             await never.wait()
 
@@ -656,6 +684,5 @@ def test_clients_that_leave_at_once_leave_nothing(server: httpx.Client) -> None:
     for _ in range(40):
         with socket.create_connection((server.base_url.host, server.base_url.port)) as connection:
             connection.sendall(request)
-    status: Callable[[], Any] = lambda: server.get("/api/status").json()
-    while (now := status())["running"] or now["waiting"]:
+    while (now := server.get("/api/status").json())["running"] or now["waiting"]:
         pass
