@@ -8,6 +8,7 @@ tells text, reasoning and calls apart, and where a guard watches, a `StreamGuard
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -61,8 +62,7 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
     for token in generation.sampling.logit_bias:
         if token >= llm.config.vocab_size:
             raise invalid(f"logit_bias.{token}", f"{worker.name} has {llm.config.vocab_size} tokens")
-    texts = [generation.prompt] if generation.prompt is not None else [m["content"] for m in generation.messages]
-    refuse_endless([text for text in texts if isinstance(text, str)], worker, generation.field)
+    refuse_endless(_texts(generation), worker, generation.field)
     try:
         if generation.prompt is None:
             tools = () if generation.tool_choice == "none" else generation.tools
@@ -73,6 +73,8 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
         else:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
             is_open = False
+            if any(token >= llm.config.vocab_size for token in ids):
+                raise invalid(generation.field, f"{worker.name} has {llm.config.vocab_size} tokens")
     except UserError as error:
         raise ApiError(str(error), param=generation.field, code="invalid_value") from None
     params = _within_context(generation, len(ids), worker)
@@ -87,6 +89,20 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
         field = "tools" if generation.format is None else generation.format.place
         raise ApiError(str(error), param=field, code="invalid_schema") from None
     return Prompt(ids, params, is_open)
+
+
+def _texts(generation: Generation) -> list[str]:
+    """Those that will surely be read; templates leave out earlier thoughts."""
+    if generation.prompt is not None:
+        return [generation.prompt] if isinstance(generation.prompt, str) else []
+    calls = [call["function"] for message in generation.messages for call in message.get("tool_calls") or ()]
+    tools = () if generation.tool_choice == "none" else generation.tools
+    return [
+        *(message["content"] or "" for message in generation.messages),
+        *(call["arguments"] for call in calls),
+        *(tool.description for tool in tools),
+        *(json.dumps(tool.parameters) for tool in tools),
+    ]
 
 
 def refuse_endless(texts: Sequence[str], worker: Worker, field: str) -> None:

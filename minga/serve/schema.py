@@ -37,9 +37,8 @@ class Body(BaseModel):
         if isinstance(values, dict):
             field = cls.model_fields.get("type")
             kind = None if field is None or "type" not in values else field.annotation
-            if get_origin(kind) is Literal and values["type"] not in get_args(
-                kind
-            ):  # so its other fields are no mistakes
+            if get_origin(kind) is Literal and values["type"] not in get_args(kind):
+                # its other fields are no mistakes then
                 tag = {"name": "type", "given": values["type"], "known": list(get_args(kind))}
                 raise PydanticCustomError("tag", "another type", tag)
             for name in values:
@@ -178,7 +177,8 @@ _UNITS = {"string": "characters", "list": "entries", "dict": "entries"}
 def _refusal(error: ValidationError, document: Any) -> ApiError:
     """The one that leads deepest into the document: of the forms that a field may have, the one that was meant."""
     found = [(*_place(each, document), each) for each in error.errors(include_url=False)]
-    found = [each for each in found if _is_length(each, found)][:1] or found
+    length = next((each for each in found if _is_length(each, found)), None)
+    found = found if length is None else [length]
     deepest = max(len(path) for path, _, _ in found)
     ends = [each for each in found if len(each[0]) == deepest]
     path, value, first = next((each for each in ends if each[2]["type"] != "tag"), ends[0])
@@ -214,8 +214,10 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
 def _is_length(error: tuple[Any, Any, ErrorDetails], found: list[tuple[Any, Any, ErrorDetails]]) -> bool:
     """Whether a list is only too long or too short; what is wrong in it by other forms of the field are mere types."""
     path, _, details = error
-    inner = [each["type"] for place, _, each in found if len(place) > len(path) and place[: len(path)] == path]
-    return details["type"] in ("too_long", "too_short") and all(each in _TYPES for each in inner)
+    if details["type"] not in ("too_long", "too_short"):
+        return False
+    inner = (each["type"] for place, _, each in found if len(place) > len(path) and place[: len(path)] == path)
+    return all(each in _TYPES for each in inner)
 
 
 def _reason(kind: str, context: Mapping[str, Any], value: Any) -> str:

@@ -407,7 +407,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}] * 80_000}]),
         "messages[0].content[0].text", "missing_required_parameter",
     ),
-    "CWE-770 wrong ids": (COMPLETIONS, {"prompt": ["x"] * 200_000}, "prompt[0]", "invalid_type"),
+    "CWE-770 wrong ids": (COMPLETIONS, {"prompt": ["x"] * 200_000}, "prompt", "invalid_value"),
     "CWE-125 ids below 0": (COMPLETIONS, {"prompt": [-1]}, "prompt[0]", "invalid_value"),
     "CWE-125 ids beyond the vocabulary": (COMPLETIONS, {"prompt": [5, VOCAB]}, "prompt", "invalid_value"),
     "CWE-125 huge ids": (COMPLETIONS, {"prompt": [HUGE]}, "prompt[0]", "invalid_value"),
@@ -432,6 +432,21 @@ HUGE_TEXTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "prompt": (COMPLETIONS, {"prompt": HUGE_TEXT}, "prompt", "context_length_exceeded"),
     "spaces": (COMPLETIONS, {"prompt": " " * len(HUGE_TEXT)}, "prompt", "context_length_exceeded"),
+    "arguments": (
+        CHAT,
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [
+            {"id": "x", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": HUGE_TEXT})}}
+        ]}, *HI]},
+        "messages", "context_length_exceeded",
+    ),
+    "tools": (
+        CHAT,
+        {"messages": HI, "tools": [
+            {"type": "function", "function": {"name": f"f{n}", "parameters": {"description": HUGE_TEXT[:60_000]}}}
+            for n in range(128)
+        ]},
+        "messages", "context_length_exceeded",
+    ),
     "responses": (RESPONSES, {"input": HUGE_TEXT}, "input", "context_length_exceeded"),
     "messages": (MESSAGES, {"messages": [{"role": "user", "content": HUGE_TEXT}], "max_tokens": 5}, "", ""),
     "embeddings": ("/v1/embeddings", {"input": ["x", HUGE_TEXT]}, "input[1]", "context_length_exceeded"),
