@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minga.data.dialects import regex_grammar
 from minga.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,8 +107,6 @@ class Pattern:
     def __init__(self, pattern: str):
         """Raises `UserError` where it does not compile."""
         from llguidance import LLTokenizer
-
-        from minga.data.dialects import regex_grammar
 
         inner = pattern.removeprefix("^")
         ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1

@@ -8,6 +8,7 @@ tells text, reasoning and calls apart, and where a guard watches, a `StreamGuard
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -59,11 +60,12 @@ class Prompt:
 def render(generation: Generation, worker: Worker) -> tuple[list[int], bool]:
     """The prompt's tokens, and whether it ends in the middle of thoughts. Raises `ApiError` for what cannot be rendered."""
     llm, dialect, use = worker.llm, worker.dialect, generation.tool_use
-    texts = [generation.prompt] if generation.prompt is not None else [m["content"] for m in generation.messages]
-    refuse_endless([text for text in texts if isinstance(text, str)], worker, generation.field)
+    refuse_endless(_texts(generation), worker, generation.field)
     try:
         if generation.prompt is not None:
             ids = llm.encode(generation.prompt) if isinstance(generation.prompt, str) else generation.prompt
+            if any(token >= llm.config.vocab_size for token in ids):
+                raise invalid(generation.field, f"{worker.name} has {llm.config.vocab_size} tokens")
             return ids, False
         tools = () if use is None else use.tools
         ids = dialects.render_prompt(
@@ -93,6 +95,20 @@ def prepare(generation: Generation, worker: Worker, most_tokens: int | None = No
         field = "tools" if generation.format is None else generation.format.place
         raise ApiError(str(error), param=field, code="invalid_schema") from None
     return Prompt(ids, params, is_thinking)
+
+
+def _texts(generation: Generation) -> list[str]:
+    """Those that will surely be read; templates leave out earlier thoughts."""
+    if generation.prompt is not None:
+        return [generation.prompt] if isinstance(generation.prompt, str) else []
+    calls = [call["function"] for message in generation.messages for call in message.get("tool_calls") or ()]
+    tools = () if generation.tool_use is None else generation.tool_use.tools
+    return [
+        *(message["content"] or "" for message in generation.messages),
+        *(call["arguments"] for call in calls),
+        *(tool.description for tool in tools),
+        *(json.dumps(tool.parameters) for tool in tools),
+    ]
 
 
 def refuse_endless(texts: Sequence[str], worker: Worker, field: str) -> None:

@@ -90,6 +90,8 @@ def _prompts(body: EmbeddingBody, worker: Worker) -> list[list[int]]:
             raise ApiError(str(error), param=field, code="invalid_value") from None
         if not ids:
             raise invalid(field, "it is empty; send a text")
+        if max(ids) >= worker.llm.config.vocab_size:
+            raise invalid(field, f"{worker.name} has {worker.llm.config.vocab_size} tokens")
         if len(ids) >= worker.llm.max_context:
             raise ApiError(
                 f"{field} has {len(ids)} tokens, and {worker.name} reads {worker.llm.max_context - 1} at most; cut it into parts",

@@ -100,7 +100,15 @@ class ItemFields(Body):
     status: Ignored = None
 
 
+def _without_type(schema: dict[str, Any]) -> None:
+    """For the OpenAPI document: see `_with_type`."""
+    schema["properties"]["type"] = {"enum": ["message", None]}
+    schema["required"].remove("type")
+
+
 class InputMessage(ItemFields):
+    model_config = ConfigDict(json_schema_extra=_without_type)
+
     type: Literal["message"]
     role: Literal["user", "system", "developer"]
     content: InputTexts
@@ -108,6 +116,8 @@ class InputMessage(ItemFields):
 
 
 class OutputMessage(ItemFields):
+    model_config = ConfigDict(json_schema_extra=_without_type)
+
     type: Literal["message"]
     role: Literal["assistant"]
     content: str | Annotated[list[SpokenPart], Field(min_length=1, fail_fast=True)]

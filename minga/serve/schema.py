@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -35,6 +35,12 @@ class Body(BaseModel):
         """Here, and not by pydantic, for the refusal to know which names there are."""
         known = [field.alias or name for name, field in cls.model_fields.items()]
         if isinstance(values, dict):
+            field = cls.model_fields.get("type")
+            kind = None if field is None or "type" not in values else field.annotation
+            if get_origin(kind) is Literal and values["type"] not in get_args(kind):
+                # its other fields are no mistakes then
+                tag = {"name": "type", "given": values["type"], "known": list(get_args(kind))}
+                raise PydanticCustomError("tag", "another type", tag)
             for name in values:
                 if name not in known:
                     raise PydanticCustomError("unknown", "unknown parameter", {"name": name, "known": known})
@@ -171,8 +177,11 @@ _UNITS = {"string": "characters", "list": "entries", "dict": "entries"}
 def _refusal(error: ValidationError, document: Any) -> ApiError:
     """The one that leads deepest into the document: of the forms that a field may have, the one that was meant."""
     found = [(*_place(each, document), each) for each in error.errors(include_url=False)]
+    length = next((each for each in found if _is_length(each, found)), None)
+    found = found if length is None else [length]
     deepest = max(len(path) for path, _, _ in found)
-    path, value, first = next(each for each in found if len(each[0]) == deepest)
+    ends = [each for each in found if len(each[0]) == deepest]
+    path, value, first = next((each for each in ends if each[2]["type"] != "tag"), ends[0])
     here = [each for place, _, each in found if place == path]
     alternatives = [each["type"] for each in here]
     first = next((each for each in here if each["type"] not in _TYPES), first)  # of the form whose type is right
@@ -189,6 +198,9 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
     if kind == "union_tag_invalid":
         name = f"{name}.{context['discriminator'].strip(chr(39))}"
         return invalid(name, f"{short(context['tag'])} is not one of {context['expected_tags'].replace(chr(39), '')}")
+    if kind == "tag":
+        tags = [tag for each in here for tag in each["ctx"]["known"]]
+        return invalid(name, f"{short(context['given'])} is not one of {', '.join(dict.fromkeys(tags))}")
     if kind == "unknown":
         return unknown(name, context["known"])
     if kind == "value_error":
@@ -197,6 +209,15 @@ def _refusal(error: ValidationError, document: Any) -> ApiError:
             return ApiError(f"`{name}` is not supported here; leave it out", param=name, code="unsupported_parameter")
         return invalid(name, reason)
     return invalid(name, _reason(kind, context, value))
+
+
+def _is_length(error: tuple[Any, Any, ErrorDetails], found: list[tuple[Any, Any, ErrorDetails]]) -> bool:
+    """Whether a list is only too long or too short; what is wrong in it by other forms of the field are mere types."""
+    path, _, details = error
+    if details["type"] not in ("too_long", "too_short"):
+        return False
+    inner = (each["type"] for place, _, each in found if len(place) > len(path) and place[: len(path)] == path)
+    return all(each in _TYPES for each in inner)
 
 
 def _reason(kind: str, context: Mapping[str, Any], value: Any) -> str:
@@ -236,7 +257,7 @@ def _place(error: ErrorDetails, document: Any) -> tuple[tuple[int | str, ...], A
         else:
             continue
         path.append(step)
-    if error["type"] == "unknown":
+    if error["type"] in ("unknown", "tag"):
         path.append(error["ctx"]["name"])
     return tuple(path), value
 

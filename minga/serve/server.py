@@ -193,7 +193,7 @@ class Connection(HttpToolsProtocol):
         self._passed = False
         super().data_received(data)
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or not self._in_head:
+        if is_answering:
             self._stop_waiting()
         else:
             self._wait()
@@ -227,7 +227,8 @@ class Connection(HttpToolsProtocol):
         self._stop_waiting()
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:  # what is written now would stand inside that
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or not self._in_head:  # what is written now would stand inside an answer, or be a second one
             self.transport.close()
             return
         body = json_bytes(ApiError(message, status=status, code=code).document())

@@ -77,7 +77,12 @@ class TinyLLM(LLM):
         return llm
 
     def submit(
-        self, prompt: str | list[int], params: SamplingParams = DEFAULT_PARAMS, *, salt: str = "", marked: Collection[int] = ()
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = DEFAULT_PARAMS,
+        *,
+        salt: str = "",
+        marked: Collection[int] = (),
     ) -> Entry:
         entry = super().submit(prompt, params, salt=salt, marked=marked)
         assert isinstance(prompt, list)

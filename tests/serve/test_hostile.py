@@ -11,7 +11,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def server(llm: LLM, log_file: Path, tmp_path_factory: pytest.TempPathFactory) -
 def nothing_broke(server: httpx.Client, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """After each attack the server answers as ever, and its log has no traceback."""
     yield
-    answer = server.post(CHAT, json={"messages": HI, "max_tokens": 2})
+    answer = server.post(CHAT, json={"messages": HI, "max_tokens": 2, "ignore_eos": True})
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
 
@@ -209,7 +209,7 @@ REFUSED_RULES = {
         SCHEMA,
     ),
     "CWE-1333 patterns that must all match": (
-        schema({"allOf": [{"type": "string", "pattern": "(a|b)*a(a|b){%d}" % (8 + n)} for n in range(12)]}), SCHEMA,
+        schema({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{8 + n}}}"} for n in range(12)]}), SCHEMA,
     ),
     "CWE-674 a schema that is itself": (schema({"$ref": "#"}), SCHEMA),
     "CWE-674 a schema that is all of itself": (schema({"allOf": [{"$ref": "#"}]}), SCHEMA),
@@ -313,12 +313,15 @@ def test_rules_whose_work_is_bounded(server: httpx.Client, name: str) -> None:
 
 def test_an_answer_whose_grammar_is_too_complex_ends_alone(server: httpx.Client) -> None:
     """CWE-400: others that are answered in the same steps of the model get all that they asked for."""
-    bomb = BOUNDED_RULES["CWE-400 (((x{1000}){1000}){1000}"]
+    bomb = {
+        "structured_outputs": BOUNDED_RULES["CWE-400 (((x{1000}){1000}){1000}"]["structured_outputs"],
+        "max_tokens": 40,
+    }
     wanted = {"messages": HI, "max_tokens": 300, "ignore_eos": True, "stream": True}
     with server.stream("POST", CHAT, json=wanted | {"stream_options": {"include_usage": True}}) as other:
         lines = other.iter_lines()
         next(lines)
-        error = refused(server.post(CHAT, json=bomb), None, None)
+        error = refused(server.post(COMPLETIONS, json={"prompt": "x"} | bomb), "prompt", "invalid_value")
         assert "too complex" in error["message"] and "simplify" in error["message"]
         *_, usage, done = [line for line in lines if line]
     assert '"completion_tokens":300' in usage and done == "data: [DONE]"
@@ -404,7 +407,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}] * 80_000}]),
         "messages[0].content[0].text", "missing_required_parameter",
     ),
-    "CWE-770 wrong ids": (COMPLETIONS, {"prompt": ["x"] * 200_000}, "prompt[0]", "invalid_type"),
+    "CWE-770 wrong ids": (COMPLETIONS, {"prompt": ["x"] * 200_000}, "prompt", "invalid_value"),
     "CWE-125 ids below 0": (COMPLETIONS, {"prompt": [-1]}, "prompt[0]", "invalid_value"),
     "CWE-125 ids beyond the vocabulary": (COMPLETIONS, {"prompt": [5, VOCAB]}, "prompt", "invalid_value"),
     "CWE-125 huge ids": (COMPLETIONS, {"prompt": [HUGE]}, "prompt[0]", "invalid_value"),
@@ -429,6 +432,21 @@ HUGE_TEXTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "prompt": (COMPLETIONS, {"prompt": HUGE_TEXT}, "prompt", "context_length_exceeded"),
     "spaces": (COMPLETIONS, {"prompt": " " * len(HUGE_TEXT)}, "prompt", "context_length_exceeded"),
+    "arguments": (
+        CHAT,
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [
+            {"id": "x", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": HUGE_TEXT})}}
+        ]}, *HI]},
+        "messages", "context_length_exceeded",
+    ),
+    "tools": (
+        CHAT,
+        {"messages": HI, "tools": [
+            {"type": "function", "function": {"name": f"f{n}", "parameters": {"description": HUGE_TEXT[:60_000]}}}
+            for n in range(128)
+        ]},
+        "messages", "context_length_exceeded",
+    ),
     "responses": (RESPONSES, {"input": HUGE_TEXT}, "input", "context_length_exceeded"),
     "messages": (MESSAGES, {"messages": [{"role": "user", "content": HUGE_TEXT}], "max_tokens": 5}, "", ""),
     "embeddings": ("/v1/embeddings", {"input": ["x", HUGE_TEXT]}, "input[1]", "context_length_exceeded"),
@@ -505,15 +523,15 @@ def test_calls_that_clients_send_back(server: httpx.Client, arguments: str) -> N
 def spoken(server: httpx.Client, *parts: bytes, close: bool = False) -> bytes:
     """All that the server says to these bytes until it hangs up."""
     with socket.create_connection((server.base_url.host, server.base_url.port), timeout=20) as connection:
-        for part in parts:
-            connection.sendall(part)
-        if close:
-            connection.shutdown(socket.SHUT_WR)
         said = b""
         try:
+            for part in parts:
+                connection.sendall(part)
+            if close:
+                connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(65_536):
                 said += chunk
-        except ConnectionResetError:  # it hung up while more was on its way
+        except (ConnectionResetError, BrokenPipeError):  # it hung up while more was on its way
             pass
         return said
 
@@ -534,21 +552,22 @@ def head(server: httpx.Client, *lines: str, request: str = f"POST {CHAT} HTTP/1.
 def test_heads_that_are_wrong(server: httpx.Client, lines: tuple[str, ...]) -> None:
     """CWE-444, request smuggling."""
     said = spoken(server, head(server, *lines), close=True)
-    assert said.startswith(b"HTTP/1.1 400") and b'"error":{"message"' in said or said == b""
+    assert (said.startswith(b"HTTP/1.1 400") and b'"error":{"message"' in said) or said == b""
 
 
 @pytest.mark.parametrize(
     "data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 99, b"SSH-2.0-x\r\n", b"GET / HTTP/9.9\r\n\r\n"]
 )
 def test_what_is_no_http(server: httpx.Client, data: bytes) -> None:
-    assert spoken(server, data, close=True).startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")) or True
+    said = spoken(server, data, close=True)
+    assert said.startswith(b"HTTP/1.1 4") or said == b""
 
 
 def test_large_headers(server: httpx.Client) -> None:
     """CVE-2025-48956."""
     for lines in (["x: " + "y" * 300_000], [f"x{n}: y" for n in range(60_000)]):
         said = spoken(server, head(server, *lines)[:-4], b"z" * 400_000)
-        assert said.startswith(b"HTTP/1.1 431") and b"headers_too_large" in said or said == b""
+        assert (said.startswith(b"HTTP/1.1 431") and b"headers_too_large" in said) or said == b""
     assert server.get("/health", headers={"x": "y" * 30_000}).status_code == 200
 
 
@@ -562,8 +581,9 @@ def test_slow_loris(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> No
     """Half a head, none at all, and half a body: nobody is waited for without end."""
     monkeypatch.setattr("minga.serve.server.HEADER_SECONDS", 0.2)
     monkeypatch.setattr("minga.serve.app.MAX_BODY_SECONDS", 0.2)
-    for parts in ([], [head(server)[:-2]], [b"P"], [head(server, "content-length: 2") + b"{}", b"POST"]):
-        assert b"408" in spoken(server, *parts) or parts[-1:] == [b"POST"]
+    for parts in ([], [head(server)[:-2]], [b"P"]):
+        said = spoken(server, *parts)
+        assert said.startswith(b"HTTP/1.1 408") and b"header_timeout" in said
     for lines, body in (("content-length: 100", b"{"), ("transfer-encoding: chunked", b"5\r\n{")):
         said = spoken(server, head(server, lines) + body)
         assert said.startswith(b"HTTP/1.1 408") and b"body_timeout" in said
@@ -578,7 +598,8 @@ def test_half_chunks(server: httpx.Client, body: bytes) -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        {"host": "evil.example"}, {"host": "evil.example:8000"}, {"host": ""}, {"host": "[::1"}, {"host": "127.0.0.1.evil.example"},
+        {"host": "evil.example"}, {"host": "evil.example:8000"}, {"host": ""}, {"host": "[::1"},
+        {"host": "127.0.0.1.evil.example"},
         {"host": "127.0.0.1@evil.example"}, {"host": "evil.example#@127.0.0.1"}, {"origin": "https://evil.example"},
         {"origin": "null"}, {"origin": "http://127.0.0.1.evil.example"}, {"origin": ""},
     ],
@@ -650,13 +671,13 @@ def test_a_client_that_never_reads_is_given_up(llm: LLM, tmp_path: Path, monkeyp
         never = asyncio.Event()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def receive() -> dict[str, Any]:
+        async def receive() -> MutableMapping[str, Any]:
             message = next(messages, None)
             if message is None:
                 await never.wait()
             return message or {}
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)
             await never.wait()
 
@@ -678,6 +699,5 @@ def test_clients_that_leave_at_once_leave_nothing(server: httpx.Client) -> None:
     for _ in range(40):
         with socket.create_connection((server.base_url.host, server.base_url.port)) as connection:
             connection.sendall(request)
-    status: Callable[[], Any] = lambda: server.get("/api/status").json()
-    while (now := status())["running"] or now["waiting"]:
+    while (now := server.get("/api/status").json())["running"] or now["waiting"]:
         pass
