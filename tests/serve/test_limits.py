@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minga.serve.errors import ApiError
 from minga.serve.keys import Key
 from minga.serve.limits import Admission, Limits, duration
-from minga.serve.errors import ApiError
 
 
 class Clock:

@@ -110,7 +110,7 @@ REFUSALS: list[tuple[type[Body], dict[str, Any], str, str, list[str]]] = [
     (ChatBody, {"tool_choice": "required"}, "tool_choice", "invalid_value", ["`tools`"]),
     (ChatBody, {"tool_choice": "sometimes"}, "tool_choice", "invalid_value", ['"sometimes"', "auto", "required"]),
     (ChatBody, function() | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "invalid_value",
-     ["g is not among `tools`"]),
+     ['"g" is not among `tools`']),
     (ChatBody, {"tool_choice": {"type": "tool"}}, "tool_choice.type", "invalid_value",
      ['"tool"', "function", "allowed_tools"]),
     (ChatBody, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "missing_required_parameter", []),
