@@ -148,7 +148,9 @@ def _thinking(generation: Generation, worker: Worker, is_open: bool) -> Thinking
         return None
     tokenizer, marks = worker.llm.tokenizer, (worker.dialect.think, worker.dialect.end_think)
     start, end = (tuple(tokenizer.encode(mark.strip(), specials=True)) for mark in marks)
-    return Thinking(start, end, is_open, generation.thinking_budget, triggers_end=bool(worker.dialect.separator))
+    # a model that is told not to think may begin all the same: its thoughts are over at once
+    budget = 0 if generation.thinking is False else generation.thinking_budget
+    return Thinking(start, end, is_open, budget, triggers_end=bool(worker.dialect.separator))
 
 
 _ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
@@ -252,10 +254,10 @@ class Answering:
             raise invalid("watermark", "this server has no secret to mark with; start it with --watermark")
         if self.generation.moderation is not None and self._guard is None:
             raise invalid("moderation", "this server has no guard; start it without `--guard none`")
-        self.worker.refuse_if_full()
+        self.worker.refuse_if_full(self.tenant)
         self.prompt = await asyncio.to_thread(self._prepare)
         self.outcome.usage.prompt = len(self.prompt.ids)
-        self.worker.refuse_if_full()  # others may have come meanwhile
+        self.worker.refuse_if_full(self.tenant)  # others may have come meanwhile
         self._ask()
 
     async def batches(self, patience: float | None = None) -> AsyncIterator[list[Event]]:
@@ -427,18 +429,20 @@ class _Speaker:
         self._reason = "stop"
         self._stop: str | None = None
         self._num_calls = 0
-        guard = answering.guard if answering.blocks_output else None
-        self._text_guard, self._thought_guard = (None if guard is None else StreamGuard(guard) for _ in range(2))
+        # What is said goes through a gate of its own for each stretch of text, of thoughts, and of arguments.
+        self._guard = answering.guard if answering.blocks_output else None
+        self._gate: StreamGuard | None = None
+        self._told_as: Callable[[str], Event] = self._text
+        self._stretch: tuple[str, int] | None = None
 
     @property
     def verdict(self) -> Verdict | None:
         """Of the guard that has kept something back."""
-        guards = (self._text_guard, self._thought_guard)
-        return next((guard.blocked for guard in guards if guard is not None and guard.blocked is not None), None)
+        return None if self._gate is None else self._gate.blocked
 
     @property
     def is_guarded(self) -> bool:
-        return self._text_guard is not None
+        return self._guard is not None
 
     def hear(self, item: Delta | None) -> Iterator[Event]:
         """What is new, or the end: None."""
@@ -453,7 +457,7 @@ class _Speaker:
             self._logprobs += delta.logprobs or []
         for piece, control in self._tokenizer.split_marks(delta.text, self._markers):
             if self._plain:
-                yield from self._text("" if control else piece)
+                yield from self._speak(("text", 0), self._text, "" if control else piece)
                 continue
             for event in self._parser.push(piece, control):
                 yield from self._told(event)
@@ -461,11 +465,9 @@ class _Speaker:
     def _close(self) -> Iterator[Event]:
         for event in () if self._plain else self._parser.close():
             yield from self._told(event)
-        if self._thought_guard is not None and (rest := self._thought_guard.close()):
-            yield Reasoning(self._index, rest)
-        rest = "" if self._text_guard is None else self._text_guard.close()
-        if self.verdict is None and (rest or self._logprobs):  # logprobs of tokens that gave no text
-            yield self._released(rest)
+        yield from self._let_through()
+        if self.verdict is None and self._logprobs:  # of tokens that gave no text, or were kept back with it
+            yield Text(self._index, "", self._logprobs)
         self._answering.num_malformed_calls += self._parser.malformed
         yield Finish(self._index, self._finish_reason(), self._stop)
 
@@ -480,27 +482,45 @@ class _Speaker:
         return "tool_calls" if self._num_calls and self._reason == "stop" else self._reason
 
     def _told(self, event: dialects.Event) -> Iterator[Event]:
-        if self.verdict is not None:
-            return
         if isinstance(event, dialects.Text):
-            yield from self._text(event.text)
+            yield from self._speak(("text", 0), self._text, event.text)
         elif isinstance(event, dialects.Reasoning):
-            if thought := event.text if self._thought_guard is None else self._thought_guard.push(event.text):
-                yield Reasoning(self._index, thought)
-        elif isinstance(event, dialects.CallStart):
-            self._num_calls += 1
-            yield CallStart(self._index, event.index, f"call_{secrets.token_hex(12)}", event.name)
+            yield from self._speak(("thought", 0), lambda text: Reasoning(self._index, text), event.text)
         elif isinstance(event, dialects.CallArguments):
-            yield CallArguments(self._index, event.index, event.text)
+            number = event.index
+            yield from self._speak(("call", number), lambda text: CallArguments(self._index, number, text), event.text)
+        elif isinstance(event, dialects.CallStart):
+            yield from self._let_through()
+            if self.verdict is None:
+                self._num_calls += 1
+                yield CallStart(self._index, event.index, f"call_{secrets.token_hex(12)}", event.name)
 
-    def _text(self, text: str) -> Iterator[Event]:
-        if self._text_guard is None:
+    def _speak(self, stretch: tuple[str, int], told_as: Callable[[str], Event], text: str) -> Iterator[Event]:
+        if self._guard is None:
             if text or self._logprobs:
-                yield self._released(text)
-        elif shown := self._text_guard.push(text):
-            yield Text(self._index, shown)  # logprobs spell out what is held back, and come at the end
+                yield told_as(text)
+            return
+        if stretch != self._stretch:
+            yield from self._let_through()
+        if self.verdict is None:
+            if self._gate is None:
+                self._gate, self._stretch, self._told_as = StreamGuard(self._guard), stretch, told_as
+            if shown := self._gate.push(text):
+                yield told_as(shown)
 
-    def _released(self, text: str) -> Text:
+    def _let_through(self) -> Iterator[Event]:
+        """The end of a stretch: the rest of it, if it passes."""
+        if self._gate is not None and self._gate.blocked is None:
+            rest = self._gate.close()
+            if self._gate.blocked is None:
+                self._gate = self._stretch = None
+            if rest:
+                yield self._told_as(rest)
+
+    def _text(self, text: str) -> Text:
+        """With the log-probabilities so far; where a guard keeps text back they come at the end, for they spell it out."""
+        if self._guard is not None:
+            return Text(self._index, text)
         logprobs, self._logprobs = self._logprobs, None if self._logprobs is None else []
         return Text(self._index, text, logprobs)
 

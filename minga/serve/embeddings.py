@@ -47,7 +47,7 @@ async def embed(body: EmbeddingBody, worker: Worker, tenant: str) -> tuple[dict[
     size = worker.llm.config.hidden_size
     if body.dimensions not in (None, size):
         raise invalid("dimensions", f"{worker.name} has {size}; leave it out")
-    worker.refuse_if_full()
+    worker.refuse_if_full(tenant)
     prompts = await asyncio.to_thread(_prompts, body, worker)
     futures: list[asyncio.Future[Tensor]] = []
     jobs = []

@@ -104,6 +104,7 @@ class Worker:
         self.busy_seconds = 0.0  # of the model
         self._max_running, self._max_waiting = max_running, max_waiting
         self._num_pending = 0
+        self._pending_of: Counter[str] = Counter()
         self._speed = Speed()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"minga-{name}")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -123,9 +124,11 @@ class Worker:
     def tokens_per_second(self) -> float:
         return self._speed.tokens_per_second()
 
-    def refuse_if_full(self) -> None:
-        """Raises `ApiError` 429 where nobody more may wait."""
-        if self._num_pending >= self._max_running + self._max_waiting:
+    def refuse_if_full(self, tenant: str) -> None:
+        """Raises `ApiError` 429 where no more may wait: of all, or of one of several tenants, who may take half the places."""
+        mine = self._pending_of[tenant]
+        is_greedy = mine < self._num_pending and mine >= self._max_running + self._max_waiting // 2
+        if is_greedy or self._num_pending >= self._max_running + self._max_waiting:
             raise ApiError(
                 f"the queue is full: {self.waiting} requests are waiting for {self.name}; try again later",
                 status=429, code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)},
@@ -135,6 +138,7 @@ class Worker:
         """Queues a job; call it on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._num_pending += 1
+        self._pending_of[job.tenant] += 1
         with self._lock:
             self._inbox.setdefault(job.tenant, deque()).append(job)
             if not self._at_work:
@@ -251,6 +255,7 @@ class Worker:
         for job, item in news:
             if item is None or isinstance(item, BaseException):
                 self._num_pending -= 1
+                self._pending_of[job.tenant] -= 1
                 job.ended = True
             else:
                 num_tokens += len(item.token_ids)
