@@ -18,7 +18,7 @@ from minga.serve.keys import Keys
 from minga.serve.openapi import OPERATIONS, describe
 from minga.serve.service import Settings
 from tests.serve.browser import CHROMIUM, Browser, Tab
-from tests.serve.conftest import _serving
+from tests.serve.conftest import serving
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
 CHAT = "#post-v1-chat-completions"
@@ -53,7 +53,7 @@ def visit(browser, llm, tmp_path) -> Iterator[Callable[..., Tab]]:
 
         def visit(hash: str = "", key: str | None = None, **options) -> Tab:
             keys = None if key is None else Keys(static=key)
-            url = stack.enter_context(_serving(create_app({"little": llm}, tmp_path, Settings(keys=keys))))
+            url = stack.enter_context(serving(create_app({"little": llm}, tmp_path, Settings(keys=keys))))
             return browser.open(f"{url}/docs{hash}", **options)
 
         yield visit
