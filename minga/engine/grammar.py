@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from minga.data.tokenizer import Tokenizer
 
 _KEPT = 256  # compiled grammars of a model
+_MAX_TAKEN = 50_000  # tokens that answers have taken by them; each may leave some ten kilobytes behind in a hostile one
 # Measured with hostile grammars: compiling ends within 0.4 s, and a mask within some tens of milliseconds. The size, of
 # symbols, and the fuel for patterns are fractions of llguidance's own limits; a row holds a schema of 1,000 properties.
 _LIMITS: dict[str, Any] = {
@@ -65,22 +67,40 @@ class Thinking:
     triggers_end: bool = False
 
 
+@dataclass(eq=False)
+class Compiled:
+    """A grammar at its beginning. Its copies share what they find out about it, and that grows with the tokens they take."""
+
+    matcher: LLMatcher
+    num_taken: int = 0
+
+
 class Grammars:
-    """The grammars of one vocabulary, those compiled last kept."""
+    """The grammars of one vocabulary, those compiled last kept, but for those that have grown too much."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]):
         self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, sorted(stop_ids)
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
+        self._lock = Lock()
 
-    def matcher(self, grammar: Grammar) -> LLMatcher:
-        """At the beginning of the grammar. Raises `UserError` where it does not compile. Safe to call from several threads."""
-        known = self._compiled.get(grammar.lark)
-        if known is None:
-            known = self._compile(grammar.lark)
+    def compiled(self, grammar: Grammar) -> Compiled:
+        """Raises `UserError` where it does not compile. Safe to call from several threads."""
+        with self._lock:
+            self._forget()
+            known = self._compiled.get(grammar.lark)
+        if known is not None:
+            return known
+        known = Compiled(self._compile(grammar.lark))
+        with self._lock:
             self._compiled[grammar.lark] = known
-            while len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        return known.deep_copy()
+            self._forget()
+        return known
+
+    def _forget(self) -> None:
+        while len(self._compiled) > _KEPT:
+            self._compiled.popitem(last=False)
+        while sum(each.num_taken for each in self._compiled.values()) > _MAX_TAKEN:
+            del self._compiled[max(self._compiled, key=lambda lark: self._compiled[lark].num_taken)]
 
     def _compile(self, lark: str) -> LLMatcher:
         matcher = _matcher(self._backend, lark)
@@ -135,13 +155,14 @@ class Guide:
     def __init__(
         self,
         *,
-        matcher: LLMatcher | None,
+        grammar: Compiled | None,
         triggers: frozenset[int],
         thinking: Thinking | None,
         force: bool,
         vocab_size: int,
     ):
-        self._matcher, self._triggers, self._thinking, self._force = matcher, triggers, thinking, force
+        self._grammar, self._matcher = grammar, None if grammar is None else grammar.matcher.deep_copy()
+        self._triggers, self._thinking, self._force = triggers, thinking, force
         self._num_words = -(-vocab_size // 32)
         self._allowed: dict[tuple[int, ...], Tensor] = {}  # by the guesses before, as far as it was asked for
         self.num_thought = 0  # tokens between the marks
@@ -151,7 +172,7 @@ class Guide:
         self._begun: list[int] = []  # of a mark, or since it
         # a mark of one token may come before any grammar
         self._may_open = thinking is not None and not thinking.is_open and len(thinking.start) == 1
-        self._holds = matcher is not None and not triggers and not self._is_thinking
+        self._holds = grammar is not None and not triggers and not self._is_thinking
 
     @property
     def masks(self) -> bool:
@@ -169,7 +190,8 @@ class Guide:
         opens = self._may_open and self._thinking is not None and token == self._thinking.start[0]
         self._may_open = False
         if self._holds and not opens:
-            assert self._matcher is not None
+            assert self._matcher is not None and self._grammar is not None
+            self._grammar.num_taken += 1
             if not self._matcher.consume_token(token):
                 self._fail(self._matcher)
             return True

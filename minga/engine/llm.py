@@ -263,7 +263,7 @@ class LLM:
         if grammar is None and thinking is None:
             return None
         return Guide(
-            matcher=None if grammar is None else self._grammars.matcher(grammar),
+            grammar=None if grammar is None else self._grammars.compiled(grammar),
             triggers=frozenset() if grammar is None else grammar.triggers,
             thinking=thinking,
             vocab_size=self.config.vocab_size,
@@ -272,7 +272,7 @@ class LLM:
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Raises `UserError` where it does not compile for this model. Other threads may run the engine meanwhile."""
-        self._grammars.matcher(grammar)
+        self._grammars.compiled(grammar)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, int):

@@ -262,7 +262,7 @@ class Api:
 
 
 async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
-    """The checked body, whatever media type it says it has, and its bytes. A large one is checked in a thread."""
+    """The checked body, whatever media type it says it has, and its number of bytes. It is checked in a thread: it may be large."""
     body, num_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(MAX_BODY_SECONDS):

@@ -22,8 +22,9 @@ import uvicorn
 
 from minga.config.presets import tiny
 from minga.data.tokenizer import train_bpe
-from minga.engine.grammar import Pattern
+from minga.engine.grammar import Grammar, Pattern
 from minga.engine.llm import LLM
+from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.model.transformer import Transformer
 from minga.serve.app import MAX_BODY_BYTES, create_app
@@ -325,6 +326,18 @@ def test_an_answer_whose_grammar_is_too_complex_ends_alone(server: httpx.Client)
         assert "too complex" in error["message"] and "simplify" in error["message"]
         *_, usage, done = [line for line in lines if line]
     assert '"completion_tokens":300' in usage and done == "data: [DONE]"
+
+
+def test_what_is_kept_of_grammars_is_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2025-32381: in number, and in what answers have made them grow to."""
+    monkeypatch.setattr("minga.engine.grammar._KEPT", 5)
+    monkeypatch.setattr("minga.engine.grammar._MAX_TAKEN", 100)
+    for number in range(20):
+        grammar = Grammar(f'start: "{number}" /[a-z]{{30}}/')
+        llm.generate([[5, 6]], SamplingParams(max_tokens=40, grammar=grammar, seed=number))
+        llm.check_grammar(grammar)
+        kept = llm._grammars._compiled.values()
+        assert len(kept) <= 5 and sum(each.num_taken for each in kept) <= 100
 
 
 def test_a_pattern_takes_bounded_time() -> None:
