@@ -163,8 +163,9 @@ _ANSWER_GRAMMARS: dict[str, Callable[[Any], str]] = {
 
 
 def _grammar(generation: Generation, worker: Worker) -> Grammar | None:
-    """Of calls, of the answer's format, or of either."""
-    answer, use = generation.format, generation.tool_use
+    """Of calls, of the answer's format, or of either; where a call must come, nothing else does."""
+    use = generation.tool_use
+    answer = None if use is not None and use.required else generation.format
     lark = None if answer is None else _ANSWER_GRAMMARS[answer.kind](answer.value)
     if use is None:
         return None if lark is None else Grammar(lark)

@@ -262,7 +262,10 @@ class Api:
 
 
 async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
-    """The checked body, whatever media type it says it has, and its number of bytes. It is checked in a thread: it may be large."""
+    """The checked body, whatever media type it says it has, and its number of bytes.
+
+    It is checked in a thread: it may be large.
+    """
     body, num_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(MAX_BODY_SECONDS):
@@ -274,7 +277,7 @@ async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
                     body += chunk
     except TimeoutError:
         message = f"the body was not sent within {MAX_BODY_SECONDS:g} seconds"
-        raise ApiError(message, status=408, code="timeout", headers={"connection": "close"}) from None
+        raise ApiError(message, status=408, code="body_timeout", headers={"connection": "close"}) from None
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413, code="body_too_large")
     return await asyncio.to_thread(parse_body, model, bytes(body)), num_bytes

@@ -197,16 +197,15 @@ class ChatBody(SamplingFields):
             )
         if self.scaling is not None and (self.n or 1) > 1:
             raise invalid("n", "with `scaling` one answer is given; leave it out")
-        answer = answer_format(self.response_format, self.structured_outputs)
         parallel = self.parallel_tool_calls is not False
-        use = tool_use(checked_tools(self.tools), *_mode_and_names(self.tool_choice), parallel=parallel, answer=answer)
+        use = tool_use(checked_tools(self.tools), *_mode_and_names(self.tool_choice), parallel=parallel)
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
             messages=[plain_message(message) for message in self.messages],
             max_tokens=old if new is None else new,
             num_choices=self.n or 1,
             tool_use=use,
-            format=answer,
+            format=answer_format(self.response_format, self.structured_outputs),
             thinking=thinks(self.reasoning_effort),
             thinking_budget=self.thinking_budget,
             scaling=scaling_of(self.scaling),

@@ -220,11 +220,10 @@ def tool_use(
     named: Sequence[str] | None = None,
     *,
     parallel: bool,
-    answer: AnswerFormat | None,
     name_field: str = "tool_choice",
 ) -> ToolUse | None:
     """What a `Generation` has of these wishes. mode: "auto", "none" or "required"; named: the tools that may be called, all
-    if None; name_field: where the request names them. answer: the format that what is no call must have.
+    if None; name_field: where the request names them.
     """
     names = {tool.name for tool in tools}
     for name in named or ():
@@ -232,8 +231,6 @@ def tool_use(
             raise invalid(name_field, f"{short(name)} is not among `tools`")
     if mode == "required" and not tools:
         raise invalid("tool_choice", "it needs `tools`")
-    if mode == "required" and answer is not None:
-        raise invalid("tool_choice", "a call that must come leaves no room for the format that the answer must have")
     if mode == "none" or not tools:
         return None
     may_call = tuple(tool for tool in tools if named is None or tool.name in named)

@@ -261,25 +261,24 @@ class CountTokensBody(Body):
             raise invalid(
                 "messages", "the last one is the assistant's, and an answer cannot be continued; end with the user's"
             )
-        answer = self._format()
         system = [{"role": "system", "content": _joined(self.system)}] if self.system else []
         return Generation(
             sampling=SamplingFields.model_validate({}).sampling(),
             messages=system + [plain for message in self.messages for plain in _plain(message)],
-            tool_use=self._tool_use(answer),
-            format=answer,
+            tool_use=self._tool_use(),
+            format=self._format(),
             thinking=None if self.thinking is None else not isinstance(self.thinking, ThinkingOff),
             thinking_budget=self.thinking.budget_tokens if isinstance(self.thinking, ThinkingOn) else None,
         )
 
-    def _tool_use(self, answer: AnswerFormat | None) -> ToolUse | None:
+    def _tool_use(self) -> ToolUse | None:
         tools = tuple(_tool(spec, index) for index, spec in enumerate(self.tools or []))
         refuse_twins(tools, "tools")
         asked = self.tool_choice
         mode = "auto" if asked is None else {"any": "required", "tool": "required"}.get(asked.type, asked.type)
         named = [asked.name] if isinstance(asked, ToolChoice) else None
         parallel = asked is None or isinstance(asked, NoneChoice) or not asked.disable_parallel_tool_use
-        return tool_use(tools, mode, named, parallel=parallel, answer=answer, name_field="tool_choice.name")
+        return tool_use(tools, mode, named, parallel=parallel, name_field="tool_choice.name")
 
     def _format(self) -> AnswerFormat | None:
         new, old = None if self.output_config is None else self.output_config.format, self.output_format

@@ -390,16 +390,15 @@ class ResponsesBody(SamplingFields):
             raise invalid("top_logprobs", 'it needs "message.output_text.logprobs" in `include`')
         tools = tuple(checked_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or []))
         refuse_twins(tools, "tools")
-        answer = self._format()
         parallel = self.parallel_tool_calls is not False
-        use = tool_use(tools, *_mode_and_names(self.tool_choice), parallel=parallel, answer=answer)
+        use = tool_use(tools, *_mode_and_names(self.tool_choice), parallel=parallel)
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return Generation(
             sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs_wanted else None),
             messages=system + _messages([*_ITEMS.validate_python(list(earlier)), *self.items]),
             max_tokens=self.max_output_tokens,
             tool_use=use,
-            format=answer,
+            format=self._format(),
             thinking=thinks(None if self.reasoning is None else self.reasoning.effort),
             thinking_budget=self.thinking_budget,
             scaling=scaling_of(self.scaling),

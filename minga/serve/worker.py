@@ -22,6 +22,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from minga.data.dialects import dialect_of, marker_tokens
+from minga.engine.grammar import Grammar
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
@@ -100,6 +101,8 @@ class Worker:
         self.name, self.llm = name, llm
         self.dialect = dialect_of(llm.tokenizer)
         self.markers = marker_tokens(llm.tokenizer, self.dialect)
+        # a model's first grammar reads its whole vocabulary: better now than while others wait
+        llm.check_grammar(Grammar('start: "a"'))
         self.num_parameters = count_parameters(llm.config).total
         self.busy_seconds = 0.0  # of the model
         self._max_running, self._max_waiting = max_running, max_waiting

@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from minga.serve.app import show_page, show_static_file
-from minga.serve.errors import json_bytes, json_response
+from minga.serve.errors import ApiError, json_bytes, json_response
 from minga.serve.gate import Gate
 from minga.serve.runs import Runs
 
@@ -40,6 +40,10 @@ def call(name: str, *arguments: str, id: str, index: int = 0) -> list[dict[str, 
     return [{"tool_calls": [piece]} for piece in (first, *rest)]
 
 
+async def _refuse(_: Request, error: ApiError) -> Response:
+    return error.response()
+
+
 class FakeServer:
     """`answers` are used up in turn, or by the name of a model; `requests` are the bodies that came."""
 
@@ -61,7 +65,7 @@ class FakeServer:
             Route("/api/runs", lambda _: json_response({"runs": self._runs.summaries()})),
             Route("/api/runs/{name}", self._run),
         ]
-        self.app = Starlette(routes=routes, middleware=[Middleware(Gate, host="127.0.0.1", keys=None)])
+        self.app = Starlette(routes=routes, middleware=[Middleware(Gate, host="127.0.0.1", keys=None, refuse=_refuse)])
 
     def answer(self, *parts: Any, end: str = "stop") -> None:
         """The next answer: deltas and HOLDs, then why it ended."""

@@ -323,7 +323,7 @@ def test_an_answer_whose_grammar_is_too_complex_ends_alone(server: httpx.Client)
         lines = other.iter_lines()
         next(lines)
         error = refused(server.post(COMPLETIONS, json={"prompt": "x"} | bomb), "prompt", "invalid_value")
-        assert "too complex" in error["message"] and "simplify" in error["message"]
+        assert "cannot go on" in error["message"] and "simplify" in error["message"]
         *_, usage, done = [line for line in lines if line]
     assert '"completion_tokens":300' in usage and done == "data: [DONE]"
 
@@ -675,7 +675,7 @@ def test_a_client_that_reads_nothing_holds_nobody_up(server: httpx.Client) -> No
 
 
 def test_a_client_that_never_reads_is_given_up(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minga.serve.answer.PARTING_SECONDS", 0.05)
+    monkeypatch.setattr("minga.serve.answer.FAREWELL_SECONDS", 0.05)
     app = create_app({"little": llm}, tmp_path, Settings(deadline=0.2))
     body = json.dumps(chat(stream=True, max_tokens=50, ignore_eos=True)).encode()
     sent = []
