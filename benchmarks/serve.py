@@ -137,7 +137,7 @@ def measure_grammar(model: str, flags: list[str], answers: int) -> dict[str, flo
     quant = flags[flags.index("--quant") + 1] if "--quant" in flags else None
     llm = LLM(model, quant=quant, speculate=False)
     grammar, spent = Grammar(json_grammar(SCHEMA)), [0.0]
-    for name in ("mask", "take", "forced"):
+    for name in ("allowed", "take", "forced"):
         setattr(Guide, name, _timed(getattr(Guide, name), spent))
 
     def steps(params: SamplingParams) -> list[tuple[float, float]]:

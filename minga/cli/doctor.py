@@ -34,7 +34,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn", "httptools", "uvloop", "pydantic", "llguidance", "prometheus-client"),
     "dev": (
         *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "import-linter", "pre-commit"),
-        *("ruff", "mypy", "transformers", "openai", "httpx"),
+        *("ruff", "mypy", "transformers", "openai", "anthropic", "httpx", "jsonschema"),
     ),
 }
 GB = 10**9

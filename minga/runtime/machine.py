@@ -20,18 +20,8 @@ from typing import Any
 
 PACKAGES = (
     *("minga", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "shtab", "triton"),
-    *(
-        "starlette",
-        "uvicorn",
-        "httptools",
-        "uvloop",
-        "pydantic",
-        "llguidance",
-        "prometheus-client",
-        "transformers",
-        "openai",
-        "httpx",
-    ),
+    *("starlette", "uvicorn", "httptools", "uvloop", "pydantic", "llguidance", "prometheus-client"),
+    *("transformers", "openai", "anthropic", "httpx", "jsonschema"),
     *("ruff", "mypy", "import-linter", "pre-commit"),
     *("pytest", "pytest-cov", "pytest-timeout", "pytest-xdist", "hypothesis", "gguf", "llama-cpp-python"),
 )

@@ -298,15 +298,21 @@ def test_an_answer_follows_its_format(client, fields, check):
         ({"structured_outputs": {"regex": "("}}, "invalid_schema"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "invalid_value"),
         ({"structured_outputs": {}}, "invalid_value"),
-        (
-            {"response_format": {"type": "json_object"}, "tools": [WEATHER], "tool_choice": "required"},
-            "invalid_value",
-        ),
     ],
 )
 def test_formats_that_cannot_be(client, llm, fields, code):
     assert client.error(**fields)["code"] == code
     assert llm.num_steps == 0
+
+
+def test_a_call_that_must_come_wins_over_a_format_and_one_that_may_come_is_beside_it(client):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["a format"]}}}
+    asked = {"response_format": form, "tools": [WEATHER], "max_tokens": 120}
+    (choice,) = client.answer(**asked, tool_choice="required")["choices"]
+    assert choice["message"]["tool_calls"] and not choice["message"]["content"]
+    for seed in range(4):
+        (choice,) = client.answer(**asked, seed=seed)["choices"]
+        assert choice["message"].get("tool_calls") or choice["message"]["content"] == '"a format"'
 
 
 # ---------------------------------------------------------------------------------------------- the other endpoints

@@ -24,7 +24,16 @@ import torch
 from jsonschema import Draft202012Validator
 
 from minga.config.presets import tiny
-from minga.data.dialects import DIALECTS, CallArguments, CallStart, Dialect, StreamParser, Tool, call_grammar
+from minga.data.dialects import (
+    DIALECTS,
+    CallArguments,
+    CallStart,
+    Dialect,
+    StreamParser,
+    Tool,
+    call_grammar,
+    marker_tokens,
+)
 from minga.data.json_schema import check_schema, closed
 from minga.data.tokenizer import Tokenizer, train_bpe
 from minga.engine.grammar import Grammar
@@ -68,7 +77,7 @@ class Tally:
 def call_all(name: str, tools: Sequence[Tool]) -> Tally:
     """Has the model call each of the tools, by name or because it must, and looks at what comes."""
     llm, dialect = speaker(name)
-    bias, tally = closing(llm.tokenizer), Tally()
+    bias, tally, markers = closing(llm.tokenizer), Tally(), marker_tokens(llm.tokenizer, dialect)
     seen: set[str] = set()
     for start in range(0, len(tools), TOGETHER):
         asked = []
@@ -86,7 +95,7 @@ def call_all(name: str, tools: Sequence[Tool]) -> Tally:
                 tally.compile_seconds.append(thread_time() - began)
             seen.add(lark)
             params = SamplingParams(max_tokens=MAX_TOKENS, seed=number, grammar=Grammar(lark), logit_bias=bias)
-            asked.append((tool, llm.submit([1, 2, 3], params, mark=True)))
+            asked.append((tool, llm.submit([1, 2, 3], params, marked=markers)))
         while not all(entry.sequence.finished for _, entry in asked):
             llm.step()
         for tool, entry in asked:
@@ -103,7 +112,8 @@ def call_all(name: str, tools: Sequence[Tool]) -> Tally:
 def fits(tokenizer: Tokenizer, dialect: Dialect, tool: Tool, text: str) -> bool:
     """Whether the text is one call of the tool, and nothing else, with arguments that its schema allows."""
     parser = StreamParser(dialect, tools=[tool.name])
-    events = [event for piece, control in tokenizer.split_marks(text) for event in parser.push(piece, control)]
+    parts = tokenizer.split_marks(text, marker_tokens(tokenizer, dialect))
+    events = [event for piece, control in parts for event in parser.push(piece, control)]
     events += parser.close()
     arguments = "".join(event.text for event in events if isinstance(event, CallArguments))
     validator = Draft202012Validator(closed(tool.parameters), format_checker=Draft202012Validator.FORMAT_CHECKER)

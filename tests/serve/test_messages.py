@@ -204,11 +204,6 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
             "output_format",
             "one of them",
         ),
-        (
-            {"tools": [WEATHER], "tool_choice": {"type": "any"}, "output_format": PROMPT["output_config"]["format"]},
-            "tool_choice",
-            "no room",
-        ),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown"),
         ({"stop": ["x"]}, "stop", "unknown"),
     ],

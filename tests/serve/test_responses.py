@@ -200,11 +200,6 @@ def test_no_tools_where_none_may_be_called():
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools", "missing"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function", "unknown"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
-        (
-            {"tools": [WEATHER], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
-            "tool_choice",
-            "no room",
-        ),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "xml"),
         (
             {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}},
