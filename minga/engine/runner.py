@@ -26,7 +26,7 @@ from minga.model.cache import PAGE, Cache, Pages
 
 PREFILL_TOKENS = {"cpu": 512}  # of one step, all prompts together: bounds what a running text waits
 PREFILL_TOKENS_ELSEWHERE = 2048
-BURST_SECONDS = 0.01  # of steps in one call
+BURST_SECONDS = 0.02  # of steps in one call
 MOST_PENDING = (
     8  # tokens of a text whose rows the module lacks: more, as after forced ones, are read in a step of their own
 )

@@ -25,7 +25,7 @@ from minga.serve.log import AccessLog
 from minga.serve.meter import Meter
 from minga.serve.metrics import Metrics, ModelState, RequestTimes
 from minga.serve.moderation import Guard
-from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Worker
+from minga.serve.worker import MAX_RUNNING, MAX_WAITING, Turns, Worker
 
 if TYPE_CHECKING:
     from minga.engine.llm import LLM
@@ -63,8 +63,12 @@ class Service:
     workers: dict[str, Worker] = field(init=False)
 
     def __post_init__(self) -> None:
+        from minga.kernels.cpu.net import let_go  # torch: not before the flags have been checked
+
         limits = {"max_running": self.settings.max_running, "max_waiting": self.settings.max_waiting}
-        self.workers = {name: Worker(name, llm, **limits) for name, llm in self.models.items()}
+        self._turns = Turns()
+        self.workers = {name: Worker(name, llm, self._turns, **limits) for name, llm in self.models.items()}
+        let_go()  # the thread that has opened the models does not run them
         self.limits = Limits()
         contexts = {name: llm.max_context for name, llm in self.models.items()}
         self.metrics = Metrics(contexts, engine=self.settings.engine)
@@ -81,6 +85,7 @@ class Service:
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
+        self._turns.close()
         if self.settings.meter is not None:
             self.settings.meter.close()
         if self.settings.access_log is not None:

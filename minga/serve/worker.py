@@ -1,10 +1,10 @@
-"""One thread a model: requests are answered side by side, and what the model says goes to the event loop piece by piece.
+"""The thread that runs the models: requests are answered side by side, and what comes goes to the event loop piece by piece.
 
-An `LLM` is not thread-safe, so a model has one thread, which takes new jobs in between two steps of those that run. The
-thread is an executor's: it works while there is something to do. Of those that wait, the next is the first of the tenant
-that has the fewest running, so nobody who asks for much keeps the others out. Whatever fails ends the job, and the next ones
-run as if nothing had happened. All counters are read and written on the event loop only; the thread reaches it through
-`call_soon_threadsafe`, once a step.
+An `LLM` is not thread-safe, and two models at once would only take the cores from each other: one thread runs them all, a
+step each in turn, and takes new jobs in between two steps of those that run. Of those that wait, the next is the first of the
+tenant that has the fewest running, so nobody who asks for much keeps the others out. Whatever fails ends the job, and the
+next ones run as if nothing had happened. All counters are read and written on the event loop only; the thread reaches it
+through `call_soon_threadsafe`, once a step.
 """
 
 from __future__ import annotations
@@ -94,11 +94,50 @@ class Job:
         self.cancelled.set()
 
 
+class Turns:
+    """The thread. It works while a model has something to do."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minga-models")
+        self._lock = threading.Lock()  # held while it is decided whether the thread goes on
+        self._busy: list[Worker] = []
+
+    def wake(self, worker: Worker) -> None:
+        """The worker has something to do, if it had nothing before."""
+        with self._lock:
+            if worker in self._busy:
+                return
+            self._busy.append(worker)
+            if len(self._busy) == 1:
+                self._executor.submit(self._run)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
+        while busy := self._still_busy():
+            for worker in busy:
+                worker.step()
+
+    def _still_busy(self) -> list[Worker]:
+        with self._lock:
+            self._busy = [worker for worker in self._busy if not worker.rests]
+            return list(self._busy)
+
+
 class Worker:
     """A model, those whom it answers, and those who wait for it. Made on the event loop that it answers to, or before."""
 
-    def __init__(self, name: str, llm: LLM, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING):
-        self.name, self.llm = name, llm
+    def __init__(
+        self,
+        name: str,
+        llm: LLM,
+        turns: Turns,
+        *,
+        max_running: int = MAX_RUNNING,
+        max_waiting: int = MAX_WAITING,
+    ):
+        self.name, self.llm, self._turns = name, llm, turns
         self.dialect = dialect_of(llm.tokenizer)
         self.markers = marker_tokens(llm.tokenizer, self.dialect)
         # a model's first grammar reads its whole vocabulary: better now than while others wait
@@ -109,11 +148,10 @@ class Worker:
         self._num_pending = 0
         self._pending_of: Counter[str] = Counter()
         self._speed = Speed()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"minga-{name}")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()  # held while it is decided whether the thread goes on
+        self._lock = threading.Lock()  # of the inbox
         self._inbox: OrderedDict[str, deque[Job]] = OrderedDict()  # by tenant
-        self._at_work = False
+        self._running: list[Job] = []  # the models' thread's own
 
     @property
     def running(self) -> int:
@@ -144,47 +182,37 @@ class Worker:
         self._pending_of[job.tenant] += 1
         with self._lock:
             self._inbox.setdefault(job.tenant, deque()).append(job)
-            if not self._at_work:
-                self._at_work = True
-                self._executor.submit(self._work)
+        self._turns.wake(self)
 
     def close(self) -> None:
         """Drops what waits. The caller has cancelled what runs."""
         with self._lock:
             self._inbox.clear()
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
-    # ------------------------------------------------------------------ on the model's thread
+    # ------------------------------------------------------------------ on the models' thread
 
-    def _work(self) -> None:
-        """Answers until nobody is left."""
-        running: list[Job] = []
-        while True:
-            news = self._take_in(running)
-            if not running and self._rests():
-                self._tell(news)
-                return
-            began = monotonic()
-            try:
-                self.llm.step()
-            except BaseException as error:
-                for job in running:
-                    self._end(job, error, news)
-                running = []
-            seconds = monotonic() - began
-            self.busy_seconds += seconds
-            share = seconds / max(1, len(running))
-            for job in running:
-                job.busy_seconds += share
-            now = monotonic()
-            since = now - min(PIECE_SECONDS * len(running), MOST_PIECE_SECONDS)
-            running = [job for job in running if self._collect(job, news, now, since)]
-            self._tell(news)
-
-    def _rests(self) -> bool:
+    @property
+    def rests(self) -> bool:
         with self._lock:
-            self._at_work = bool(self._inbox)
-            return not self._at_work
+            return not (self._running or self._inbox)
+
+    def step(self) -> None:
+        """Takes in whom there is room for, has the model take a step, and tells what came."""
+        news = self._take_in(self._running)
+        began = monotonic()
+        try:
+            self.llm.step()
+        except BaseException as error:
+            for job in self._running:
+                self._end(job, error, news)
+            self._running = []
+        now = monotonic()
+        self.busy_seconds += now - began
+        for job in self._running:
+            job.busy_seconds += (now - began) / len(self._running)
+        since = now - min(PIECE_SECONDS * len(self._running), MOST_PIECE_SECONDS)
+        self._running = [job for job in self._running if self._collect(job, news, now, since)]
+        self._tell(news)
 
     def _take_in(self, running: list[Job]) -> list[tuple[Job, Any]]:
         """Opens as many as may run; returns what is to be told of those that did not get so far."""

@@ -18,6 +18,7 @@
 #endif
 #if defined(__linux__)
 #include <malloc.h>
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 
@@ -99,10 +100,55 @@ int thread_here() { return 0; }
 int threads_here() { return 1; }
 #endif
 
+// Where a thread runs. Linux wakes a thread on the core of whoever woke it and looks for a better one only from time to time:
+// two threads that wait for each other then share a core for tens of milliseconds while another is idle.
+int core_here() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Has this thread go to a core that is none of `taken`, if it may run on one.
+void leave_core(const std::atomic<int>* taken, int num) {
+#if defined(__linux__)
+  cpu_set_t allowed, rest;
+  if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  rest = allowed;
+  for (int t = 0; t < num; t++) {
+    int core = taken[t].load(std::memory_order_relaxed);
+    if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &rest);
+  }
+  if (!CPU_COUNT(&rest) || sched_setaffinity(0, sizeof rest, &rest)) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
 struct Team {
+  static constexpr int MOST = 64;  // threads of which it is known where they run
   int threads;
   std::atomic<int> arrived{0};
   std::atomic<int> turn{0};
+  std::array<std::atomic<int>, MOST> cores;
+
+  explicit Team(int threads) : threads(threads) {
+    for (auto& core : cores) core.store(-1, std::memory_order_relaxed);
+  }
+
+  // A thread comes; those that stay where another one runs already go elsewhere.
+  void join(int t) {
+    if (threads == 1 || t >= MOST) return;
+    int here = core_here();
+    for (int other = 0; here >= 0 && other < std::min(threads, MOST); other++) {
+      if (other != t && cores[other].load(std::memory_order_relaxed) == here) {
+        leave_core(cores.data(), std::min(threads, MOST));
+        here = core_here();
+        break;
+      }
+    }
+    cores[t].store(here, std::memory_order_relaxed);
+  }
 
   void wait() {
     if (threads == 1) return;
@@ -113,7 +159,7 @@ struct Team {
       return;
     }
     for (int spins = 0; turn.load(std::memory_order_acquire) == now; spins++) {
-      if (spins < 1 << 14) {
+      if (spins < 1 << 12) {
 #if defined(__x86_64__)
         _mm_pause();
 #endif
@@ -984,6 +1030,14 @@ void minga_give_back() {
 #endif
 }
 
+// Lets this thread's helpers go. As long as they are there, OpenMP takes the machine for crowded, and those of the thread that
+// runs a model go to sleep after each call instead of waiting for the next.
+void minga_let_go() {
+#if defined(_OPENMP) && _OPENMP >= 201511
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 int64_t minga_net_size() { return sizeof(MingaNet) + sizeof(MingaLayer) + sizeof(MingaCall) + sizeof(MingaSampling) + PAGE + CACHE_BLOCK + KINDS; }
 
 void minga_net_forward(const MingaNet* net, const MingaCall* call) {
@@ -1000,6 +1054,7 @@ void minga_net_forward(const MingaNet* net, const MingaCall* call) {
   {
 #pragma omp single
     team.threads = threads_here();
+    team.join(thread_here());
     forward.run(thread_here());
   }
 }

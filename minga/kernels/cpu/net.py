@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minga.kernels.cpu.build import call
+from minga.kernels.cpu.build import available, call
 from minga.kernels.panels import Empty
 
 # What matrices are stored in, `Kind` in panels.h: floats, Minga's own formats, and GGUF's types.
@@ -227,6 +227,12 @@ def head(net: Net, x_ND: Tensor) -> Tensor:
 def give_back() -> None:
     """Hands freed memory back to the system."""
     call("minga_give_back")
+
+
+def let_go() -> None:
+    """Lets the calling thread's helpers go, for the thread that will run models. Does nothing without the kernels."""
+    if available():
+        call("minga_let_go")
 
 
 def check() -> None:
