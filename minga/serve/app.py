@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from minga.engine.llm import LLM
 
 MAX_BODY_BYTES, MAX_BODY_SECONDS = 10 << 20, 60.0
+_SMALL_BYTES = 1 << 10
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
 # Said here, not left to the system's own table: browsers run no module that is called text/plain.
@@ -264,7 +265,7 @@ class Api:
 async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
     """The checked body, whatever media type it says it has, and its number of bytes.
 
-    It is checked in a thread: it may be large.
+    A large one is checked in a thread.
     """
     body, num_bytes = bytearray(), 0
     try:
@@ -280,6 +281,8 @@ async def _read_body(request: Request, model: type[Model]) -> tuple[Model, int]:
         raise ApiError(message, status=408, code="body_timeout", headers={"connection": "close"}) from None
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413, code="body_too_large")
+    if num_bytes <= _SMALL_BYTES:  # takes less than the way to a thread and back
+        return parse_body(model, bytes(body)), num_bytes
     return await asyncio.to_thread(parse_body, model, bytes(body)), num_bytes
 
 
