@@ -232,6 +232,11 @@ class Answering:
         return self._jobs[0].began if self._jobs else None
 
     @property
+    def num_made_tokens(self) -> int:
+        """Of the answers, told or not: what is metered where a client has left."""
+        return sum(job.num_made_tokens for job in self._jobs)
+
+    @property
     def busy_seconds(self) -> float:
         """Of the model's time."""
         return sum(job.busy_seconds for job in self._jobs)
@@ -268,12 +273,19 @@ class Answering:
         """
         while self._num_over < self._num_jobs:
             events: list[Event] = []
+            failure: ApiError | None = None
             for index, item in await self._all_news(patience):
-                found = await self._events_of(index, item)
+                try:
+                    found = await self._events_of(index, item)
+                except ApiError as error:  # told after what was said before it
+                    failure = error
+                    break
                 if self._trial is None:
                     events += found
                 else:
                     self._try(self._trial, index, found, item)
+            if failure is not None and not events:
+                raise failure
             if self._trial is not None and (self._trial.decided or self._num_over == self._num_jobs):
                 self.cancel()
                 self.outcome.scaling = self._trial.document()
@@ -281,6 +293,8 @@ class Answering:
             for event in events:
                 self.outcome.take(event)
             yield events
+            if failure is not None:
+                raise failure
             if self.outcome.scaling is not None:
                 break
         if self._guard is not None:

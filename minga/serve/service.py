@@ -153,6 +153,7 @@ class Service:
         """Once, when an answer is over: limits, meter, metrics and log."""
         self._num_open -= 1
         usage, worker, now = answering.outcome.usage, answering.worker, monotonic()
+        usage.completion = max(usage.completion, answering.num_made_tokens)  # what was made for a client that left, too
         admission.release(usage.prompt + usage.completion)
         reason = answering.outcome.choices[0].finish_reason
         if error is not None:

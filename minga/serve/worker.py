@@ -86,6 +86,11 @@ class Job:
         return 0 if self.entry is None else self.entry.sequence.num_cached_tokens
 
     @property
+    def num_made_tokens(self) -> int:
+        """Of the answer, told or not."""
+        return 0 if self.entry is None else self.entry.sequence.length - self.entry.sequence.num_prompt_tokens
+
+    @property
     def num_reasoning_tokens(self) -> int:
         return 0 if self.entry is None else self.entry.sequence.num_reasoning_tokens
 
@@ -201,10 +206,12 @@ class Worker:
         news = self._take_in(self._running)
         began = monotonic()
         try:
-            self.llm.step()
+            if self._running:
+                self.llm.step()
         except BaseException as error:
             for job in self._running:
-                self._end(job, error, news)
+                if self._collect(job, news, began, inf):  # what it had said before
+                    self._end(job, error, news)
             self._running = []
         now = monotonic()
         self.busy_seconds += now - began

@@ -177,7 +177,7 @@ def test_what_was_said_to_a_client_that_left_is_metered(make_client, llm, keys, 
 
     def one_by_one() -> None:
         llm._runner._seconds_a_step.clear()  # or one step is many
-        if llm.num_steps == 20:
+        if llm.num_steps == 5:
             llm.gate.clear()
         step()
 

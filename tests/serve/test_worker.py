@@ -73,7 +73,7 @@ def test_a_client_that_leaves_the_queue_is_never_served(client, llm, stream):
         llm.gate.set()
         await first.task
         assert first.status == 200 and second.sent == []
-        await until(lambda: llm.is_idle)
+        await until(lambda: llm.is_idle and not client.app.state.service.workers["tiny"].running)
         assert await status(client) == (0, 0) and len(llm.asked) == 1
 
     asyncio.run(story())
