@@ -169,7 +169,8 @@ def test_thinking_can_be_turned_off(make_client, thinker):
 def test_a_format_holds_after_the_thoughts(make_client, thinker):
     client = make_client({"thinker": thinker})
     for budget in (0, 5):
-        message = client.message(thinking_budget=budget, max_tokens=60, **says("Quito"))
+        # ignoring the end of text: a model may end in the middle of its thoughts, and then there is no answer
+        message = client.message(thinking_budget=budget, max_tokens=60, ignore_eos=True, **says("Quito"))
         assert message["content"] == "Quito"
 
 

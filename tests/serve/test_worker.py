@@ -355,7 +355,7 @@ def stream_that_fails(client: Client, llm: TinyLLM, path: str, **fields: Any) ->
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client, llm):
-    *events, done = stream_that_fails(client, llm, "/v1/chat/completions", **LONG)
+    *events, done = stream_that_fails(client, llm, "/v1/chat/completions", **LONG, seed=1)
     *_, word, failure = map(json.loads, events)
     assert done == "[DONE]" and word["choices"][0]["delta"]["content"]
     assert failure["error"]["type"] == "server_error" and failure["error"]["code"] == "generation_failed"
