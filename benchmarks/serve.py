@@ -59,9 +59,11 @@ def make_model(folder: Path, name: str) -> None:
     from minga.data.tokenizer import train_bpe
     from minga.model.transformer import Transformer
 
-    rng = random.Random(0)
-    texts = [" ".join("".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) for _ in range(400)) for _ in range(200)]
-    config = model_config(name)
+    rng, config = random.Random(0), model_config(name)
+    num_texts = config.vocab_size // 16  # enough repeated pieces for so many tokens
+    texts = [
+        " ".join("".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(400)) for _ in range(num_texts)
+    ]
     tokenizer = train_bpe(texts, config.vocab_size)
     minga.save(Transformer(config).init_weights(torch.Generator().manual_seed(0)), folder)
     tokenizer.save(folder)
