@@ -23,7 +23,7 @@ from minga.engine.sampler import SamplingParams
 from minga.engine.scheduler import Entry
 from minga.model.transformer import Transformer
 from minga.serve.app import create_app
-from minga.serve.server import bind
+from minga.serve.server import bind, configured
 from minga.serve.service import Settings
 
 ANSWER = "Hola, ¿qué tal? Adiós."
@@ -226,7 +226,7 @@ def serving(app: Any) -> Iterator[str]:
     """The app behind a real socket."""
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="error"))
+        server = uvicorn.Server(configured(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

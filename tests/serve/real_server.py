@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from minga.config.presets import tiny
 from minga.data.tokenizer import DEFAULT_SPECIALS, train_bpe
 from minga.engine.llm import LLM
 from minga.model.transformer import Transformer
 from minga.serve.app import create_app
-from minga.serve.server import bind
 from minga.serve.service import Settings
+from tests.serve import conftest
 
 CONTEXT = 4096
 THOUGHT, CALL = ("<think>", "</think>"), ("<|tool_call|>", "<|tool_args|>", "<|tool_end|>")
@@ -49,18 +47,6 @@ def untrained(*, markers: bool = False) -> LLM:
     return LLM.from_parts(model, tokenizer)
 
 
-@contextmanager
-def serving(models: Mapping[str, LLM], runs_dir: Path, settings: Settings | None = None) -> Iterator[str]:
+def serving(models: Mapping[str, LLM], runs_dir: Path, settings: Settings | None = None) -> AbstractContextManager[str]:
     """The address of a server with these models."""
-    app = create_app(models, runs_dir, settings)
-    with bind("127.0.0.1", 0) as listener:
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="on", log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=10)
-            assert not thread.is_alive()
+    return conftest.serving(create_app(models, runs_dir, settings))

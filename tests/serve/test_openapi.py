@@ -9,16 +9,14 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from minga.config.presets import tiny
 from minga.data.tokenizer import train_bpe
@@ -29,8 +27,8 @@ from minga.serve.app import create_app
 from minga.serve.keys import Keys
 from minga.serve.moderation import RuleGuard
 from minga.serve.openapi import OPERATIONS, describe
-from minga.serve.server import bind, configured
 from minga.serve.service import Settings
+from tests.serve import conftest
 
 KEY = "sk-" + "k" * 40
 SECONDS = 130  # of each of the two runs
@@ -80,19 +78,9 @@ def llm() -> LLM:
     return LLM.from_parts(Transformer(config).init_weights(torch.Generator().manual_seed(3)), tokenizer)
 
 
-@contextmanager
-def serving(llm: LLM, runs: Path, **settings: Any) -> Iterator[str]:
-    app = create_app({"little": llm}, runs, Settings(guard=RuleGuard(), watermark=secret_number(b"s" * 32), **settings))
-    with bind("127.0.0.1", 0) as listener:
-        listener.listen()
-        server = uvicorn.Server(configured(app))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
+def serving(llm: LLM, runs: Path, **settings: Any) -> AbstractContextManager[str]:
+    whole = Settings(guard=RuleGuard(), watermark=secret_number(b"s" * 32), **settings)
+    return conftest.serving(create_app({"little": llm}, runs, whole))
 
 
 def test_the_document_and_the_routes_name_the_same(llm: LLM, tmp_path: Path) -> None:
