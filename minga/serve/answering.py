@@ -213,14 +213,14 @@ class Answering:
         self._news: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
         self._failure: ApiError | None = None
         self._num_over = 0
-        self.outcome = Outcome([Choice() for _ in range(generation.num_choices)], Usage())
+        self.outcome = Outcome([Choice() for _ in range(generation.num_answers)], Usage())
         scaling = generation.scaling
-        self._num_jobs = generation.num_choices if scaling is None else scaling.num
+        self._num_jobs = generation.num_answers if scaling is None else scaling.num
         self._trial: Trial | None = None
         if scaling is not None:
             self._trial = Trial(scaling, [Candidate(Outcome([Choice()], Usage())) for _ in range(scaling.num)])
         self.asked = monotonic()
-        self.prompt: Prompt | None = None
+        self._prompts: list[Prompt] = []
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.pauses: list[float] = []  # seconds between what came and what came next, of all choices
@@ -261,8 +261,8 @@ class Answering:
         if self.generation.moderation is not None and self._guard is None:
             raise invalid("moderation", "this server has no guard; start it without `--guard none`")
         self.worker.refuse_if_full(self.tenant)
-        self.prompt = await asyncio.to_thread(self._prepare)
-        self.outcome.usage.prompt = len(self.prompt.ids)
+        self._prompts = await asyncio.to_thread(self._prepare)
+        self.outcome.usage.prompt = sum(len(prompt.ids) for prompt in self._prompts)
         self.worker.refuse_if_full(self.tenant)  # others may have come meanwhile
         self._ask()
 
@@ -363,10 +363,14 @@ class Answering:
 
     # ------------------------------------------------------------------ moderation
 
-    def _prepare(self) -> Prompt:
-        if self._guard is not None:
+    def _prepare(self) -> list[Prompt]:
+        one = replace(self.generation, more_prompts=())
+        prompts = [prepare(one, self.worker, self._most_tokens)]
+        for prompt in self.generation.more_prompts:
+            prompts.append(prepare(replace(one, prompt=prompt), self.worker, self._most_tokens))
+        if self._guard is not None:  # after the lengths: a guard reads all of a text
             self._judge_input(self._guard)
-        return prepare(self.generation, self.worker, self._most_tokens)
+        return prompts
 
     def _judge_input(self, guard: Guard) -> None:
         """Raises `ApiError` for what may not be asked."""
@@ -400,25 +404,23 @@ class Answering:
 
     def _ask(self) -> None:
         """One more choice."""
-        assert self.prompt is not None
-        index, params = len(self._jobs), replace(self.prompt.params, watermark=self._watermark)
-        if (
-            self._trial is not None
-            and self.generation.scaling is not None
-            and self.generation.scaling.method == "best_of"
-        ):
+        index, scaling = len(self._jobs), self.generation.scaling
+        number = index if scaling is not None else index % self.generation.num_choices  # of the prompt's answers
+        prompt = self._prompts[0 if scaling is not None else index // self.generation.num_choices]
+        params = replace(prompt.params, watermark=self._watermark)
+        if scaling is not None and scaling.method == "best_of":
             params = replace(params, logprobs=params.logprobs or 0)
-        if index > 0 and params.seed is not None:  # each its own draws; the seed gives the same ones again
-            params = replace(params, seed=(params.seed + index) % MAX_SEED)
+        if number > 0 and params.seed is not None:  # each its own draws; the seed gives the same ones again
+            params = replace(params, seed=(params.seed + number) % MAX_SEED)
         job = Job(
-            self.prompt.ids,
+            prompt.ids,
             params,
             lambda item: self._news.put_nowait((index, item)),
             self.tenant,
             self.generation.salt,
         )
         self._jobs.append(job)
-        self._speakers.append(_Speaker(index if self._trial is None else 0, self, self.prompt.is_thinking))
+        self._speakers.append(_Speaker(index if self._trial is None else 0, self, prompt.is_thinking))
         self.worker.submit(job)
 
     def _note_first(self) -> None:
@@ -543,7 +545,8 @@ class _Speaker:
 def _said_by_user(generation: Generation, llm: LLM) -> str:
     """What came from outside: users and tools."""
     if generation.prompt is not None:
-        return generation.prompt if isinstance(generation.prompt, str) else llm.tokenizer.decode(generation.prompt)
+        prompts = [generation.prompt, *generation.more_prompts]
+        return "\n".join(each if isinstance(each, str) else llm.tokenizer.decode(each) for each in prompts)
     return "\n".join(message["content"] or "" for message in generation.messages if message["role"] in ("user", "tool"))
 
 

@@ -28,8 +28,8 @@ class CompletionBody(SamplingFields):
     model_config = ConfigDict(json_schema_extra=needs("stream_options", stream=True))
 
     model: str | None = None
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
-        description="A text, a list with one text, or the ids of its tokens."
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
+        description="A text, the ids of its tokens, or a list of either: then each has its own answers."
     )
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="16 if left out.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -44,17 +44,24 @@ class CompletionBody(SamplingFields):
     best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(None, description="1 only; see `scaling` of the chat.")
     suffix: Unsupported = None
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
     def generation(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "it needs `stream` set to true")
-        if self.echo and not isinstance(self.prompt, str):
-            raise invalid("echo", "it needs a prompt that is one text")
-        prompt = self.prompt
-        if isinstance(prompt, list) and isinstance(prompt[0], str):
-            prompt = prompt[0]
+        first, *others = self.prompts
+        if self.echo and not isinstance(first, str):
+            raise invalid("echo", "it needs prompts that are texts")
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise invalid("n", f"{len(self.prompts)} prompts with {self.n} answers each are more than {MAX_CHOICES}")
         return Generation(
             sampling=self.sampling(logprobs=self.logprobs),
-            prompt=prompt,
+            prompt=first,
+            more_prompts=tuple(others),
             max_tokens=self.max_tokens,
             default_max_tokens=_DEFAULT_MAX_TOKENS,
             num_choices=self.n or 1,
@@ -71,11 +78,11 @@ class CompletionWriter:
     def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer):
         self.stream = bool(body.stream)
         self._usage_wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
-        self._echo = body.prompt if body.echo and isinstance(body.prompt, str) else ""
-        self._num_choices = body.n or 1
+        # before each answer
+        self._echoes = [str(prompt) if body.echo else "" for prompt in body.prompts for _ in range(body.n or 1)]
         self._logprobs_wanted = body.logprobs is not None
         self._tokenizer = tokenizer
-        self._lengths = [len(self._echo)] * self._num_choices  # of the text so far, for the offsets of tokens
+        self._lengths = [len(echo) for echo in self._echoes]  # of the text so far, for the offsets of tokens
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -85,14 +92,15 @@ class CompletionWriter:
 
     def document(self, outcome: Outcome) -> dict[str, Any]:
         choices = [
-            self._choice(index, self._echo + choice.text, choice.logprobs, choice.finish_reason)
+            self._choice(index, self._echoes[index] + choice.text, choice.logprobs, choice.finish_reason)
             for index, choice in enumerate(outcome.choices)
         ]
         return {**self._head, "choices": choices, "usage": usage_document(outcome.usage), **extras(outcome)}
 
     def begin(self, usage: Usage) -> Iterator[bytes]:
-        for index in range(self._num_choices if self._echo else 0):
-            yield self._chunk([self._choice(index, self._echo, [], None)])
+        for index, echo in enumerate(self._echoes):
+            if echo:
+                yield self._chunk([self._choice(index, echo, [], None)])
 
     def event(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Text):

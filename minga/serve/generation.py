@@ -66,7 +66,7 @@ class Moderated:
 class Generation:
     """A checked request. `messages` are in the shape of OpenAI's chat: texts, tool calls with arguments as text, reasoning.
 
-    prompt: a plain text or token ids, instead of messages. echo: the prompt belongs to the answer's text.
+    prompt: a plain text or token ids, instead of messages; more_prompts: others, each with its own choices behind the first's.
     thinking: None leaves it to the model's template.
     max_tokens: None takes `default_max_tokens`, or what room there is. salt: cached prompts are shared with the same salt only.
     field: what the endpoint calls the messages, for refusals.
@@ -75,6 +75,7 @@ class Generation:
     sampling: SamplingParams
     messages: Sequence[dict[str, Any]] = ()
     prompt: str | list[int] | None = None
+    more_prompts: tuple[str | list[int], ...] = ()
     max_tokens: int | None = None
     default_max_tokens: int = DEFAULT_MAX_TOKENS
     num_choices: int = 1
@@ -87,6 +88,10 @@ class Generation:
     watermark: bool = False
     salt: str = ""
     field: str = "messages"
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_choices * (1 + len(self.more_prompts))
 
     def params_within(self, room: int) -> SamplingParams:
         """How to sample an answer for which the context has `room` tokens left."""

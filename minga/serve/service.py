@@ -129,7 +129,7 @@ class Service:
         if generation.scaling is not None:
             wanted *= generation.scaling.num
             wanted = min(wanted, generation.scaling.max_total_tokens or wanted)
-        admission = self.limits.admit(key, num_bytes // _BYTES_A_TOKEN + wanted * generation.num_choices)
+        admission = self.limits.admit(key, num_bytes // _BYTES_A_TOKEN + wanted * generation.num_answers)
         answering = Answering(
             generation, worker, tenant=key.name, guard=self.settings.guard, blocks=self.settings.moderate,
             watermark=self.settings.watermark, most_tokens=key.max_output_tokens,

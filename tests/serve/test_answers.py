@@ -445,3 +445,19 @@ def test_tokens_that_are_spent_end_the_answer(client, llm, stream):
 def test_scaling_that_cannot_be(client):
     assert client.error(scaling={"method": "verifier"})["param"] == "scaling.verifier"
     assert client.error(scaling={"method": "majority"}, n=2)["param"] == "n"
+
+
+def test_several_prompts_have_their_own_answers(client, llm):
+    fields = {"max_tokens": 6, "ignore_eos": True, "seed": 3, "n": 2, "echo": True, "logprobs": 1}
+    each = [client.post("/v1/completions", prompt=prompt, **fields).json() for prompt in ("one", "two")]
+    together = client.post("/v1/completions", prompt=["one", "two"], **fields).json()
+    wanted = [choice for document in each for choice in document["choices"]]
+    assert [choice["index"] for choice in together["choices"]] == [0, 1, 2, 3]
+    assert [choice | {"index": 0} for choice in together["choices"]] == [choice | {"index": 0} for choice in wanted]
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert together["usage"][name] == sum(document["usage"][name] for document in each)
+    ids = [client.post("/tokenize", prompt=prompt).json()["tokens"] for prompt in ("one", "two")]
+    again = client.post("/v1/completions", prompt=ids, **fields | {"echo": False}).json()
+    assert [choice["text"] for choice in again["choices"]] == [c["text"][3:] for c in together["choices"]]
+    refused = client.post("/v1/completions", prompt=["a"] * 9, n=2).json()["error"]
+    assert refused["param"] == "n" and "more than 16" in refused["message"]
