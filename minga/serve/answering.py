@@ -169,11 +169,11 @@ def _grammar(generation: Generation, worker: Worker) -> Grammar | None:
     lark = None if answer is None else _ANSWER_GRAMMARS[answer.kind](answer.value)
     if use is None:
         return None if lark is None else Grammar(lark)
-    must_call = use.required or lark is not None
+    # of calls alone: what may come before them, thoughts and text, is the guide's, or the format's
+    choice = "required" if use.required or lark is not None else "auto"
     calls = dialects.call_grammar(
-        worker.dialect, use.callable, choice="required" if must_call else "auto", parallel=use.parallel,
-        tokenizer=worker.llm.tokenizer,
-    )  # fmt: skip  # thoughts are the guide's
+        worker.dialect, use.callable, choice=choice, parallel=use.parallel, tokenizer=worker.llm.tokenizer
+    )
     return Grammar(calls.lark, calls.triggers) if lark is None else Grammar(_either(calls.lark, lark))
 
 
