@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from minga.serve.answering import Answering
-from minga.serve.errors import ApiError, a_bug, json_response
+from minga.serve.errors import LEFT, ApiError, a_bug, json_response
 from minga.serve.generation import Writer
 
 PATIENCE_SECONDS = 15.0  # without a byte, after which a stream says that it lives
@@ -50,7 +50,7 @@ class Answer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(self._answer(scope, receive, send))
         leaving = asyncio.create_task(_disconnect(receive))
-        error: ApiError | None = ApiError("the client left", status=499, code="cancelled")
+        error: ApiError | None = ApiError("the client left", status=LEFT, code="cancelled")
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self._deadline)
             if not answering.done() and not leaving.done():

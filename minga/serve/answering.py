@@ -205,7 +205,7 @@ class Answering:
         self.generation, self.worker, self.tenant = generation, worker, tenant
         self._most_tokens = most_tokens
         wanted = generation.moderation or Moderated()
-        self._guard = guard if blocks or generation.moderation is not None else None
+        self.guard = guard if blocks or generation.moderation is not None else None  # None: nothing is to be judged
         self._blocks_input, self.blocks_output = blocks or wanted.blocks_input, blocks or wanted.blocks_output
         self._watermark = watermark if generation.watermark else None
         self._jobs: list[Job] = []
@@ -249,16 +249,11 @@ class Answering:
     def was_blocked(self) -> bool:
         return any(choice.finish_reason == "content_filter" for choice in self.outcome.choices)
 
-    @property
-    def guard(self) -> Guard | None:
-        """None where nothing is to be judged."""
-        return self._guard
-
     async def start(self) -> None:
         """Prepares and queues it. Raises `ApiError` if it is refused."""
         if self.generation.watermark and self._watermark is None:
             raise invalid("watermark", "this server has no secret to mark with; start it with --watermark")
-        if self.generation.moderation is not None and self._guard is None:
+        if self.generation.moderation is not None and self.guard is None:
             raise invalid("moderation", "this server has no guard; start it without `--guard none`")
         self.worker.refuse_if_full(self.tenant)
         self._prompts = await asyncio.to_thread(self._prepare)
@@ -297,8 +292,8 @@ class Answering:
                 raise failure
             if self.outcome.scaling is not None:
                 break
-        if self._guard is not None:
-            await asyncio.to_thread(self._judge_output, self._guard)
+        if self.guard is not None:
+            await asyncio.to_thread(self._judge_output, self.guard)
 
     async def _chosen(self, winner: Candidate) -> list[Event]:
         """What is told of the answer that was chosen; its end too, where the tokens were spent before it came."""
@@ -345,6 +340,10 @@ class Answering:
         if item is None:
             self._num_over += 1
             self.outcome.usage.reasoning += job.num_reasoning_tokens
+            if (
+                index and index % self.generation.num_choices == 0 and self._trial is None
+            ):  # of another prompt, the first
+                self.outcome.usage.cached += job.num_cached_tokens
         else:
             self._note_tokens(len(item.token_ids))
         if not speaker.is_guarded:
@@ -368,8 +367,8 @@ class Answering:
         prompts = [prepare(one, self.worker, self._most_tokens)]
         for prompt in self.generation.more_prompts:
             prompts.append(prepare(replace(one, prompt=prompt), self.worker, self._most_tokens))
-        if self._guard is not None:  # after the lengths: a guard reads all of a text
-            self._judge_input(self._guard)
+        if self.guard is not None:  # after the lengths: a guard reads all of a text
+            self._judge_input(self.guard)
         return prompts
 
     def _judge_input(self, guard: Guard) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,22 +27,26 @@ from minga.serve.answering import render
 from minga.serve.chat import ChatBody, ChatWriter
 from minga.serve.completions import CompletionBody, CompletionWriter
 from minga.serve.embeddings import EmbeddingBody
-from minga.serve.errors import ApiError, json_response
-from minga.serve.gate import LEFT, Gate
+from minga.serve.errors import LEFT, ApiError, json_response
+from minga.serve.gate import Gate
 from minga.serve.messages import CountTokensBody, MessagesBody, MessagesWriter, count_document, error_document
 from minga.serve.metrics import CONTENT_TYPE
 from minga.serve.openapi import describe
-from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
+from minga.serve.response_store import ResponseStore
+from minga.serve.responses import ResponsesBody, ResponsesWriter
 from minga.serve.runs import Runs
 from minga.serve.schema import Model, invalid, parse_body
 from minga.serve.service import Service, Settings
 from minga.serve.text import DetokenizeBody, ModerationBody, TokenizeBody, detokenize, moderate, tokenize
 
 if TYPE_CHECKING:
+    from minga.data.tokenizer import Tokenizer
     from minga.engine.llm import LLM
+    from minga.serve.generation import Writer
 
 MAX_BODY_BYTES, MAX_BODY_SECONDS = 10 << 20, 60.0
 _SMALL_BYTES = 1 << 10
+Asks = TypeVar("Asks", ChatBody, CompletionBody, MessagesBody)
 _MAX_DRAINED_BYTES = 64 << 20  # a client that is cut off while it sends may never see why it was refused
 _PAGE = Path(__file__).parent / "page"
 # Said here, not left to the system's own table: browsers run no module that is called text/plain.
@@ -116,18 +120,26 @@ class Api:
     # ------------------------------------------------------------------ answers
 
     async def chat_completions(self, request: Request) -> Answer:
-        body, num_bytes = await _read_body(request, ChatBody)
-        worker = self.service.worker(body.model)
-        generation = await asyncio.to_thread(body.generation)
-        writer = ChatWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
+        return await self._answer(request, ChatBody, ChatWriter)
 
     async def completions(self, request: Request) -> Answer:
-        body, num_bytes = await _read_body(request, CompletionBody)
+        return await self._answer(request, CompletionBody, CompletionWriter)
+
+    async def messages(self, request: Request) -> Answer:
+        return await self._answer(request, MessagesBody, MessagesWriter, error_document)
+
+    async def _answer(
+        self,
+        request: Request,
+        body_type: type[Asks],
+        writer_type: Callable[[Asks, str, Tokenizer], Writer],
+        refusal: Callable[[ApiError], dict[str, Any]] = ApiError.document,
+    ) -> Answer:
+        body, num_bytes = await _read_body(request, body_type)
         worker = self.service.worker(body.model)
         generation = await asyncio.to_thread(body.generation)
-        writer = CompletionWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes)
+        writer = writer_type(body, worker.name, worker.llm.tokenizer)
+        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes, refusal=refusal)
 
     async def responses(self, request: Request) -> Answer:
         body, num_bytes = await _read_body(request, ResponsesBody)
@@ -148,13 +160,6 @@ class Api:
     async def list_input_items(self, request: Request) -> Response:
         id = request.path_params["id"]
         return json_response(self.stored.input_items(request.state.key.name, id, request.query_params))
-
-    async def messages(self, request: Request) -> Answer:
-        body, num_bytes = await _read_body(request, MessagesBody)
-        worker = self.service.worker(body.model)
-        generation = await asyncio.to_thread(body.generation)
-        writer = MessagesWriter(body, worker.name, worker.llm.tokenizer)
-        return self.service.answer(request, generation, writer, worker, num_bytes=num_bytes, refusal=error_document)
 
     async def count_tokens(self, request: Request) -> Response:
         body, _ = await _read_body(request, CountTokensBody)

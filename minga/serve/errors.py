@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+LEFT = 499  # the status, as nginx has it, of a request whose client went away; nobody is told
+
 
 class ApiError(Exception):
     """A request that is refused or fails. `param` names the field that is to blame (`messages[1].content`)."""

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minga.serve.errors import ApiError, a_bug
+from minga.serve.errors import LEFT, ApiError, a_bug
 from minga.serve.keys import Key, Keys
 from minga.serve.log import Access, AccessLog
 
@@ -36,7 +36,6 @@ _REPLY_HEADERS = {
 
 _PUBLIC = {"/", "/health", "/ready", "/docs"}  # the page's files too: what they ask the server for is not
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-LEFT = 499  # logged where the client went away before it was told anything, as nginx does
 EVERYBODY = Key("")  # who asks where no key is needed
 
 

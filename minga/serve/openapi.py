@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 import minga
 from minga.serve.chat import ChatBody
@@ -165,8 +166,10 @@ _EVENT = {
 @cache
 def _schemas() -> tuple[dict[Any, Any], dict[str, Any]]:
     """References of the bodies, and the components to which they lead."""
-    bodies = [(operation.body, "validation") for operation in OPERATIONS if operation.body is not None]
-    references, document = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
+    bodies: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (operation.body, "validation") for operation in OPERATIONS if operation.body is not None
+    ]
+    references, document = models_json_schema(bodies, ref_template=_REF)
     return {body: reference for (body, _), reference in references.items()}, _without_half_discriminators(
         document["$defs"]
     )

@@ -181,7 +181,7 @@ class Connection(HttpToolsProtocol):
     _num_bytes = 0  # of the head so far
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn itself has it
         super().connection_made(transport)
         self._wait()
 

@@ -17,7 +17,7 @@ from minga.serve import meter
 from minga.serve.answer import FAREWELL_SECONDS, Answer
 from minga.serve.answering import Answering
 from minga.serve.embeddings import EmbeddingBody, embed
-from minga.serve.errors import ApiError
+from minga.serve.errors import LEFT, ApiError
 from minga.serve.generation import Generation, Usage, Writer
 from minga.serve.keys import Key, Keys
 from minga.serve.limits import Admission, Limits
@@ -156,9 +156,12 @@ class Service:
         usage.completion = max(usage.completion, answering.num_made_tokens)  # what was made for a client that left, too
         admission.release(usage.prompt + usage.completion)
         reason = answering.outcome.choices[0].finish_reason
-        if error is not None:
-            reason = "abort" if error.status == 499 else "error"
-            (self.metrics.cancelled(worker.name) if error.status == 499 else self.metrics.refused(str(error.code)))
+        if error is not None and error.status == LEFT:
+            reason = "abort"
+            self.metrics.cancelled(worker.name)
+        elif error is not None:
+            reason = "error"
+            self.metrics.refused(str(error.code))
         for _ in range(answering.num_malformed_calls):
             self.metrics.malformed_tool_call(worker.name)
         if answering.was_blocked:

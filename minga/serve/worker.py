@@ -56,7 +56,6 @@ class Job:
     receive: Callable[[Delta | BaseException | None], None]
     tenant: str = ""
     salt: str = ""
-    asked: float = field(default_factory=monotonic)
     began: float | None = None  # when the model's thread took it
     cancelled: threading.Event = field(default_factory=threading.Event)
     entry: Entry | None = None
@@ -258,21 +257,18 @@ class Worker:
     def _collect(self, job: Job, news: list[tuple[Job, Any]], now: float, since: float) -> bool:
         """What is new of a job, if nothing was told since then; False once the answer is over."""
         assert job.entry is not None
-        sequence, error = job.entry.sequence, None
+        sequence = job.entry.sequence
+        error: BaseException | None = None
         if not job.cancelled.is_set():
             if job.told > since and not sequence.finished:
                 return True
-            try:
-                delta = sequence.take_delta()
-            except Exception as failure:
-                error = failure
-            else:
-                if delta.token_ids:
-                    news.append((job, delta))
-                    job.told = now
-                if not sequence.finished:
-                    return True
-                error = sequence.failure
+            delta = sequence.take_delta()
+            if delta.token_ids:
+                news.append((job, delta))
+                job.told = now
+            if not sequence.finished:
+                return True
+            error = sequence.failure
         self._end(job, error, news)
         return False
 

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 
 from minga.serve.errors import ApiError, json_bytes
 from minga.serve.generation import DEFAULT_MAX_TOKENS, AnswerFormat, Text
-from minga.serve.responses import ResponsesBody, ResponseStore, ResponsesWriter
+from minga.serve.response_store import ResponseStore
+from minga.serve.responses import ResponsesBody, ResponsesWriter
 from minga.serve.schema import parse_body
 from tests.serve import canned
 
