@@ -128,16 +128,40 @@ class Pattern:
         """Raises `UserError` where it does not compile."""
         from llguidance import LLTokenizer
 
-        inner = pattern.removeprefix("^")
-        ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1
-        before = "" if pattern.startswith("^") else "(?s:.*)"
-        whole = f"{before}({inner[:-1]})" if ends else f"{before}({inner})(?s:.*)"
+        whole = "|".join(map(_anywhere, _alternatives(pattern)))
         self._matcher = _matcher(LLTokenizer("byte"), regex_grammar(whole))
 
     def found_in(self, text: str) -> bool:
         """Where its fuel runs out, it is taken for not found."""
         matcher, spelled = self._matcher.deep_copy(), text.encode("utf-8", "replace")
         return matcher.try_consume_tokens([*spelled]) == len(spelled) and matcher.is_accepting()
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The parts between the bars that are in no group and no class."""
+    parts, depth, in_class, start, at = [], 0, False, 0, 0
+    while at < len(pattern):
+        character = pattern[at]
+        if character == "\\":
+            at += 1
+        elif in_class:
+            in_class = character != "]"
+        elif character == "[":
+            in_class = True
+        elif character == "|" and depth == 0:
+            parts.append(pattern[start:at])
+            start = at + 1
+        depth += 0 if in_class else (character == "(") - (character == ")")
+        at += 1
+    return [*parts, pattern[start:]]
+
+
+def _anywhere(part: str) -> str:
+    """The part within any text, but for the anchors that it has."""
+    inner = part.removeprefix("^")
+    ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1
+    before = "" if part.startswith("^") else "(?s:.*)"
+    return f"{before}({inner[:-1]})" if ends else f"{before}({inner})(?s:.*)"
 
 
 def _matcher(backend: LLTokenizer, lark: str) -> LLMatcher:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 from minga.config.presets import tiny
 from minga.data.tokenizer import Tokenizer, train_bpe
-from minga.engine.grammar import Grammar, Thinking
+from minga.engine.grammar import Grammar, Pattern, Thinking
 from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
@@ -193,3 +194,19 @@ def test_marks_tell_control_tokens_from_their_names_spelled_out(model, tokenizer
     assert len(spelled) > 1
     text = "".join(map(stream.push, [*spelled, *ids(tokenizer, "<think>"), *tokenizer.encode("ab\U00100003")]))
     assert tokenizer.split_marks(text, markers) == [("<think>", False), ("<think>", True), ("ab\ufffd", False)]
+
+
+@pytest.mark.parametrize(
+    "pattern, found, other",
+    [
+        ("^a|b$", ("ax", "xb", "a"), ("xa", "bx", "")),
+        ("a|b", ("xa", "bx"), ("c",)),
+        (r"^(a|b)$", ("a", "b"), ("ab", "xa")),
+        (r"[|(]\||c\$$", ("x(|", "||y", "c$"), ("|", "c$d")),
+        (r"7\\$", ("x7\\",), ("7\\y", "7")),
+    ],
+)
+def test_a_pattern_is_found_where_pythons_is(pattern, found, other):
+    known = Pattern(pattern)
+    for text in found + other:
+        assert known.found_in(text) == (text in found) == (re.search(pattern, text) is not None)
