@@ -27,9 +27,7 @@ from minga.model.cache import PAGE, Cache, Pages
 PREFILL_TOKENS = {"cpu": 512}  # of one step, all prompts together: bounds what a running text waits
 PREFILL_TOKENS_ELSEWHERE = 2048
 BURST_SECONDS = 0.02  # of steps in one call
-MOST_PENDING = (
-    8  # tokens of a text whose rows the module lacks: more, as after forced ones, are read in a step of their own
-)
+MOST_PENDING = 8  # tokens whose rows the module lacks, in a call of several steps: after forced ones there are more
 MAX_LOOKING = 4  # texts side by side, beyond which guesses from the text are not worth the reading
 
 
@@ -278,12 +276,11 @@ class Runner:
     def _propose(self, group: list[Entry], num_drafts: int) -> list[list[int]]:
         """Guesses for those texts of which the module knows the last state."""
         able = [entry for entry in group if entry.can_guess] if num_drafts else []
-        drafts = dict(
-            zip(map(id, able), propose(self.model, self.cache, able, num_drafts) if able else [], strict=True)
-        )
+        guesses = iter(propose(self.model, self.cache, able, num_drafts) if able else [])
+        drafts = [next(guesses) if entry in able else [] for entry in group]
         for entry in able:
             entry.new_ids = []  # their rows are written
-        return [drafts.get(id(entry), []) for entry in group]
+        return drafts
 
     def _plain(self, group: list[Entry]) -> bool:
         """Whether several steps may be one call."""
