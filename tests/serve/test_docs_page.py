@@ -101,7 +101,7 @@ def test_it_sends_and_shows_what_comes_back(visit):
         tab.wait(f"document.querySelector('{CHAT} .try .row .label').textContent.includes(' s')")
         return tab.text(f"{CHAT} .reply")
 
-    hello = {"messages": [{"role": "user", "content": "<b>hi</b>"}], "max_tokens": 3}
+    hello = {"messages": [{"role": "user", "content": "<b>hi</b>"}], "max_tokens": 3, "ignore_eos": True}
     assert json.loads(reply(json.dumps(hello)))["usage"]["completion_tokens"] == 3
     streamed = reply(json.dumps(hello | {"stream": True}))
     assert streamed.startswith("data: {") and streamed.rstrip().endswith("data: [DONE]")
