@@ -16,7 +16,7 @@ class Setup:
 
     precision: what matrix products are computed in. With float32 everything is; with bf16, fp8 or int8 there is a float32 copy of
     each trained weight for the optimizer (`master`; without it weights, gradients and moments are bf16 alone).
-    shard: how much is spread over data-parallel ranks: 0 nothing (DDP), 1 optimizer states, 2 gradients too, 3 weights too (FSDP).
+    shard: what is spread over data-parallel ranks: 0 nothing (DDP), 1 optimizer states, 2 gradients too, 3 weights too (FSDP).
     recompute: activations computed again in the backward pass. selective: norms, activations of the MLPs and up-projections;
     full: everything but each block's input.
     lora_rank: trains only low-rank pairs beside every matrix, above weights stored as `stored` (int4: QLoRA).
