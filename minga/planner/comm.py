@@ -43,7 +43,7 @@ def step_bytes(config: TrainConfig, *, dp: int, ep: int = 1, with_mtp: bool = Fa
     layers += [bool(c.n_routed_experts)] * modules
     moe = sum(layers)
 
-    matrices = [shape for is_moe in layers for shape in _matrices(c, is_moe)]
+    matrices = [shape for is_moe in layers for shape in layer_matrices(c, is_moe)]
     matrices += [(c.hidden_size, 2 * c.hidden_size)] * modules  # the modules' joins, and their three norms
     inside = matrices + [shape for is_moe in layers for shape in _others(c, is_moe)]
     inside += [(c.hidden_size, 1)] * (3 * modules)
@@ -82,7 +82,7 @@ def _padded(shapes: Iterable[Shape], processes: int) -> int:
     return sum(-(-rows // processes) * processes * columns for rows, columns in shapes)
 
 
-def _matrices(c: ModelConfig, is_moe: bool) -> list[Shape]:
+def layer_matrices(c: ModelConfig, is_moe: bool) -> list[Shape]:
     """A block's matrices, experts and router left out."""
     D, H, Q, V = c.hidden_size, c.num_attention_heads, c.qk_head_dim, c.value_head_dim
     hidden = c.n_shared_experts * c.moe_intermediate_size if is_moe else c.intermediate_size
