@@ -26,7 +26,8 @@ class Estimate:
     @classmethod
     def between(cls, low: float, high: float) -> Estimate:
         """Nothing but its ends is known: the typical value is their geometric mean (half of `high` where `low` is 0)."""
-        return cls(low, math.sqrt(low * high) if low > 0 else high / 2, high)
+        middle = math.sqrt(low) * math.sqrt(high) if low > 0 else high / 2
+        return cls(low, min(max(middle, low), high), high)  # a rounding error may lie outside
 
     def __add__(self, other: Estimate) -> Estimate:
         return Estimate(self.low + other.low, self.typical + other.typical, self.high + other.high)
