@@ -337,6 +337,9 @@ def for_loss(
     served: tokens that the model will write and read in its life. Then it is the least of training and serving together,
     6 N D + 2 N served: smaller and longer trained (Sardana et al. 2024, 2401.00448). `flops` is of the training alone.
     """
+    _check("tokens per parameter", tokens_per_parameter)
+    _check("unique tokens", unique)
+    _check("tokens served", served or None)
     law = law or law_for(experts)
     floor = law.terms(experts)[0]
     if not floor < loss < 20:
@@ -429,7 +432,7 @@ def _lowest(of: Callable[[float], float], one: float, other: float) -> float:
     step = (math.sqrt(5) - 1) / 2
     for _ in range(SEARCH_STEPS):
         a, b = high - step * (high - low), low + step * (high - low)
-        low, high = (low, b) if of(math.exp(a)) <= of(math.exp(b)) else (a, high)
+        low, high = (low, b) if of(math.exp(a)) < of(math.exp(b)) else (a, high)  # to the right where both are infinite
     return math.exp((low + high) / 2)
 
 

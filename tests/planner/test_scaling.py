@@ -248,6 +248,14 @@ def test_a_served_13b_is_better_a_7b() -> None:
     assert saved / (6 * N * D + 2 * N * served) == pytest.approx(0.17, abs=0.01)
 
 
+def test_little_text_keeps_what_is_served_larger() -> None:
+    much, little = for_loss(2.2, served=1e14), for_loss(2.2, served=1e14, unique=2e10)
+    assert much.parameters < little.parameters < for_loss(2.2, unique=2e10).parameters * 1.01
+    assert math.isfinite(little.tokens)
+    reached = EPOCH.loss(little.parameters, little.tokens, unique=2e10)
+    assert reached.typical == pytest.approx(2.2)
+
+
 def test_overtraining_and_little_text_cost_compute() -> None:
     plain = for_loss(2.2)
     longer = for_loss(2.2, tokens_per_parameter=200)
@@ -276,6 +284,9 @@ def test_a_loss_that_none_reaches_is_refused(loss: float) -> None:
 def test_a_compute_that_is_none_is_refused(flops: float) -> None:
     with pytest.raises(UserError, match="positive number"):
         best_for_compute(flops)
+    if flops:
+        with pytest.raises(UserError, match="tokens served"):
+            for_loss(2.5, served=flops)
 
 
 # ------------------------------------------------------------------ models of every size
