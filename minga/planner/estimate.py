@@ -45,12 +45,14 @@ class Estimate:
 class Fact:
     """One number of a plan: `name` is its place in the JSON document, such as "train.gpu_hours".
 
+    label: what it is, in the words of the table; a fact without one is in the document alone. unit: see `words.in_unit`.
     `formula` says in one line how it follows from `inputs`, `source` who says so: a paper, a data sheet, our own measurement.
     """
 
     name: str
     value: float | int | str | Estimate
     unit: str = ""
+    label: str = ""
     formula: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
