@@ -1,11 +1,11 @@
 """What `minga plan` says of serving, beside what is published: DeepSeek's day, and rows of published/serving.csv.
 
-    python benchmarks/plan_serving.py        # every row, its error, and how many lie between low and high
+  python benchmarks/plan_serving.py        # every row, its error, and how many lie between low and high
 
-  plan/serving-day               nodes that DeepSeek's published day needed, from its tokens, beside the published
-  plan/serving-day/cost          and what they cost; /revenue, /margin
-  plan/serving-day/decode-node   tokens/s of a node from the roofline, not fitted to them, beside the published; /prefill-node
-  plan/serving/fit, /held        median error of tokens/s over the rows that the constants were set on, and over the others
+plan/serving-day               nodes that DeepSeek's published day needed, from its tokens, beside the published
+plan/serving-day/cost          and what they cost; /revenue, /margin
+plan/serving-day/decode-node   tokens/s of a node from the roofline, not fitted to them, beside the published; /prefill-node
+plan/serving/fit, /held        median error of tokens/s over the rows that the constants were set on, and over the others
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import Row, print_table, row
 
-from minga.config import ModelConfig
 from minga.config.hardware import Device, Machine
 from minga.config.presets import v3
+from minga.planner.architecture import Model
 from minga.planner.estimate import Estimate
 from minga.planner.serving import Serving, serve_estimate, serving_day
 
 PUBLISHED = Path(__file__).parent / "published" / "serving.csv"
 
 
-def dense(model_type: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> ModelConfig:
-    return ModelConfig(
-        model_type=model_type, vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128, rope_interleave=False,
-    )  # fmt: skip
+def dense(family: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """What counts of a config.json."""
+    return {
+        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
-def experts(hidden: int, inner: int, layers: int, heads: int) -> ModelConfig:
-    """Qwen3 with 8 of 128 experts."""
-    return dense("qwen3", 151936, hidden, inner, layers, heads, 4).replace(
-        n_routed_experts=128, num_experts_per_tok=8, moe_intermediate_size=inner, first_k_dense_replace=0, n_group=1,
-        topk_group=1,
-    )  # fmt: skip
+def experts(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    moe = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": inner}
+    return dense("qwen3_moe", 151936, hidden, 3 * inner, layers, heads, 4) | moe
 
 
-MODELS = {
+MODELS: dict[str, Model] = {
     "deepseek-v3": v3(),
     "llama-2-7b": dense("llama", 32000, 4096, 11008, 32, 32, 32),
     "llama-3.1-8b": dense("llama", 128256, 4096, 14336, 32, 32, 8),
@@ -54,21 +54,23 @@ MODELS = {
     "qwen3-235b-a22b": experts(4096, 1536, 94, 64),
 }
 T, G = 1e12, 1e9
+HOPPER = {"bf16": 989 * T, "fp8": 1979 * T}
+BLACKWELL = {"bf16": 2250 * T, "fp8": 4500 * T, "fp4": 9000 * T}
 DEVICES = {
     d.name: d
     for d in (
-        Device("H100-SXM", "data-centre", {"bf16": 989 * T, "fp8": 1979 * T}, 80 * G, 3.35 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
-        Device("H800", "data-centre", {"bf16": 989 * T, "fp8": 1979 * T}, 80 * G, 3.35 * T, 200 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
-        Device("H200", "data-centre", {"bf16": 989 * T, "fp8": 1979 * T}, 141 * G, 4.8 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.73}),
+        Device("H100-SXM", "data-centre", HOPPER, 80 * G, 3.35 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
+        Device("H800", "data-centre", HOPPER, 80 * G, 3.35 * T, 200 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
+        Device("H200", "data-centre", HOPPER, 141 * G, 4.8 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.73}),
         Device("H20", "data-centre", {"bf16": 148 * T, "fp8": 296 * T}, 96 * G, 4.0 * T, 450 * G),
-        Device("B200", "data-centre", {"bf16": 2250 * T, "fp8": 4500 * T, "fp4": 9000 * T}, 180 * G, 7.7 * T, 900 * G, achievable={"bf16": 0.78, "fp8": 0.76}),
+        Device("B200", "data-centre", BLACKWELL, 180 * G, 7.7 * T, 900 * G, achievable={"bf16": 0.78, "fp8": 0.76}),
         Device("RTX-3090", "consumer", {"bf16": 71.2 * T, "int8": 284 * T}, 24 * G, 0.936 * T),
         Device("RTX-4090", "consumer", {"bf16": 165.2 * T, "fp8": 330 * T, "int8": 661 * T}, 24 * G, 1.008 * T),
         Device("RTX-5090", "consumer", {"bf16": 209.5 * T, "fp8": 419 * T}, 32 * G, 1.792 * T),
         Device("M1-Max", "apple", {"float32": 10.4 * T, "bf16": 10.4 * T}, 64 * G, 0.4 * T),
         Device("M2-Ultra", "apple", {"float32": 27.2 * T, "bf16": 27.2 * T}, 192 * G, 0.8 * T),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def rows() -> list[Row]:
     found = [
         row("plan/serving-day", day.nodes, 226.75, unit="nodes", peer="published", ratio=day.nodes / 226.75, note=note),
         row("plan/serving-day/cost", day.cost, 87_072, unit="USD", peer="published", ratio=day.cost / 87_072),
-        row("plan/serving-day/revenue", day.revenue, 562_027, unit="USD", peer="published", ratio=day.revenue / 562_027),
+        row(
+            "plan/serving-day/revenue", day.revenue, 562_027, unit="USD", peer="published", ratio=day.revenue / 562_027
+        ),
         row("plan/serving-day/margin", 100 * day.margin, 545, unit="%", peer="published", ratio=day.margin / 5.45),
     ]
     for phase, (predicted, published) in node_speeds().items():

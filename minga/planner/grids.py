@@ -39,9 +39,13 @@ def find_grid(place: str | None = None) -> Grid:
         row, source = table["grids"][code], table["source"]
         cited = f"{source['title']}, {source['url']}, {source['date']}"
         return Grid(code, row["name"], row["grams"], row["year"], cited)
-    near = difflib.get_close_matches(_key(place)[:60], _codes(), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(_key(place), _codes(), n=3, cutoff=0.6)
     names = [f"{table['grids'][code]['name']} ({code})" for code in dict.fromkeys(_codes()[key] for key in near)]
-    hint = f"the nearest: {', '.join(names)}" if names else "a country by its ISO code or English name, such as CHL or France"
+    hint = (
+        f"the nearest: {', '.join(names)}"
+        if names
+        else "a country by its ISO code or English name, such as CHL or France"
+    )
     raise UserError(f"{place!r} is no country of the table (grid). {hint}, or world")
 
 
@@ -63,4 +67,4 @@ def _codes() -> Mapping[str, str]:
 
 def _key(name: str) -> str:
     """Without accents, case and whatever is no letter."""
-    return "".join(c for c in unicodedata.normalize("NFKD", name).casefold() if c.isalpha())
+    return "".join(c for c in unicodedata.normalize("NFKD", name[:100]).casefold() if c.isalpha())

@@ -14,9 +14,9 @@ devices: "tensor" cuts each matrix and sums with two all-reduces a layer; "exper
 own, and sends a token to its experts (one byte a number) and their answers back (two bytes). Then two half-batches take turns, so
 that one is sent while the other computes, and weights are read twice (DeepSeek-V3 report, section 3.4).
 
-`UTILIZATION` of what a machine can do is the first argument, for it decides the cost: full machines are rare.
+How much of what a machine can do is asked of it, its utilization, is the first argument, for it decides the cost.
 
-Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; the doubt covers nine of ten rows of all.
+Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; low and high hold nine of ten rows.
 B sequences, E experts, A chosen experts
 """
 
@@ -26,11 +26,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from minga.config import ModelConfig
 from minga.config.hardware import Machine
 from minga.errors import UserError
-from minga.planner.comm import layer_matrices
-from minga.planner.counts import cache_bytes_per_token, count_parameters, forward_flops, parameters_read
+from minga.planner.architecture import Architecture, Block, Model, architecture_of
+from minga.planner.counts import BYTES as CACHED_BYTES
+from minga.planner.counts import cache_bytes, count_parameters, forward_flops, parameters_read
 from minga.planner.estimate import Estimate, Fact
 
 # Bytes of a number. int4: four bits, and a float16 scale for 32 (as GGUF's Q4_0); fp4: and a byte for 16 (NVFP4); int8: and a
@@ -41,9 +41,13 @@ PRODUCTS = {"float32": "float32", "bf16": "bf16", "fp8": "fp8", "int8": "int8", 
 
 BANDWIDTH_SHARE = 0.8  # of the memory's rate that kernels reach (NVIDIA aiconfigurator; InferSim)
 LINK_SHARE = 0.8  # likewise of links (InferSim)
-ACHIEVABLE = {"fp4": 0.5}  # of the peak that the best matrix product reaches, where a device's own figure is not known ...
+ACHIEVABLE = {
+    "fp4": 0.5
+}  # of the peak that the best matrix product reaches, where a device's own figure is not known ...
 ANY_ACHIEVABLE = 0.75  # ... and of any other number format: 0.68 to 0.87 (stas00/ml-engineering, MAMF)
-ATTENTION_SHARE = 0.6  # of the bf16 peak that attention kernels reach (FlashMLA and FlashAttention 3 on Hopper: 0.65 to 0.75)
+ATTENTION_SHARE = (
+    0.6  # of the bf16 peak that attention kernels reach (FlashMLA and FlashAttention 3 on Hopper: 0.65 to 0.75)
+)
 UNPACK = {"apple": 0.5}  # of the bandwidth that weights of four bits are read with ...
 ANY_UNPACK = 0.8  # ... on other devices
 # How often a matrix product's input and output cross the memory, in bf16: also for norms, activations, quantisation; of experts
@@ -87,7 +91,7 @@ class Serving:
     utilization: float
     prefill: Phase
     decode: Phase
-    per_user: Estimate  # tokens/s that one user sees
+    per_user: Estimate  # tokens/s that one user sees while nobody's prompt is in the way
     speculation: Estimate | None  # decode with guesses, of decode without; below 1 they cost more than they bring
     requests_per_second: Estimate  # of the machine, prefill and decode sharing its time, at this utilization
     output_per_second: Estimate  # their output tokens
@@ -147,26 +151,29 @@ class _Step:
 class _Copy:
     """A copy of a model over `devices` of a machine."""
 
-    def __init__(self, model: ModelConfig, machine: Machine, devices: int, parallel: str, weights: str, cache: str):
-        self.model, self.machine, self.devices, self.parallel = model, machine, devices, parallel
+    def __init__(self, model: Architecture, machine: Machine, devices: int, parallel: str, weights: str, cache: str):
+        self.model = a = model
+        self.machine, self.devices, self.parallel, self.number = machine, devices, parallel, cache
         device, number = machine.device, PRODUCTS[weights]
         number = number if number in device.flops else "bf16"
         share = device.achievable.get(number) or ACHIEVABLE.get(number, ANY_ACHIEVABLE)
         self.matrix_rate = device.rate(number) * share
         self.attention_rate = device.rate("bf16") * ATTENTION_SHARE
         self.bandwidth = BANDWIDTH_SHARE * device.bandwidth
-        self.link = device.link if devices <= machine.per_node else machine.network and machine.network / machine.per_node
+        self.link = (
+            device.link if devices <= machine.per_node else machine.network and machine.network / machine.per_node
+        )
         self.unpack = UNPACK.get(device.kind, ANY_UNPACK) if weights == "int4" else 1.0
-        self.bytes, self.cached = BYTES[weights], cache_bytes_per_token(model) * BYTES[cache] / 2
+        self.bytes = BYTES[weights]
 
-        counts = count_parameters(model)
+        counts = count_parameters(a)
         self.experts, self.rest = counts.routed_experts, counts.total - counts.routed_experts
-        self.layers = model.num_hidden_layers
-        self.moe_layers = sum(model.is_moe_layer(layer) for layer in range(self.layers))
-        self.traffic = _traffic(model)
-        self.table = model.vocab_size * model.hidden_size
+        self.hidden, self.layers = a.hidden_size, a.num_layers
+        self.chosen = [(count, b.feed_forward.chosen) for count, b in a.blocks if b.feed_forward.experts]
+        self.table = a.vocab_size * a.hidden_size
+        self.traffic = 2 * sum(count * _traffic(block) for count, block in a.blocks)
         # The cache of keys is cut by heads; MLA's latent belongs to all heads, so each device of a "tensor" copy holds all of it.
-        heads = 1 if model.kv_lora_rank is not None else model.num_key_value_heads
+        heads = min(1 if b.attention.latent else b.attention.kv_heads for _, b in a.blocks)
         self.cut = devices if parallel == "tensor" else 1  # of matrices beside experts
         self.shares = min(devices, heads) if parallel == "tensor" else devices  # of the cache
 
@@ -181,7 +188,11 @@ class _Copy:
         """That fit, each with so many tokens in the cache."""
         free = max(0.0, MEMORY_SHARE * self.machine.device.memory - self.held)
         limit = MAX_BATCH * (self.devices if self.parallel == "expert" else 1)
-        return min(limit, int(free * self.shares / (tokens * self.cached)))
+        return min(limit, int(free * self.shares / self.cache(tokens)))
+
+    def cache(self, tokens: float) -> int:
+        """Bytes of a sequence of so many tokens."""
+        return cache_bytes(self.model, round(tokens), number=self.number)
 
     # ------------------------------------------------------------------------------------------ time
 
@@ -208,7 +219,7 @@ class _Copy:
             matrices, share = forward_flops(c, 0, mtp=True) - matrices, 1 / self.layers
         elif prefill:
             matrices -= 2 * self.table  # only a prompt's last token needs the head
-        cached = 0.0 if prefill else sequences * context * self.cached
+        cached = 0.0 if prefill else sequences * self.cache(context)
         return _Step(
             matrices_memory=halves * (still / self.cut + woken / n) * self.bytes / (self.unpack * self.bandwidth),
             matrices_arithmetic=rows * matrices / n / self.matrix_rate,
@@ -221,34 +232,31 @@ class _Copy:
         )
 
     def _network(self, rows: float, *, prefill: bool) -> float:
-        c, n = self.model, self.devices
+        n = self.devices
         if n == 1:
             return 0.0
         assert self.link
         link = LINK_SHARE * self.link
         if self.parallel == "tensor":
-            return 2 * self.layers * max(MESSAGE, 2 * (n - 1) / n * rows * c.hidden_size * 2 / link)
-        copies, places = float(c.num_experts_per_tok), n
-        if prefill and n > self.machine.per_node:  # to each node once, and on from there over the faster links (DeepEP)
-            places = n // self.machine.per_node
-            copies = places * (1 - (1 - 1 / places) ** copies)
-            copies = min(copies, c.topk_group) if c.n_group > 1 else copies
-        sent = rows / n * copies * (places - 1) / places * c.hidden_size
-        return self.moe_layers * max(2 * MESSAGE, 3 * sent / link)
+            return 2 * self.layers * max(MESSAGE, 2 * (n - 1) / n * rows * self.hidden * 2 / link)
+        # In prefill a token goes to each node once, and on from there over the faster links (DeepEP).
+        places = n // self.machine.per_node if prefill and n > self.machine.per_node else n
+        seconds = 0.0
+        for count, chosen in self.chosen:
+            copies = chosen if places == n else places * (1 - (1 - 1 / places) ** chosen)
+            seconds += count * max(2 * MESSAGE, 3 * rows / n * copies * (places - 1) / places * self.hidden / link)
+        return seconds
 
 
-def _traffic(model: ModelConfig) -> float:
-    """Bytes that inputs and outputs of all matrix products of a token are to the memory."""
-    total, expert = 0.0, 3 * (model.hidden_size + model.moe_intermediate_size)
-    for layer in range(model.num_hidden_layers):
-        is_moe = model.is_moe_layer(layer)
-        total += PASSES * sum(rows + columns for rows, columns in layer_matrices(model, is_moe))
-        total += EXPERT_PASSES * is_moe * model.num_experts_per_tok * expert
-    return 2 * total
+def _traffic(block: Block) -> float:
+    """Numbers that inputs and outputs of the matrix products of a token move through memory."""
+    f = block.feed_forward
+    plain = sum(rows + columns for rows, columns in block.attention.matrices + f.matrices + f.router)
+    return PASSES * plain + EXPERT_PASSES * f.chosen * sum(rows + columns for rows, columns in f.expert)
 
 
 def serve_estimate(
-    model: ModelConfig,
+    model: Model,
     machine: Machine,
     *,
     utilization: float,
@@ -269,12 +277,26 @@ def serve_estimate(
 
     utilization: of what the machine could serve, the share that is asked of it. context: mean number of tokens that a new one
     attends over in decoding (default: the prompt and half of the answer). target: tokens/s that each user must get; the largest
-    batch that gives it is taken, else the largest that fits. batch: sequences of a copy, instead. acceptance: the share of guesses
-    of the MTP module that are right; decoding guesses where that is faster. cached_share: of prompts' tokens, those found in a
-    prefix cache. price: of a device-hour. devices: of a copy, and `parallel` "tensor" or "expert" (default: the fastest).
+    batch that gives it is taken, else the largest that fits. batch: sequences of a copy, instead. acceptance: the share of
+    the MTP module's guesses that are right; decoding guesses where that is faster. cached_share: of prompts' tokens, those found
+    in a prefix cache. price: of a device-hour. devices: of a copy, and `parallel` "tensor" or "expert" (default: the fastest).
     Raises `UserError` for what is impossible or does not fit.
     """
-    _check(model, machine, weights, cache, utilization, acceptance, cached_share, prompt_tokens, output_tokens)
+    model = architecture_of(model)
+    _check(
+        model,
+        machine,
+        weights,
+        cache,
+        utilization,
+        acceptance,
+        cached_share,
+        prompt_tokens,
+        output_tokens,
+        target,
+        devices,
+        parallel,
+    )
     context = prompt_tokens + output_tokens / 2 if context is None else context
     # Room is kept for the whole of each answer, as TensorRT-LLM does, unless the caller knows that so many go together.
     longest = context if batch is not None else max(context, prompt_tokens + output_tokens)
@@ -323,13 +345,22 @@ def serve_estimate(
         output_per_second=requests * output_tokens,
         cost=cost,
         facts=(
-            Fact("serve.utilization", utilization, "", "an input: the share of what the machine could serve that is asked of it"),
+            Fact(
+                "serve.utilization",
+                utilization,
+                "",
+                "an input: the share of what the machine could serve that is asked of it",
+            ),
             Fact(
                 "serve.copy",
                 copy.devices,
                 "devices",
                 "weights of a copy on each device, beside them the cache",
-                {"parallel": copy.parallel, "weights_gb": copy.held / 1e9, "cache_bytes_per_token": copy.cached},
+                {
+                    "parallel": copy.parallel,
+                    "weights_gb": copy.held / 1e9,
+                    "cache_gb_of_a_sequence": copy.cache(longest) / 1e9,
+                },
             ),
             Fact(
                 "serve.batch",
@@ -364,8 +395,16 @@ def serve_estimate(
                 {"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
                 SOURCE,
             ),
+            *_cost_facts(cost, price, machine.count, utilization),
         ),
     )
+
+
+def _cost_facts(cost: Cost | None, price: Estimate | None, devices: int, utilization: float) -> Iterator[Fact]:
+    inputs = {"price_per_device_hour": price, "devices": devices, "utilization": utilization}
+    for name in ("input", "output", "blended") if cost else ():
+        formula = "price x devices / (3600 x tokens/s x utilization) x 1e6, low price with high rate"
+        yield Fact(f"serve.cost.{name}", getattr(cost, name), "per million tokens", formula, inputs)
 
 
 def _guessing(copy: _Copy, size: float, context: float, acceptance: float) -> float:
@@ -397,13 +436,14 @@ def _largest(fits: int, seconds: Callable[[float], float], target: float | None)
 
 
 def _copies(
-    model: ModelConfig, machine: Machine, weights: str, cache: str, devices: int | None, parallel: str | None
+    model: Architecture, machine: Machine, weights: str, cache: str, devices: int | None, parallel: str | None
 ) -> Iterator[_Copy]:
-    """Ways to lay a copy over devices: powers of two in a node, then whole nodes."""
-    inside = [2**k for k in range(10) if 2**k <= min(machine.per_node, machine.count)]
-    nodes = [machine.per_node * 2**k for k in range(1, 12) if machine.per_node * 2**k <= machine.count]
-    for n in [devices] if devices else [*inside, *nodes]:
-        ways = ["expert", "tensor"] if model.n_routed_experts else ["tensor"]
+    """Ways to lay a copy over devices: powers of two in a node, then whole nodes, then all."""
+    inside = {2**k for k in range(10) if 2**k < machine.per_node}
+    nodes = {machine.per_node * 2**k for k in range(12)}
+    sizes = {n for n in inside | nodes if n <= machine.count} | {machine.count}
+    for n in [devices] if devices else sorted(sizes):
+        ways = ["expert", "tensor"] if any(b.feed_forward.experts for _, b in model.blocks) else ["tensor"]
         for way in ["one"] if n == 1 else [parallel] if parallel else ways:
             copy = _Copy(model, machine, n, way, weights, cache)
             if n == 1 or copy.link:
@@ -472,7 +512,7 @@ def serving_day(
 
 
 def _check(
-    model: ModelConfig,
+    model: Architecture,
     machine: Machine,
     weights: str,
     cache: str,
@@ -481,19 +521,30 @@ def _check(
     cached_share: float,
     prompt_tokens: float,
     output_tokens: float,
+    target: float | None,
+    devices: int | None,
+    parallel: str | None,
 ) -> None:
-    for name, value in (("weights", weights), ("cache", cache)):
-        if value not in BYTES:
-            raise UserError(f"{name} {value!r} is no number format (serving). known: {', '.join(BYTES)}")
+    if devices is not None and not 1 <= devices <= machine.count:
+        raise UserError(f"a copy over {devices} devices (serving). the machine has {machine.count}")
+    if parallel not in (None, "tensor", "expert"):
+        raise UserError(f"parallel {parallel!r} is not known (serving). known: tensor, expert")
+    if target is not None and not 0 < target < math.inf:
+        raise UserError(f"target is {target} tokens/s (serving). it is above 0")
+    for name, value, known in (("weights", weights, BYTES), ("cache", cache, CACHED_BYTES)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is no number format (serving). known: {', '.join(known)}")
     if weights not in machine.device.flops and weights == "fp4":
-        raise UserError(f"{machine.device.name} multiplies no fp4 (serving). take int4: four bits stored, bf16 multiplied")
+        raise UserError(
+            f"{machine.device.name} multiplies no fp4 (serving). take int4: four bits stored, bf16 multiplied"
+        )
     if not 0 < utilization <= 1:
         raise UserError(f"utilization is {utilization} (serving). it is above 0 and at most 1")
     if not 0 <= cached_share < 1:
         raise UserError(f"cached_share is {cached_share} (serving). it is 0 or more and below 1")
     if acceptance is not None and not 0 <= acceptance <= 1:
         raise UserError(f"acceptance is {acceptance} (serving). it is between 0 and 1")
-    if acceptance is not None and not model.num_nextn_predict_layers:
+    if acceptance is not None and not model.mtp:
         raise UserError("the model has no multi-token prediction module (serving). leave out acceptance")
     if not (prompt_tokens >= 1 and output_tokens >= 1 and math.isfinite(prompt_tokens + output_tokens)):
         raise UserError(f"{prompt_tokens} prompt and {output_tokens} output tokens (serving). each is 1 or more")
@@ -508,8 +559,8 @@ def _why(copies: list[_Copy], tokens: float, target: float | None, batch: int | 
     have = f"{best.machine.device.memory / 1e9:,.0f} GB"
     if not fits:
         return (
-            f"one sequence does not fit (serving): {best.held / 1e9:,.1f} GB of weights on each of {best.devices} devices of {have}, "
-            f"and {tokens * best.cached / 1e9:,.2f} GB of cache. more devices, or weights of fewer bits"
+            f"one sequence does not fit (serving): {best.held / 1e9:,.1f} GB of weights on each of {best.devices} devices "
+            f"of {have}, and {best.cache(tokens) / 1e9:,.2f} GB of cache. more devices, or weights of fewer bits"
         )
     if batch is not None and batch > fits:
         return f"{batch} sequences do not fit, {fits} do (serving). a smaller batch, or a cache of fewer bits"

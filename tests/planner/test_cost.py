@@ -111,7 +111,13 @@ def test_energy_of_bloom_with_and_without_idle_nodes() -> None:
 
 @pytest.mark.parametrize(
     ("million_hours", "tonnes"),
-    [(1.3, 390), (6.4, 1900), (39.3, 11_390), (5.0, 1354), (2.38, 645)],  # Llama 3 8B, 70B, 3.1 in all, 4 Scout, Maverick
+    [
+        (1.3, 390),
+        (6.4, 1900),
+        (39.3, 11_390),
+        (5.0, 1354),
+        (2.38, 645),
+    ],  # Llama 3 8B, 70B, 3.1 in all, 4 Scout, Maverick
 )
 def test_carbon_of_the_llama_cards(million_hours: float, tonnes: float) -> None:
     """Their hours at the power limit agree with one grid, 387 to 429 g/kWh."""
