@@ -42,18 +42,14 @@ class Device:
 
     name: str  # "H100-SXM", as in the table
     kind: str  # "data-centre" | "workstation" | "consumer" | "apple" | "cpu"
-    flops: Mapping[
-        str, float
-    ]  # by "float32", "bf16", "fp16", "fp8", "int8", "fp4"; matrix units, dense; empty: not known
+    flops: Mapping[str, float]  # by "float32", "bf16", "fp16", "fp8", "int8", "fp4"; matrix units, dense; may be empty
     memory: float
     bandwidth: float  # of that memory
     link: float | None = None  # to the other devices of the same node, per direction
     per_node: int = 8  # as it is usually sold
     network: float | None = None  # of a node of `per_node`, per direction: all its network cards together
     watts: float | None = None  # power limit
-    achievable: Mapping[str, float] = field(
-        default_factory=dict
-    )  # share of `flops` that the best matrix product reaches
+    achievable: Mapping[str, float] = field(default_factory=dict)  # share of `flops` of the fastest matrix product
     sources: Mapping[str, str] = field(default_factory=dict)  # field -> where its figure is from, with the date
     note: str = ""  # conflicts of the sources, and what to know
 
