@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -271,6 +271,17 @@ def tokens_read(effective: float, unique: float | None) -> float:
 # ---------------------------------------------------------------------------------------------- a run's size
 
 
+_LABELS = {
+    "parameters": "active parameters",
+    "tokens": "tokens",
+    "epochs": "times the text is read",
+    "loss": "loss on the text of its law",
+    "flops": "operations of training",
+    "learning_rate": "learning rate",
+    "batch_tokens": "batch",
+}
+
+
 class Optimum(NamedTuple):
     """A run: `parameters` are those active for a token, `loss` is None where its law has none."""
 
@@ -326,6 +337,9 @@ def for_loss(
     served: tokens that the model will write and read in its life. Then it is the least of training and serving together,
     6 N D + 2 N served: smaller and longer trained (Sardana et al. 2024, 2401.00448). `flops` is of the training alone.
     """
+    _check("tokens per parameter", tokens_per_parameter)
+    _check("unique tokens", unique)
+    _check("tokens served", served or None)
     law = law or law_for(experts)
     floor = law.terms(experts)[0]
     if not floor < loss < 20:
@@ -353,7 +367,7 @@ def for_loss(
         f", least with {served:.3g} tokens served" if served else ""
     )
     cited = law.cite(parameters=N, tokens=D)
-    needed = Fact("scaling.flops", flops, "FLOP", formula=formula, inputs={"loss": loss}, source=cited)
+    needed = Fact("scaling.flops", flops, "FLOP", _LABELS["flops"], formula, {"loss": loss}, cited)
     return Needed(N, D, flops, (*_sizes(law, N, D, unique), needed))
 
 
@@ -379,10 +393,7 @@ def _best_by_powers(flops: float, law: Powers) -> Optimum:
     found: list[tuple[str, float | Estimate, str]] = [("parameters", N, "parameters"), ("tokens", D, "tokens")]
     found += [(name, law.at(name, flops), unit) for name, unit in (("learning_rate", ""), ("batch_tokens", "tokens"))]
     found += [] if loss is None else [("loss", loss, "nats")]
-    facts = [
-        Fact(f"scaling.{name}", value, unit, formula=law.form, inputs=given, source=cited)
-        for name, value, unit in found
-    ]
+    facts = [Fact(f"scaling.{name}", value, unit, _LABELS[name], law.form, given, cited) for name, value, unit in found]
     return Optimum(N, D, loss, tuple(facts))
 
 
@@ -401,7 +412,7 @@ def _for_service(
 def _sizes(law: Surface, N: float, D: float, unique: float | None) -> Iterator[Fact]:
     def fact(name: str, value: float, formula: str, source: str = law.cite(parameters=N, tokens=D)) -> Fact:
         unit, inputs = {"epochs": ""}.get(name, name), {"parameters": N, "tokens": D}
-        return Fact(f"scaling.{name}", value, unit, formula=formula, inputs=inputs, source=source)
+        return Fact(f"scaling.{name}", value, unit, _LABELS[name], formula, inputs, source)
 
     yield fact("parameters", N, f"active for a token; loss is {law.form}")
     yield fact("tokens", D, f"{D / N:.3g} a parameter")
@@ -412,7 +423,7 @@ def _sizes(law: Surface, N: float, D: float, unique: float | None) -> Iterator[F
 
 def _loss_fact(law: Surface, loss: Estimate, N: float, D: float) -> Fact:
     inputs, cited = {"parameters": N, "tokens": D}, law.cite(parameters=N, tokens=D)
-    return Fact("scaling.loss", loss, "nats", formula=law.form, inputs=inputs, source=cited)
+    return Fact("scaling.loss", loss, "nats", _LABELS["loss"], law.form, inputs, cited)
 
 
 def _lowest(of: Callable[[float], float], one: float, other: float) -> float:
@@ -421,7 +432,7 @@ def _lowest(of: Callable[[float], float], one: float, other: float) -> float:
     step = (math.sqrt(5) - 1) / 2
     for _ in range(SEARCH_STEPS):
         a, b = high - step * (high - low), low + step * (high - low)
-        low, high = (low, b) if of(math.exp(a)) <= of(math.exp(b)) else (a, high)
+        low, high = (low, b) if of(math.exp(a)) < of(math.exp(b)) else (a, high)  # to the right where both are infinite
     return math.exp((low + high) / 2)
 
 
@@ -613,12 +624,13 @@ def best_within(
         tokens = _tokens_in(limit_seconds, lambda tokens, model=model: seconds_of(model, tokens))  # type: ignore[misc]
         if tokens < 1:
             continue
-        options.append(_option(model, tokens, law, unique, seconds_of, memory_of))
-        enough = (law or law_for(expansion(model))).best_tokens(
-            count_parameters(model).active, experts=expansion(model)
-        )
+        option = _option(model, tokens, law, unique, memory_of)
+        options.append(replace(option, seconds=seconds_of(model, tokens)))
+        experts = expansion(model)
+        enough = (law or law_for(experts)).best_tokens(option.parameters, experts=experts)
         if enough < tokens:
-            sooner.append(_option(model, enough, law, unique, seconds_of, memory_of))
+            loss = (law or law_for(experts)).loss(option.parameters, enough, experts=experts, unique=unique)
+            sooner.append(replace(option, tokens=enough, loss=loss, seconds=seconds_of(model, enough)))
     if not options:
         raise UserError("there is no time to train any model in (plan). give more hours, money or machines")
     best = min(options, key=lambda option: option.loss.typical)
@@ -638,7 +650,7 @@ def best_for_memory(
     _check("memory", limit_bytes)
     _check("tokens", tokens)
     fitting = _that_fit(models() if candidates is None else tuple(candidates), memory_of, limit_bytes)
-    options = [_option(model, tokens, law, unique, None, memory_of) for model in fitting]
+    options = [_option(model, tokens, law, unique, memory_of) for model in fitting]
     return min(options, key=lambda option: option.loss.typical)
 
 
@@ -689,18 +701,11 @@ def _option(
     tokens: float,
     law: Surface | None,
     unique: float | None,
-    seconds_of: Callable[[ModelConfig, float], Estimate] | None,
     memory_of: Callable[[ModelConfig], float] | None,
 ) -> Option:
     active, experts = count_parameters(model).active, expansion(model)
-    return Option(
-        model,
-        active,
-        tokens,
-        (law or law_for(experts)).loss(active, tokens, experts=experts, unique=unique),
-        None if seconds_of is None else seconds_of(model, tokens),
-        None if memory_of is None else memory_of(model),
-    )
+    loss = (law or law_for(experts)).loss(active, tokens, experts=experts, unique=unique)
+    return Option(model, active, tokens, loss, memory=None if memory_of is None else memory_of(model))
 
 
 def _front(options: list[Option]) -> Iterator[Option]:
