@@ -172,6 +172,15 @@ def test_a_model_too_large_for_one_device_is_spread() -> None:
     assert dense.decode.devices in (4, 8) and dense.decode.parallel == "tensor"
 
 
+@pytest.mark.parametrize("context", [100, 3000, 30_000])
+@pytest.mark.parametrize("parallel", ["expert", "tensor"])
+def test_a_full_device_holds_what_it_has(context: int, parallel: str) -> None:
+    full = serve(v3(), machine("32xH800"), context=context, prompt_tokens=context, devices=32, parallel=parallel)
+    memory = H800.device.memory
+    assert full.memory.total <= 0.9 * memory
+    assert full.memory.total > 0.85 * memory or full.decode.batch in (1024, 32 * 1024)  # as many as engines schedule
+
+
 def test_prompts_in_the_cache_are_cheap() -> None:
     half, none = serve(cached_share=0.5), serve()
     assert 1.8 < half.prefill.tokens_per_second.typical / none.prefill.tokens_per_second.typical < 2
