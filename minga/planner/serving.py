@@ -5,8 +5,8 @@
 
 A decoding step over B sequences that each hold `context` tokens takes, on each device,
 
-    max(matrix bytes / bandwidth, matrix FLOPs / rate) + max(cache bytes / bandwidth, attention FLOPs / rate)
-      + what of the traffic between devices is not hidden + launching
+    max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth
+      + max(cache bytes / bandwidth, attention FLOPs / rate) + what of the traffic between devices is not hidden + launching
 
 Matrix bytes are those of the experts that B tokens wake, E (1 - (1 - A / E)^B), and of everything else; MLA attends in its
 absorbed form, over latents. Prefill computes the same with the tokens of whole prompts. Two ways to lay a copy of the model over
@@ -32,6 +32,7 @@ from minga.planner.architecture import Architecture, Block, Model, architecture_
 from minga.planner.counts import BYTES as CACHED_BYTES
 from minga.planner.counts import cache_bytes, count_parameters, forward_flops, parameters_read
 from minga.planner.estimate import Estimate, Fact
+from minga.planner.memory import Memory
 
 # Bytes of a number. int4: four bits, and a float16 scale for 32 (as GGUF's Q4_0); fp4: and a byte for 16 (NVFP4); int8: and a
 # float16 scale for 64.
@@ -59,7 +60,7 @@ MESSAGE = 10e-6  # seconds that a collective takes at least (aiconfigurator)
 MAX_BATCH = 1024  # sequences that an engine schedules at once on a device
 PREFILL_TOKENS = 8192  # and tokens of prompts (vLLM's and TensorRT-LLM's default)
 # Tokens/s, of the typical value: nine of ten published rows lie between.
-DOUBT = Estimate(0.65, 1.0, 1.3)
+DOUBT = Estimate(0.6, 1.0, 1.4)
 DOUBT_REASON = "between low and high lie nine of ten published rows (benchmarks/published/serving.csv)"
 GAIN_DOUBT = 0.85  # of a gain by guesses. An assumption: few are published with batch and acceptance
 SOURCE = "roofline; constants set on published rows (benchmarks/published/serving.csv)"
@@ -96,6 +97,7 @@ class Serving:
     requests_per_second: Estimate  # of the machine, prefill and decode sharing its time, at this utilization
     output_per_second: Estimate  # their output tokens
     cost: Cost | None  # None without a price
+    memory: Memory  # of a device, full: weights, and the cache of all sequences
     facts: tuple[Fact, ...]
 
 
@@ -344,19 +346,19 @@ def serve_estimate(
         requests_per_second=requests,
         output_per_second=requests * output_tokens,
         cost=cost,
+        memory=Memory(weights=copy.held, cache=size * copy.cache(longest) / copy.shares),
         facts=(
             Fact(
                 "serve.utilization",
                 utilization,
-                "",
-                "an input: the share of what the machine could serve that is asked of it",
+                formula="an input: of what the machine could serve, the share asked of it",
             ),
             Fact(
                 "serve.copy",
                 copy.devices,
                 "devices",
-                "weights of a copy on each device, beside them the cache",
-                {
+                formula="weights of a copy on each device, and beside them the cache",
+                inputs={
                     "parallel": copy.parallel,
                     "weights_gb": copy.held / 1e9,
                     "cache_gb_of_a_sequence": copy.cache(longest) / 1e9,
@@ -366,45 +368,38 @@ def serve_estimate(
                 "serve.batch",
                 size,
                 "sequences of a copy at once",
-                "the largest that fits memory and, if one is given, the target",
-                {"context": context, "fit": copy.sequences(longest), "target_tokens_per_second": target},
+                formula="the largest that fits memory and, if one is given, the target",
+                inputs={"context": context, "fit": copy.sequences(longest), "target_tokens_per_second": target},
             ),
             Fact(
                 "serve.decode.step_seconds",
                 plain.seconds,
                 "s",
-                "max(matrix bytes / bandwidth, matrix FLOPs / rate) + max(cache bytes / bandwidth, attention FLOPs / rate)"
-                + (" or traffic, the longer," if plain.overlap else " + traffic")
+                formula="max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth + max(cache bytes / "
+                "bandwidth, attention FLOPs / rate)"
+                + (" or traffic" if plain.overlap else " + traffic")
                 + " + launching",
-                plain.parts,
-                SOURCE,
+                inputs=plain.parts,
+                source=SOURCE,
             ),
             Fact(
                 "serve.decode.tokens_per_second",
                 decode.tokens_per_second,
-                "of the machine",
-                "copies x batch / seconds per token; " + DOUBT_REASON,
-                {"copies": groups, "batch": size, "seconds_per_token": per_token, "acceptance": acceptance},
-                SOURCE,
+                "tokens/s",
+                formula="copies x batch / seconds per token; " + DOUBT_REASON,
+                inputs={"copies": groups, "batch": size, "seconds_per_token": per_token, "acceptance": acceptance},
+                source=SOURCE,
             ),
             Fact(
                 "serve.prefill.tokens_per_second",
                 prefill.tokens_per_second,
-                "of the machine, cached tokens included",
-                "copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
-                {"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
-                SOURCE,
+                "tokens/s",
+                formula="copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
+                inputs={"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
+                source=SOURCE,
             ),
-            *_cost_facts(cost, price, machine.count, utilization),
         ),
     )
-
-
-def _cost_facts(cost: Cost | None, price: Estimate | None, devices: int, utilization: float) -> Iterator[Fact]:
-    inputs = {"price_per_device_hour": price, "devices": devices, "utilization": utilization}
-    for name in ("input", "output", "blended") if cost else ():
-        formula = "price x devices / (3600 x tokens/s x utilization) x 1e6, low price with high rate"
-        yield Fact(f"serve.cost.{name}", getattr(cost, name), "per million tokens", formula, inputs)
 
 
 def _guessing(copy: _Copy, size: float, context: float, acceptance: float) -> float:
@@ -443,7 +438,8 @@ def _copies(
     nodes = {machine.per_node * 2**k for k in range(12)}
     sizes = {n for n in inside | nodes if n <= machine.count} | {machine.count}
     for n in [devices] if devices else sorted(sizes):
-        ways = ["expert", "tensor"] if any(b.feed_forward.experts for _, b in model.blocks) else ["tensor"]
+        experts = min((b.feed_forward.experts for _, b in model.blocks if b.feed_forward.experts), default=0)
+        ways = ["expert", "tensor"] if n <= experts else ["tensor"]
         for way in ["one"] if n == 1 else [parallel] if parallel else ways:
             copy = _Copy(model, machine, n, way, weights, cache)
             if n == 1 or copy.link:
@@ -525,6 +521,10 @@ def _check(
     devices: int | None,
     parallel: str | None,
 ) -> None:
+    if not machine.device.flops:
+        raise UserError(
+            f"what {machine.device.name} computes is not known (serving). measure it: minga plan --calibrate"
+        )
     if devices is not None and not 1 <= devices <= machine.count:
         raise UserError(f"a copy over {devices} devices (serving). the machine has {machine.count}")
     if parallel not in (None, "tensor", "expert"):
