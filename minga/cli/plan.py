@@ -104,25 +104,71 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.refresh_prices:
-        from datetime import date
+    from minga.planner.inverse import best_plan, fitting_table, smallest_table
+    from minga.planner.plan import plan
+    from minga.planner.table import compare, explain, table
 
+    if args.refresh_prices:
         from minga.planner.prices import refresh
 
-        print(f"prices: {refresh(date.today())}", file=sys.stderr)
+        _note(f"prices: {refresh(date.today())}")
     if args.calibrate:
         from minga.recipes.calibrate import calibrate
 
-        print(f"measured: {calibrate(note=_note)}", file=sys.stderr)
+        _note(f"measured: {calibrate(note=_note)}")
     ask = _ask(args)
+    here = None if args.machine is None else machine(args.machine)
     if args.fits:
-        return _show_rows(args, *_fitting(args, ask))
-    if args.smallest:
-        return _show_rows(args, *_smallest(args, ask))
+        return _show(args, *fitting_table(args.fits, here or this_machine()[0], ask))
     if args.compare:
-        return _compare(args, ask)
-    machine = _machine(args.machine)
-    ...
+        plans = [_of_pair(args, ask, text) for text in args.compare]
+        return _show(args, compare(plans), {"plans": [each.document() for each in plans]})
+    if args.smallest:
+        return _show(args, *smallest_table(_named(args), ask, days=args.days or 30.0))
+    if here is None:
+        here, coefficients = this_machine()
+        ask = replace(ask, coefficients=coefficients)
+    goals = {name: getattr(args, name) for name in GOALS if getattr(args, name) is not None}
+    if goals:
+        if args.config is not None:
+            raise UserError(f"--{next(iter(goals))} chooses the model (plan). leave --config out, or give --tokens instead")
+        found = best_plan(here, ask, **goals)
+    else:
+        found = plan(_named(args), here, ask=ask)
+    if args.html:
+        from minga.recipes.plan_page import write_plan_page
+
+        _note(f"page: {write_plan_page(found, Path(args.html))}")
+    if args.explain:
+        return _show(args, explain(found, args.explain), found.document())
+    return _show(args, table(found), found.document())
+
+
+def _show(args: argparse.Namespace, text: str, document: Mapping[str, Any]) -> int:
+    print(json.dumps(document) if args.json else text)
+    return 0
+
+
+def _named(args: argparse.Namespace) -> Any:
+    """The model of --config. A .gguf file is opened for its header."""
+    if args.config is None:
+        raise UserError("which model? (plan). give --config MODEL, or --hours, --budget, --memory or --loss to have it chosen")
+    return _read(args.config)
+
+
+def _read(name: str) -> Any:
+    if name.endswith(".gguf"):
+        from minga.checkpoint.gguf import config_from_gguf  # opens torch, which only such files need
+
+        return config_from_gguf(Path(name))
+    return name
+
+
+def _of_pair(args: argparse.Namespace, ask: Ask, text: str) -> Plan:
+    """MODEL@MACHINE; what is left out is what --config and --machine say."""
+    model, at, where = text.partition("@")
+    name = _read(model) if model else _named(args)
+    return plan(name, where or args.machine or this_machine()[0], ask=ask)
 
 
 def _note(line: str) -> None:
