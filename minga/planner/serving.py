@@ -16,7 +16,7 @@ take turns then: one is sent while the other computes, and weights are read twic
 
 How much of what a machine can do is asked of it, its utilization, is the first argument, for it decides the cost.
 
-Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; low and high hold at least nine of ten rows.
+Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; low and high hold nine of ten, or more.
 B sequences, E experts, A chosen experts
 """
 
