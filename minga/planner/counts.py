@@ -1,23 +1,26 @@
-"""Exact counts from a config: parameters by part, cache bytes per token, forward FLOPs per token.
+"""Exact counts: parameters by part, cache bytes, FLOPs forward, in training, of Muon. The one place for these formulas.
 
-Every number is a sum of matrix sizes, written beside the part of the model that it counts; a test builds each preset on
-the meta device and compares. V3: 671,026,404,352 parameters, 37.6 B of them active, 70,272 bytes of bf16 cache a token.
-
-  D model dim, H heads, G key heads, Q query/key dim, K nope dim, R rope dim, C latent, V value dim, F hidden, E experts
+Every number is a sum over the matrices of `architecture_of`; a test builds each preset on the meta device and compares.
+V3: 671,026,404,352 parameters, 37.6 B of them active, 70,272 bytes of bf16 cache a token. Every function takes a
+`ModelConfig`, the dictionary of a public config.json or an `Architecture`, and raises `UserError` as `architecture_of` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from minga.config import ModelConfig
+from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
+
+BYTES = {"float32": 4.0, "float16": 2.0, "bf16": 2.0, "fp8": 1.0}  # of a number in a cache; "int8" has scales besides
+SCALED = 64  # numbers of a row of the int8 cache that share a float16 scale
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters by part. The router's correction bias is a buffer, not trained by gradients, and is not counted."""
 
-    embedding: int
+    embedding: int  # learned positions too
     head: int  # 0 when tied to the embedding
     attention: int
     dense: int  # feed-forward of the layers without experts
@@ -38,162 +41,185 @@ class ParameterCounts:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "active")
 
 
-def count_parameters(config: ModelConfig) -> ParameterCounts:
-    c = config
-    layers = c.num_hidden_layers
-    moe = sum(c.is_moe_layer(layer) for layer in range(layers))
-    table = c.vocab_size * c.hidden_size
-    parts = {
-        "embedding": table,
-        "head": 0 if c.tie_word_embeddings else table,
-        "attention": layers * (_attention_matrices(c) + _attention_biases(c)),
-        "dense": (layers - moe) * _mlp(c, c.intermediate_size, bias=c.mlp_bias),
-        "routed_experts": moe * c.n_routed_experts * _expert(c),
-        "shared_experts": moe * _shared_experts(c),
-        "router": moe * _router(c),
-        "norms": layers * _norms(c) + c.hidden_size,
-    }
-    unchosen = moe * (c.n_routed_experts - c.num_experts_per_tok) * _expert(c)
-    active = sum(parts.values()) - unchosen
-    return ParameterCounts(**parts, mtp=c.num_nextn_predict_layers * _mtp_module(c), active=active)
+def count_parameters(model: Model) -> ParameterCounts:
+    a = architecture_of(model)
+    parts = dict.fromkeys((f.name for f in fields(ParameterCounts)), 0)
+    unchosen = 0
+    for count, block in a.blocks:
+        attention, feed_forward = block.attention, block.feed_forward
+        parts["attention"] += count * (numbers(attention.matrices) + sum(attention.biases))
+        parts["norms"] += count * (sum(block.norms) + sum(attention.norms))
+        mlp = "shared_experts" if feed_forward.experts else "dense"
+        parts[mlp] += count * (numbers(feed_forward.matrices) + sum(feed_forward.biases))
+        parts["router"] += count * (numbers(feed_forward.router) + sum(feed_forward.router_biases))
+        parts["routed_experts"] += count * feed_forward.experts * feed_forward.expert_parameters
+        unchosen += count * (feed_forward.experts - feed_forward.chosen) * feed_forward.expert_parameters
+    parts["embedding"] = a.embedding + numbers(a.projections[:1])
+    parts["head"] = numbers(a.head[a.tied :]) + sum(a.head_biases)
+    parts["norms"] += sum(a.norms)
+    parts["active"] = sum(parts.values()) - unchosen
+    parts["mtp"] = sum(_module(a, block) for block in a.mtp)
+    return ParameterCounts(**parts)
 
 
-def cache_bytes_per_token(config: ModelConfig, *, number: str = "float16", mtp: bool = False) -> int:
-    """What one token leaves in the attention cache, its rows in "float32", "float16" or "int8" (a float16 scale for every 64
-    numbers of a row). `mtp`: with the layers of the MTP modules, which cache too.
+def cache_bytes_per_token(model: Model, *, number: str = "bf16", mtp: bool = False) -> int:
+    """What one token leaves in the attention cache, its rows in "float32", "bf16", "float16", "fp8" or "int8" (a float16
+    scale for every 64 numbers of a row), in layers with a window too: `cache_bytes` knows when these are full. `mtp`: with
+    the layers of the MTP modules, which cache too.
     """
-    row = config.cache_elements_per_token // config.num_hidden_layers
-    size = {"float32": 4 * row, "float16": 2 * row, "int8": row + 2 * -(-row // 64)}[number]
-    return size * (config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0))
+    return sum(count * _row(block.attention, number) for count, block in _all_blocks(architecture_of(model), mtp))
 
 
-def parameters_read(config: ModelConfig, tokens: float, *, mtp: bool = False) -> float:
+def cache_bytes(model: Model, context: int, *, number: str = "bf16", mtp: bool = False) -> int:
+    """Of a whole sequence of `context` tokens: a window keeps no more than its tokens, a linear attention its state,
+    in float32, whatever the length.
+    """
+    blocks = [(count, block.attention) for count, block in _all_blocks(architecture_of(model), mtp)]
+    return sum(n * (min(context, x.window or context) * _row(x, number) + 4 * x.state) for n, x in blocks)
+
+
+def parameters_read(model: Model, tokens: float, *, mtp: bool = False) -> float:
     """What a decoding step over so many tokens fetches from memory, head included: every matrix once, and of the routed
     experts those that at least one token wakes, E (1 - (1 - A / E) ^ tokens) where each chooses for itself. mtp: of the
     first MTP module and its head instead.
     """
-    c = config
-    awake = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens if c.n_routed_experts else 0.0
-    asleep = (1 - awake) * c.n_routed_experts * _expert(c)
-    head = c.vocab_size * c.hidden_size
+    a = architecture_of(model)
+    head = numbers(a.head) + sum(a.head_biases)
     if mtp:
-        return _mtp_module(c) + head - asleep
-    moe = sum(c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
-    counts = count_parameters(c)
-    return counts.total - counts.embedding - counts.head + head - moe * asleep
+        return _module(a, a.mtp[0]) + head - _asleep(a.mtp[0], tokens)
+    counts = count_parameters(a)
+    rest = counts.total - counts.embedding - counts.head
+    return rest + head - sum(count * _asleep(block, tokens) for count, block in a.blocks)
 
 
-def speculation_limit(config: ModelConfig, acceptance: float) -> float:
+def speculation_limit(model: Model, acceptance: float) -> float:
     """The most that one guess a step can gain where a step takes as long as its parameters take to be read."""
     tokens = 1 + acceptance
-    with_guess = parameters_read(config, 2) + parameters_read(config, tokens, mtp=True)
-    return tokens * parameters_read(config, 1) / with_guess
+    with_guess = parameters_read(model, 2) + parameters_read(model, tokens, mtp=True)
+    return tokens * parameters_read(model, 1) / with_guess
 
 
-def forward_flops(config: ModelConfig, context: int, *, absorbed: bool = False, mtp: bool = False) -> int:
+def forward_flops(model: Model, context: float, *, absorbed: bool = False, mtp: bool = False) -> float:
     """Multiplications and additions for one token that attends over `context` keys, itself among them.
 
-    Matrix products only; norms, activations and softmax are below a percent. For the mean over a causal sequence of T
-    tokens give context (T + 1) / 2. `absorbed`: the form that decoding uses, which reads latents instead of keys and
-    values; its projections cost the same. `mtp`: with the MTP modules, each of which runs the head once more.
+    Matrix products only; norms, activations and softmax are below a percent. A window, or the keys that an indexer chooses,
+    cut the context short. For the mean over a causal sequence of T tokens give context (T + 1) / 2 to a model without
+    either; `training_flops` is exact for all. `absorbed`: the form that decoding uses, which reads latents instead of keys
+    and values; its projections cost the same. `mtp`: with the MTP modules, each of which runs the head once more.
     """
-    c = config
-    head = c.vocab_size * c.hidden_size
-    attention = _attention_matrices(c) + context * _multiplications_per_key(c, absorbed)
-    products = sum(attention + _feed_forward(c, layer) for layer in range(c.num_hidden_layers)) + head
-    if mtp:
-        join, block = 2 * c.hidden_size**2, attention + _feed_forward(c, c.num_hidden_layers)
-        products += c.num_nextn_predict_layers * (join + block + head)
-    return 2 * products
+    return _flops(architecture_of(model), lambda keys: context if keys is None else min(context, keys), absorbed, mtp)
 
 
-def muon_flops(config: ModelConfig, *, mtp: bool = False, steps: int = 3) -> int:
+def training_flops(
+    model: Model,
+    seq_len: int,
+    *,
+    causal: bool = True,
+    mtp: bool = True,
+    recompute: str = "none",
+    lora: int = 0,
+    teacher: Model | None = None,
+) -> float:
+    """Per token of sequences of `seq_len`, forward and backward: three times the forward pass, and what the options add.
+
+    causal: attention counts the keys that a token may see, on average over the sequence; otherwise all of them, as Megatron's
+    and NVIDIA's published TFLOP/s do. recompute: "full" runs the blocks once more, "selective" only what leads from latents
+    to heads (other recomputed parts have no matrix products). lora: the rank of pairs beside every matrix of the blocks,
+    which alone are trained: no gradient of weights is computed, that of attention is. teacher: its forward pass is added.
+    """
+    a = architecture_of(model)
+
+    def keys(limit: int | None, chunked: bool = False) -> float:
+        return _mean_keys(seq_len, limit, chunked) if causal else seq_len if limit is None else min(limit, seq_len)
+
+    blocks = _all_blocks(a, mtp)
+    forward = _flops(a, keys, False, mtp)
+    core = 2 * sum(count * _core(block.attention, keys, False) for count, block in blocks)
+    total = 3 * forward
+    if lora:
+        pairs = sum(count * lora * sum(r + c for r, c in _passed(block)) for count, block in blocks)
+        total = 2 * forward + core + 3 * 2 * pairs
+    if recompute == "full":
+        total += core + 2 * sum(count * numbers(_passed(block)) for count, block in blocks)
+    elif recompute == "selective":
+        ups = [(count, block.attention) for count, block in blocks if block.attention.latent]
+        total += 2 * sum(count * numbers(s for s in x.matrices if s[1] == x.latent) for count, x in ups)
+    if teacher is not None:
+        total += _flops(architecture_of(teacher), keys, False, False)
+    return total
+
+
+def muon_flops(model: Model, *, mtp: bool = False, steps: int = 3) -> int:
     """Matrix products of one optimizer step: `steps` Newton-Schulz iterations of every hidden matrix, whatever the batch.
 
     Each takes x xT, its square, and a product with x: 4 m² n + 2 m³ for m rows and n columns, m <= n.
     """
-    c = config
-    D, H = c.hidden_size, c.num_attention_heads
-    if c.kv_lora_rank is None:
-        attention = [(D, H * c.head_dim)] * 2 + [(D, c.num_key_value_heads * c.head_dim)] * 2
-    else:
-        C, Q = c.kv_lora_rank, H * c.qk_head_dim
-        queries = [(D, Q)] if c.q_lora_rank is None else [(D, c.q_lora_rank), (c.q_lora_rank, Q)]
-        up, out = (C, H * (c.qk_nope_head_dim + c.v_head_dim)), (H * c.v_head_dim, D)
-        attention = [*queries, (D, C + c.qk_rope_head_dim), up, out]
-    expert, shared = (D, c.moe_intermediate_size), (D, c.n_shared_experts * c.moe_intermediate_size)
-    extra = c.num_nextn_predict_layers if mtp else 0
-    layers = c.num_hidden_layers + extra
-    moe = sum(c.is_moe_layer(layer) for layer in range(layers))
-    counted = [(layers, shape) for shape in attention]
-    counted += [(3 * moe * c.n_routed_experts, expert), (3 * moe, shared)]
-    counted += [(3 * (layers - moe), (D, c.intermediate_size)), (extra, (D, 2 * D))]
+    a = architecture_of(model)
+    counted: list[tuple[int, Shape]] = [(len(a.mtp) if mtp else 0, a.mtp_join)]
+    for count, block in _all_blocks(a, mtp):
+        feed_forward = block.feed_forward
+        counted += [(count, shape) for shape in block.attention.matrices + feed_forward.matrices]
+        counted += [(count * feed_forward.experts, shape) for shape in feed_forward.expert]
     sides = ((count, min(shape), max(shape)) for count, shape in counted)
     return steps * sum(count * (4 * m * m * n + 2 * m**3) for count, m, n in sides)
 
 
-def _attention_matrices(c: ModelConfig) -> int:
-    D, H, Q, V = c.hidden_size, c.num_attention_heads, c.qk_head_dim, c.value_head_dim
-    if c.kv_lora_rank is None:
-        return D * H * Q + 2 * D * c.num_key_value_heads * Q + H * V * D
-    C, R = c.kv_lora_rank, c.qk_rope_head_dim
-    queries = D * H * Q if c.q_lora_rank is None else c.q_lora_rank * (D + H * Q)
-    return queries + D * (C + R) + C * H * (c.qk_nope_head_dim + V) + H * V * D
+# ------------------------------------------------------------------------------------------------------- parts of sums
 
 
-def _attention_biases(c: ModelConfig) -> int:
-    output = c.hidden_size if c.o_bias else 0
-    if c.kv_lora_rank is None:
-        return output + (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim * c.qkv_bias
-    return output + ((c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim) * c.attention_bias
+def _all_blocks(a: Architecture, mtp: bool) -> list[tuple[int, Block]]:
+    return [*a.blocks, *((1, block) for block in a.mtp if mtp)]
 
 
-def _multiplications_per_key(c: ModelConfig, absorbed: bool) -> int:
-    """One query token, all heads: score and weighted sum."""
-    if c.kv_lora_rank is not None and absorbed:
-        return c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-    return c.num_attention_heads * (c.qk_head_dim + c.value_head_dim)
+def _module(a: Architecture, block: Block) -> int:
+    """An MTP module: two norms before the join, the join itself, a block, a norm after it."""
+    return 3 * a.hidden_size + numbers([a.mtp_join]) + block.parameters
 
 
-def _mlp(c: ModelConfig, hidden: int, *, bias: bool) -> int:
-    return 3 * c.hidden_size * hidden + (2 * hidden + c.hidden_size) * bias
+def _asleep(block: Block, tokens: float) -> float:
+    """Parameters of the experts that none of so many tokens chooses."""
+    f = block.feed_forward
+    return f.experts * (1 - f.chosen / f.experts) ** tokens * f.expert_parameters if f.experts else 0.0
 
 
-def _expert(c: ModelConfig) -> int:
-    return _mlp(c, c.moe_intermediate_size, bias=False)
+def _passed(block: Block) -> tuple[Shape, ...]:
+    """The matrices that a token is multiplied with."""
+    f = block.feed_forward
+    return block.attention.matrices + f.matrices + f.router + f.chosen * f.expert
 
 
-def _shared_experts(c: ModelConfig) -> int:
-    """All of a layer's shared experts, which are one wide MLP."""
-    hidden = c.n_shared_experts * c.moe_intermediate_size
-    return _mlp(c, hidden, bias=c.mlp_bias) if hidden else 0
+def _row(attention: Attention, number: str) -> int:
+    n = attention.cached
+    return n + 2 * -(-n // SCALED) if number == "int8" else int(n * BYTES[number])
 
 
-def _router(c: ModelConfig) -> int:
-    return c.n_routed_experts * c.hidden_size
+Keys = Callable[..., float]  # the keys that a token sees, given the most that it may, None without limit
 
 
-def _norms(c: ModelConfig) -> int:
-    """One block: before attention, before the feed-forward, and those inside attention."""
-    inside = (c.q_lora_rank or 0) + c.kv_lora_rank if c.kv_lora_rank is not None else 2 * c.head_dim * c.qk_norm
-    return 2 * c.hidden_size + inside
+def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:
+    """Multiplications of one token with other tokens: scores and weighted sum, an indexer's scores, a linear state."""
+    x = attention
+    if x.state:
+        return x.mixing
+    each = x.heads * (2 * x.latent + x.rope if absorbed and x.latent else x.qk_dim + x.v_dim)
+    limits = [limit for limit in (x.window, x.top) if limit is not None]
+    seen = keys(min(limits, default=None), *([True] if x.chunked else []))
+    return each * seen + (x.indexed * keys(None) if x.indexed else 0)
 
 
-def _mtp_module(c: ModelConfig) -> int:
-    """Two norms before the join, the join itself, a block, a norm after it."""
-    D = c.hidden_size
-    if c.n_routed_experts:
-        feed_forward = c.n_routed_experts * _expert(c) + _shared_experts(c) + _router(c)
-    else:
-        feed_forward = _mlp(c, c.intermediate_size, bias=c.mlp_bias)
-    block = _attention_matrices(c) + _attention_biases(c) + _norms(c) + feed_forward
-    return 3 * D + 2 * D**2 + block
+def _mean_keys(seq_len: int, limit: int | None, chunked: bool) -> float:
+    """Of token t = 1..S of a causal sequence, min(t, w) keys, w (1 - (w - 1) / 2S) on average; within its chunk, t mod w."""
+    S, w = seq_len, min(limit or seq_len, seq_len)
+    if chunked:
+        whole, rest = divmod(S, w)
+        return (whole * w * (w + 1) / 2 + rest * (rest + 1) / 2) / S
+    return w * (1 - (w - 1) / (2 * S))
 
 
-def _feed_forward(c: ModelConfig, layer: int) -> int:
-    """Multiplications of one token in a layer's feed-forward."""
-    D = c.hidden_size
-    if not c.is_moe_layer(layer):
-        return 3 * D * c.intermediate_size
-    chosen = c.num_experts_per_tok + c.n_shared_experts
-    return _router(c) + 3 * D * c.moe_intermediate_size * chosen
+def _flops(a: Architecture, keys: Keys, absorbed: bool, mtp: bool) -> float:
+    head = numbers(a.head)
+    products: float = numbers(a.projections[:1]) + head
+    products += sum(n * (numbers(_passed(b)) + _core(b.attention, keys, absorbed)) for n, b in _all_blocks(a, mtp))
+    if mtp:
+        products += len(a.mtp) * (numbers([a.mtp_join]) + head)
+    return 2 * products
