@@ -20,7 +20,7 @@ from typing import Any
 
 from common import Row, print_table, row
 
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import Device, Machine, find_device, machine
 from minga.config.presets import v3
 from minga.planner.architecture import Model
 from minga.planner.estimate import Estimate
@@ -53,23 +53,10 @@ MODELS: dict[str, Model] = {
     "qwen3-30b-a3b": experts(2048, 768, 48, 32),
     "qwen3-235b-a22b": experts(4096, 1536, 94, 64),
 }
-T, G = 1e12, 1e9
-HOPPER = {"bf16": 989 * T, "fp8": 1979 * T}
-BLACKWELL = {"bf16": 2250 * T, "fp8": 4500 * T, "fp4": 9000 * T}
-DEVICES = {
-    d.name: d
-    for d in (
-        Device("H100-SXM", "data-centre", HOPPER, 80 * G, 3.35 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
-        Device("H800", "data-centre", HOPPER, 80 * G, 3.35 * T, 200 * G, achievable={"bf16": 0.8, "fp8": 0.71}),
-        Device("H200", "data-centre", HOPPER, 141 * G, 4.8 * T, 450 * G, achievable={"bf16": 0.8, "fp8": 0.73}),
-        Device("H20", "data-centre", {"bf16": 148 * T, "fp8": 296 * T}, 96 * G, 4.0 * T, 450 * G),
-        Device("B200", "data-centre", BLACKWELL, 180 * G, 7.7 * T, 900 * G, achievable={"bf16": 0.78, "fp8": 0.76}),
-        Device("RTX-3090", "consumer", {"bf16": 71.2 * T, "int8": 284 * T}, 24 * G, 0.936 * T),
-        Device("RTX-4090", "consumer", {"bf16": 165.2 * T, "fp8": 330 * T, "int8": 661 * T}, 24 * G, 1.008 * T),
-        Device("RTX-5090", "consumer", {"bf16": 209.5 * T, "fp8": 419 * T}, 32 * G, 1.792 * T),
-        Device("M1-Max", "apple", {"float32": 10.4 * T, "bf16": 10.4 * T}, 64 * G, 0.4 * T),
-        Device("M2-Ultra", "apple", {"float32": 27.2 * T, "bf16": 27.2 * T}, 192 * G, 0.8 * T),
-    )
+# Apple says what its chips compute in float32: 10.4 TFLOP/s with 32 cores, 27.2 with 76. The table has no such figure.
+APPLE = {
+    "M1-Max": Device("M1-Max", "apple", {"float32": 10.4e12}, 64e9, 0.4e12),
+    "M2-Ultra": Device("M2-Ultra", "apple", {"float32": 27.2e12}, 192e9, 0.8e12),
 }
 
 
@@ -93,10 +80,11 @@ def check() -> Iterator[Checked]:
     """Tokens/s of each published row: of prompts, of decoding, or of the answers where both share the machine."""
     with PUBLISHED.open(encoding="utf-8", newline="") as lines:
         for r in csv.DictReader(lines):
-            machine = Machine(DEVICES[r["device"]], int(r["count"]), min(8, int(r["count"])), 400 * G)
+            device = APPLE.get(r["device"]) or find_device(r["device"])
+            where = Machine(device, int(r["count"]), min(8, int(r["count"])), device.network)
             serving = serve_estimate(
                 MODELS[r["model"]],
-                machine,
+                where,
                 utilization=1.0,
                 prompt_tokens=float(r["prompt"]),
                 output_tokens=float(r["output"]),
@@ -155,7 +143,7 @@ def node_speeds() -> dict[str, tuple[Estimate, float]]:
     def serving(nodes: int, target: float | None) -> Serving:
         return serve_estimate(
             v3(),
-            Machine(DEVICES["H800"], 8 * nodes, 8, 400 * G),
+            machine(f"{8 * nodes}xH800"),
             utilization=1.0,
             prompt_tokens=4989,
             output_tokens=1,

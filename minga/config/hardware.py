@@ -3,9 +3,9 @@
     find_device("NVIDIA A100-SXM4-80GB"), find_device("4090"), find_device("Apple M2 Max 64GB")
     machine("2048xH800"), machine("2x8xH100"), machine("4090")
 
-The table is `hardware.json`, each figure with its source and date; where sources conflict its `note` says how. Rates are dense
-(never the doubled ones of 2:4 sparsity) and those that accumulate in float32 where that makes a difference. A figure that is
-not known, or on which no two sources agree, is absent. Processors are not in the table: they are measured.
+The table is `hardware.json`, each figure with its source and date; where sources differ its `note` says how, and the lower
+figure is used. One that is not known, or on which they differ by far, is absent. Rates are dense (never the doubled ones of
+2:4 sparsity) and those that accumulate in float32 where that makes a difference. Processors are measured, not looked up.
 Units: FLOP/s, bytes, bytes a second, watts. Memory is what the maker prints, in GiB, or what the driver reports where that
 is published; a driver keeps up to 1 % of it.
 """
@@ -42,18 +42,14 @@ class Device:
 
     name: str  # "H100-SXM", as in the table
     kind: str  # "data-centre" | "workstation" | "consumer" | "apple" | "cpu"
-    flops: Mapping[
-        str, float
-    ]  # by "float32", "bf16", "fp16", "fp8", "int8", "fp4"; matrix units, dense; empty: not known
+    flops: Mapping[str, float]  # by "float32", "bf16", "fp16", "fp8", "int8", "fp4"; matrix units, dense; may be empty
     memory: float
     bandwidth: float  # of that memory
     link: float | None = None  # to the other devices of the same node, per direction
     per_node: int = 8  # as it is usually sold
     network: float | None = None  # of a node of `per_node`, per direction: all its network cards together
     watts: float | None = None  # power limit
-    achievable: Mapping[str, float] = field(
-        default_factory=dict
-    )  # share of `flops` that the best matrix product reaches
+    achievable: Mapping[str, float] = field(default_factory=dict)  # share of `flops` of the fastest matrix product
     sources: Mapping[str, str] = field(default_factory=dict)  # field -> where its figure is from, with the date
     note: str = ""  # conflicts of the sources, and what to know
 

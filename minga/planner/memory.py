@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from minga.config import ModelConfig
+from minga.planner.architecture import Architecture, Model, architecture_of, numbers
 from minga.planner.setup import Setup
 
 # Bytes of a stored weight with its scales. fp8: a float32 for each block of 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3);
@@ -62,22 +62,23 @@ def verdict(total: float, available: float) -> str:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def training_memory(model: ModelConfig, setup: Setup) -> Memory:
+def training_memory(model: Model, setup: Setup) -> Memory:
     """The fullest device of a run. Experts are taken to be chosen evenly, a sequence to be cut in `tp` pieces where it is not
     cut by heads (sequence parallelism), layers to be spread evenly over `pp` stages, each of which holds as many
     micro-batches as stages are left to pass (1F1B).
     """
-    layers = _layers(model, mtp=setup.mtp)
+    a = architecture_of(model)
+    layers = _layers(a, mtp=setup.mtp)
     cuts = [stage * len(layers) // setup.pp for stage in range(setup.pp + 1)]
-    stages = (_stage(model, setup, layers[cuts[i] : cuts[i + 1]], i) for i in range(setup.pp))
+    stages = (_stage(a, setup, layers[cuts[i] : cuts[i + 1]], i) for i in range(setup.pp))
     return max(stages, key=lambda memory: memory.total)
 
 
-def _stage(model: ModelConfig, setup: Setup, layers: Sequence[_Layer], stage: int) -> Memory:
+def _stage(model: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) -> Memory:
     s, d, first, last = setup, model.hidden_size, stage == 0, stage == setup.pp - 1
     number = 4 if s.precision == "float32" else 2
     tokens = s.micro_batch * s.seq_len / s.tp
-    num_tables = 1 if first and last and model.tie_word_embeddings else first + last
+    num_tables = 1 if first and last and model.tied else first + last
     tables = num_tables * model.vocab_size * d / s.tp
     dense, experts = sum(x.dense for x in layers) / s.tp, sum(x.experts for x in layers) / s.ep
     copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
@@ -101,7 +102,7 @@ def _stage(model: ModelConfig, setup: Setup, layers: Sequence[_Layer], stage: in
     backward = again + number * max((x.widest for x in layers), default=0)
     logits = 0.0
     if last and not s.fused_loss:
-        waits = model.num_nextn_predict_layers * WAITING_LOGIT_BYTES if s.mtp else 0
+        waits = len(model.mtp) * WAITING_LOGIT_BYTES if s.mtp else 0
         logits = model.vocab_size * (LOGIT_BYTES[number] + waits)
     return Memory(
         weights=weights + frozen,
@@ -203,54 +204,37 @@ class _Layer(NamedTuple):
         return (3 if self.gated else 2) * (self.hidden + self.chosen * self.expert_hidden)
 
 
-def _layers(model: ModelConfig, *, mtp: bool) -> list[_Layer]:
-    c = model
-    d, heads = c.hidden_size, c.num_attention_heads
-    queries, keys, values = heads * c.qk_head_dim, c.num_key_value_heads * c.head_dim, heads * c.value_head_dim
-    if c.kv_lora_rank is None:
-        attention = [(d, queries), (d, keys), (d, keys), (values, d)]
-        latents, normed, projected, rebuilt = 0, 0, queries + 2 * keys, 0
-    else:
-        latent, rank = c.kv_lora_rank, c.q_lora_rank or 0
-        attention = [(d, rank), (rank, queries)] if rank else [(d, queries)]
-        attention += [
-            (d, latent + c.qk_rope_head_dim),
-            (latent, heads * (c.qk_nope_head_dim + c.v_head_dim)),
-            (values, d),
-        ]
-        latents, normed = rank + latent + c.qk_rope_head_dim, rank + latent
-        projected = 2 * queries + values  # latents give keys to every head
-        rebuilt = queries + values + (queries if rank else 0)
-    extra = c.num_nextn_predict_layers if mtp else 0
-    layers = []
-    for number in range(c.num_hidden_layers + extra):
-        moe = c.is_moe_layer(number)
-        hidden = c.n_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size
-        matrices = [
-            *attention,
-            *([(d, hidden)] * 3 if hidden else []),
-            *([(d, 2 * d)] if number >= c.num_hidden_layers else []),
-        ]
-        dense = sum(a * b for a, b in matrices) + 2 * d + normed + (c.n_routed_experts * d if moe else 0)
-        routed = 3 * c.n_routed_experts if moe else 0
-        layers.append(
-            _Layer(
-                dense=dense,
-                experts=routed * d * c.moe_intermediate_size,
-                sides=sum(a + b for a, b in matrices),
-                expert_sides=routed * (d + c.moe_intermediate_size),
-                largest=max(a * b for a, b in matrices),
-                stream=d,
-                latents=latents,
-                normed=normed,
-                projected=projected,
-                rebuilt=rebuilt,
-                attended=values,
-                heads=heads,
-                hidden=hidden,
-                gated=True,
-                chosen=c.num_experts_per_tok if moe else 0,
-                expert_hidden=c.moe_intermediate_size if moe else 0,
-            )
+def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
+    layers: list[_Layer] = []
+    for number, (count, block) in enumerate([*a.blocks, *((1, block) for block in a.mtp if mtp)]):
+        x, f, join = block.attention, block.feed_forward, [a.mtp_join] if number >= len(a.blocks) else []
+        queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
+        if x.latent is None:
+            latents = normed = rebuilt = 0
+            projected = queries + x.kv_heads * (x.qk_dim + x.v_dim)
+        else:
+            normed = sum(x.norms)  # of the latents: that of keys and values, and that of queries if there is one
+            latents, projected = normed + x.rope, 2 * queries + values  # latents give keys to every head
+            rebuilt = queries + values + (queries if normed > x.latent else 0)
+        matrices = [*x.matrices, *f.matrices, *join]
+        experts = f.experts * f.expert_parameters
+        layer = _Layer(
+            dense=block.parameters - experts + numbers(join),
+            experts=experts,
+            sides=sum(map(sum, matrices)),
+            expert_sides=f.experts * sum(map(sum, f.expert)),
+            largest=max(rows * columns for rows, columns in (*matrices, *f.expert)),
+            stream=a.hidden_size,
+            latents=latents,
+            normed=normed,
+            projected=projected,
+            rebuilt=rebuilt,
+            attended=values,
+            heads=x.heads,
+            hidden=f.hidden,
+            gated=f.gated,
+            chosen=f.chosen,
+            expert_hidden=f.expert_hidden,
         )
+        layers += count * [layer]
     return layers

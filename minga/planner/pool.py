@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from minga.errors import UserError
 from minga.planner.architecture import Model, architecture_of
 from minga.planner.counts import count_parameters, forward_flops
+from minga.planner.words import duration, number, size
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def pool_estimate(
     if not (0 <= overlap <= 1 and 0 < allowed < 1):
         raise UserError(f"overlap is {overlap}, allowed {allowed} (pool). both are shares, between 0 and 1")
     counts = count_parameters(model)
-    size = (counts.total_with_mtp if mtp else counts.total) * method.number
-    taken = 0.0 if peers == 1 else size if summed else (peers - 1) * size
-    sent = size if peers > 1 else 0.0
+    update = (counts.total_with_mtp if mtp else counts.total) * method.number
+    taken = 0.0 if peers == 1 else update if summed else (peers - 1) * update
+    sent = update if peers > 1 else 0.0
     computing = method.every * step_seconds
     meeting = sent / up + taken / down
     waiting = max(0.0, meeting - overlap * computing)
@@ -179,8 +180,12 @@ def split_over_link(
     ratio = waiting / computing
     verdict = "hopeless" if ratio > HOPELESS else "slow" if ratio > 1 else "possible, if hidden behind computing"
     sentence = (
-        f"{way} parallelism over {8 * link / 1e6:,.0f} Mbit/s is {verdict}: a token sends {sent / 1e6:,.3g} MB, "
-        f"{waiting * 1e3:,.3g} ms, and computes {computing * 1e3:,.3g} ms; the link would have to be "
-        f"{8 * sent / computing / 1e9:,.3g} Gbit/s"
+        f"{way} parallelism over {_bits(link)} is {verdict}: a token sends {size(sent)} in {duration(waiting)} and computes "
+        f"for {duration(computing)}; a link of {_bits(sent / computing)} would keep up"
     )
     return Split(way, sent, waiting, computing, sent / computing, ceiling, sentence)
+
+
+def _bits(link: float) -> str:
+    """Bytes/s as links are sold: 100 Mbit/s."""
+    return f"{number(8 * link / 1e9)} Gbit/s" if 8 * link >= 1e9 else f"{number(8 * link / 1e6)} Mbit/s"

@@ -5,14 +5,16 @@
     electricity("Mexico"), electricity()       # USD of a kWh; the world's mean without a place
     refresh(date.today())                      # newer rents by way of gpuhunt, kept in the user's cache
 
-Offers for one device differ by up to 18 times, so a price is a range: low is the cheapest offer that was found for whole hours on
-demand, high the dearest. Spot and contract prices are not in it unless the note says so. What nobody publishes is absent.
+Offers for one device differ by up to 18 times, so a price is a range: low is the cheapest offer on demand that the sources
+list, high the dearest, typical their median or what most ask. Spot prices and contracts are left out where the sources tell
+them apart. What nobody publishes is absent.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -88,6 +90,8 @@ def refresh(today: date) -> Path:
         gpuhunt = importlib.import_module("gpuhunt")
     except ImportError:
         raise UserError("gpuhunt is not installed (prices). pip install gpuhunt, or use the prices that ship") from None
+    # It prints a traceback for each provider that does not answer.
+    logging.getLogger("gpuhunt").setLevel(logging.CRITICAL)
     try:
         catalogue = gpuhunt.Catalog(auto_reload=False)
         catalogue.load()
@@ -104,16 +108,21 @@ def refresh(today: date) -> Path:
     for name, providers in sorted(asked.items()):
         prices = [statistics.median(offers) for offers in providers.values()]
         if len(prices) >= _FEWEST_PROVIDERS:
-            note = f"{len(prices)} providers on demand; SXM and PCIe are not told apart"
             rows[name] = {
                 "low": min(prices),
                 "typical": statistics.median(prices),
                 "high": max(prices),
                 "date": today.isoformat(),
                 "sources": ["gpuhunt"],
-                "note": note,
+                "note": f"{len(prices)} providers",
             }
-    title = {"title": "dstackai/gpuhunt", "url": "https://github.com/dstackai/gpuhunt", "date": today.isoformat()}
+    if not rows:
+        raise UserError("the catalogue has no offers (prices). try later, or use the prices that ship")
+    title = {
+        "title": "dstackai/gpuhunt, on demand, SXM and PCIe not told apart",
+        "url": "https://github.com/dstackai/gpuhunt",
+        "date": today.isoformat(),
+    }
     path = _fetched_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

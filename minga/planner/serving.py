@@ -5,18 +5,18 @@
 
 A decoding step over B sequences that each hold `context` tokens takes, on each device,
 
-    max(matrix bytes / bandwidth, matrix FLOPs / rate) + max(cache bytes / bandwidth, attention FLOPs / rate)
-      + what of the traffic between devices is not hidden + launching
+    max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth
+      + max(cache bytes / bandwidth, attention FLOPs / rate) + what of the traffic between devices is not hidden + launching
 
 Matrix bytes are those of the experts that B tokens wake, E (1 - (1 - A / E)^B), and of everything else; MLA attends in its
 absorbed form, over latents. Prefill computes the same with the tokens of whole prompts. Two ways to lay a copy of the model over
 devices: "tensor" cuts each matrix and sums with two all-reduces a layer; "expert" gives each device sequences and experts of its
-own, and sends a token to its experts (one byte a number) and their answers back (two bytes). Then two half-batches take turns, so
-that one is sent while the other computes, and weights are read twice (DeepSeek-V3 report, section 3.4).
+own, and sends a token to its experts (one byte a number) and their answers back (two bytes). Where it is faster, two half-batches
+take turns then: one is sent while the other computes, and weights are read twice (DeepSeek-V3 report, section 3.4).
 
 How much of what a machine can do is asked of it, its utilization, is the first argument, for it decides the cost.
 
-Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; low and high hold nine of ten rows.
+Constants were set on the rows of benchmarks/published/serving.csv that are marked "fit"; low and high hold nine of ten, or more.
 B sequences, E experts, A chosen experts
 """
 
@@ -32,6 +32,7 @@ from minga.planner.architecture import Architecture, Block, Model, architecture_
 from minga.planner.counts import BYTES as CACHED_BYTES
 from minga.planner.counts import cache_bytes, count_parameters, forward_flops, parameters_read
 from minga.planner.estimate import Estimate, Fact
+from minga.planner.memory import Memory
 
 # Bytes of a number. int4: four bits, and a float16 scale for 32 (as GGUF's Q4_0); fp4: and a byte for 16 (NVFP4); int8: and a
 # float16 scale for 64.
@@ -52,15 +53,15 @@ UNPACK = {"apple": 0.5}  # of the bandwidth that weights of four bits are read w
 ANY_UNPACK = 0.8  # ... on other devices
 # How often a matrix product's input and output cross the memory, in bf16: also for norms, activations, quantisation; of experts
 # for gathering, sorting and adding up rows, and for waiting where some experts get more of them.
-PASSES, EXPERT_PASSES = 2.0, 12.0
+PASSES, EXPERT_PASSES = 2.5, 14.0
 MEMORY_SHARE = 0.9  # of a device's memory, for weights and cache (vLLM and TensorRT-LLM default)
-LAUNCH = 30e-6  # seconds a layer
+LAUNCH = 50e-6  # seconds a layer
 MESSAGE = 10e-6  # seconds that a collective takes at least (aiconfigurator)
 MAX_BATCH = 1024  # sequences that an engine schedules at once on a device
 PREFILL_TOKENS = 8192  # and tokens of prompts (vLLM's and TensorRT-LLM's default)
-# Tokens/s, of the typical value: nine of ten published rows lie between.
-DOUBT = Estimate(0.65, 1.0, 1.3)
-DOUBT_REASON = "between low and high lie nine of ten published rows (benchmarks/published/serving.csv)"
+# Tokens/s, of the typical value: 97 % of the rows that constants were set on lie between, and 95 % of the others.
+DOUBT = Estimate(0.6, 1.0, 1.4)
+DOUBT_REASON = "between low and high lie at least nine of ten published rows (benchmarks/published/serving.csv)"
 GAIN_DOUBT = 0.85  # of a gain by guesses. An assumption: few are published with batch and acceptance
 SOURCE = "roofline; constants set on published rows (benchmarks/published/serving.csv)"
 
@@ -96,6 +97,7 @@ class Serving:
     requests_per_second: Estimate  # of the machine, prefill and decode sharing its time, at this utilization
     output_per_second: Estimate  # their output tokens
     cost: Cost | None  # None without a price
+    memory: Memory  # of a device, full: weights, and the cache of all sequences
     facts: tuple[Fact, ...]
 
 
@@ -197,19 +199,26 @@ class _Copy:
     # ------------------------------------------------------------------------------------------ time
 
     def decode(self, sequences: float, context: float, tokens: int = 1) -> _Step:
-        return self._step(sequences, tokens, context, prefill=False)
+        return self._fastest(sequences, tokens, context)
 
     def draft(self, sequences: float, context: float, tokens: float) -> _Step:
         """The MTP module's guess."""
-        return self._step(sequences, tokens, context, prefill=False, mtp=True)
+        return self._fastest(sequences, tokens, context, mtp=True)
 
     def prefill(self, tokens: float, context: float) -> _Step:
-        return self._step(tokens, 1, context, prefill=True)
+        return self._fastest(tokens, 1, context, prefill=True)
 
-    def _step(self, sequences: float, tokens: float, context: float, *, prefill: bool, mtp: bool = False) -> _Step:
+    def _fastest(
+        self, sequences: float, tokens: float, context: float, *, prefill: bool = False, mtp: bool = False
+    ) -> _Step:
+        """In one piece, or in two halves that hide each other's traffic, where weights are read twice for it."""
+        ways = (1, 2) if self.parallel == "expert" else (1,)
+        steps = [self._step(sequences, tokens, context, halves, prefill=prefill, mtp=mtp) for halves in ways]
+        return min(steps, key=lambda step: step.seconds)
+
+    def _step(self, sequences: float, tokens: float, context: float, halves: int, *, prefill: bool, mtp: bool) -> _Step:
         """`tokens` new ones of each of `sequences`, each of which attends over `context`."""
         c, n, rows = self.model, self.devices, sequences * tokens
-        halves = 2 if self.parallel == "expert" else 1
         still = parameters_read(c, 0, mtp=mtp)
         woken = parameters_read(c, rows / halves, mtp=mtp) - still
         matrices = forward_flops(c, 0)
@@ -228,7 +237,7 @@ class _Copy:
             attention=share * rows * core / n / self.attention_rate,
             network=share * self._network(rows, prefill=prefill),
             launch=share * halves * self.layers * LAUNCH,
-            overlap=self.parallel == "expert",
+            overlap=halves == 2,
         )
 
     def _network(self, rows: float, *, prefill: bool) -> float:
@@ -344,19 +353,19 @@ def serve_estimate(
         requests_per_second=requests,
         output_per_second=requests * output_tokens,
         cost=cost,
+        memory=Memory(weights=copy.held, cache=size * copy.cache(longest) / copy.shares),
         facts=(
             Fact(
                 "serve.utilization",
                 utilization,
-                "",
-                "an input: the share of what the machine could serve that is asked of it",
+                formula="an input: of what the machine could serve, the share asked of it",
             ),
             Fact(
                 "serve.copy",
                 copy.devices,
                 "devices",
-                "weights of a copy on each device, beside them the cache",
-                {
+                formula="weights of a copy on each device, and beside them the cache",
+                inputs={
                     "parallel": copy.parallel,
                     "weights_gb": copy.held / 1e9,
                     "cache_gb_of_a_sequence": copy.cache(longest) / 1e9,
@@ -366,45 +375,38 @@ def serve_estimate(
                 "serve.batch",
                 size,
                 "sequences of a copy at once",
-                "the largest that fits memory and, if one is given, the target",
-                {"context": context, "fit": copy.sequences(longest), "target_tokens_per_second": target},
+                formula="the largest that fits memory and, if one is given, the target",
+                inputs={"context": context, "fit": copy.sequences(longest), "target_tokens_per_second": target},
             ),
             Fact(
                 "serve.decode.step_seconds",
                 plain.seconds,
                 "s",
-                "max(matrix bytes / bandwidth, matrix FLOPs / rate) + max(cache bytes / bandwidth, attention FLOPs / rate)"
-                + (" or traffic, the longer," if plain.overlap else " + traffic")
+                formula="max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth + max(cache bytes / "
+                "bandwidth, attention FLOPs / rate)"
+                + (" or traffic" if plain.overlap else " + traffic")
                 + " + launching",
-                plain.parts,
-                SOURCE,
+                inputs=plain.parts,
+                source=SOURCE,
             ),
             Fact(
                 "serve.decode.tokens_per_second",
                 decode.tokens_per_second,
-                "of the machine",
-                "copies x batch / seconds per token; " + DOUBT_REASON,
-                {"copies": groups, "batch": size, "seconds_per_token": per_token, "acceptance": acceptance},
-                SOURCE,
+                "tokens/s",
+                formula="copies x batch / seconds per token; " + DOUBT_REASON,
+                inputs={"copies": groups, "batch": size, "seconds_per_token": per_token, "acceptance": acceptance},
+                source=SOURCE,
             ),
             Fact(
                 "serve.prefill.tokens_per_second",
                 prefill.tokens_per_second,
-                "of the machine, cached tokens included",
-                "copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
-                {"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
-                SOURCE,
+                "tokens/s",
+                formula="copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
+                inputs={"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
+                source=SOURCE,
             ),
-            *_cost_facts(cost, price, machine.count, utilization),
         ),
     )
-
-
-def _cost_facts(cost: Cost | None, price: Estimate | None, devices: int, utilization: float) -> Iterator[Fact]:
-    inputs = {"price_per_device_hour": price, "devices": devices, "utilization": utilization}
-    for name in ("input", "output", "blended") if cost else ():
-        formula = "price x devices / (3600 x tokens/s x utilization) x 1e6, low price with high rate"
-        yield Fact(f"serve.cost.{name}", getattr(cost, name), "per million tokens", formula, inputs)
 
 
 def _guessing(copy: _Copy, size: float, context: float, acceptance: float) -> float:
@@ -443,7 +445,8 @@ def _copies(
     nodes = {machine.per_node * 2**k for k in range(12)}
     sizes = {n for n in inside | nodes if n <= machine.count} | {machine.count}
     for n in [devices] if devices else sorted(sizes):
-        ways = ["expert", "tensor"] if any(b.feed_forward.experts for _, b in model.blocks) else ["tensor"]
+        experts = min((b.feed_forward.experts for _, b in model.blocks if b.feed_forward.experts), default=0)
+        ways = ["expert", "tensor"] if n <= experts else ["tensor"]
         for way in ["one"] if n == 1 else [parallel] if parallel else ways:
             copy = _Copy(model, machine, n, way, weights, cache)
             if n == 1 or copy.link:
@@ -525,6 +528,10 @@ def _check(
     devices: int | None,
     parallel: str | None,
 ) -> None:
+    if not machine.device.flops:
+        raise UserError(
+            f"what {machine.device.name} computes is not known (serving). measure it: minga plan --calibrate"
+        )
     if devices is not None and not 1 <= devices <= machine.count:
         raise UserError(f"a copy over {devices} devices (serving). the machine has {machine.count}")
     if parallel not in (None, "tensor", "expert"):

@@ -158,6 +158,9 @@ def test_without_gpuhunt_or_a_network_the_table_stays(monkeypatch: pytest.Monkey
     install(monkeypatch, [], OSError("no route to host"))
     with pytest.raises(UserError, match="no route to host"):
         refresh(TODAY)
+    install(monkeypatch, [])
+    with pytest.raises(UserError, match="no offers"):
+        refresh(TODAY)
     assert rental(find_device("H100"))
 
 

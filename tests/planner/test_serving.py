@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import Device, Machine, machine
 from minga.config.presets import small, v2_lite, v3
 from minga.errors import UserError
 from minga.planner.counts import parameters_read, speculation_limit
@@ -21,8 +21,7 @@ from minga.planner.serving import Serving, serve_estimate, serving_day
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plan_serving
 
-H800 = Machine(plan_serving.DEVICES["H800"], 144, 8, 400e9)
-ONE = Machine(plan_serving.DEVICES["H200"])
+H800, ONE = machine("144xH800"), machine("1xH200")
 ASKED: dict[str, Any] = {"utilization": 1.0, "prompt_tokens": 1000, "output_tokens": 500}
 
 
@@ -134,9 +133,9 @@ def test_fewer_bits_hold_more_users_and_serve_one_faster() -> None:
 
 def test_experts_are_read_as_they_wake() -> None:
     """A step of one token reads a sixth of V2-Lite; of 64 tokens nearly all."""
-    machine = Machine(Device("card", "consumer", {"bf16": 1e15}, 80e9, 1e12))
+    card = Machine(Device("card", "consumer", {"bf16": 1e15}, 80e9, 1e12))
     seconds = {
-        b: serve(v2_lite(), machine, weights="bf16", batch=b, context=100).facts[3].inputs["matrices_memory"]
+        b: serve(v2_lite(), card, weights="bf16", batch=b, context=100).facts[3].inputs["matrices_memory"]
         for b in (1, 64)
     }
     for batch, found in seconds.items():
@@ -167,10 +166,19 @@ def test_a_guess_gains_at_most_what_reading_parameters_allows() -> None:
 
 
 def test_a_model_too_large_for_one_device_is_spread() -> None:
-    found = serve(v3(), Machine(H800.device, 32, 8, 400e9))
+    found = serve(v3(), machine("32xH800"))
     assert found.decode.devices >= 16 and found.decode.parallel == "expert"
-    dense = serve(plan_serving.MODELS["llama-3.3-70b"], Machine(H800.device, 8, 8), weights="bf16")
+    dense = serve(plan_serving.MODELS["llama-3.3-70b"], machine("8xH800"), weights="bf16")
     assert dense.decode.devices in (4, 8) and dense.decode.parallel == "tensor"
+
+
+@pytest.mark.parametrize("context", [100, 3000, 30_000])
+@pytest.mark.parametrize("parallel", ["expert", "tensor"])
+def test_a_full_device_holds_what_it_has(context: int, parallel: str) -> None:
+    full = serve(v3(), machine("32xH800"), context=context, prompt_tokens=context, devices=32, parallel=parallel)
+    memory = H800.device.memory
+    assert full.memory.total <= 0.9 * memory
+    assert full.memory.total > 0.85 * memory or full.decode.batch in (1024, 32 * 1024)  # as many as engines schedule
 
 
 def test_prompts_in_the_cache_are_cheap() -> None:
@@ -194,8 +202,9 @@ def test_prompts_in_the_cache_are_cheap() -> None:
         ({"target": 0}, "target is 0"),
         ({"target": 1e6}, "no batch gives 1e\\+06 tokens/s"),
         ({"batch": 100_000}, "100000 sequences do not fit"),
-        ({"model": v3()}, "weights on each of 1 devices of 141 GB"),
+        ({"model": v3()}, "weights on each of 1 devices of 151 GB"),
         ({"devices": 2}, "the machine has 1"),
+        ({"machine": Machine(Device("chip", "apple", {}, 64e9, 0.4e12))}, "chip computes is not known"),
         ({"parallel": "magic"}, "'magic' is not known"),
         (
             {"machine": Machine(Device("x", "cpu", {"float32": 1e12}, 1e9, 1e10), 2, 2), "devices": 2},
