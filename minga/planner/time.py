@@ -55,6 +55,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "H100-SXM": ("H100-SXM", "H100-PCIe", "H800", "H200", "H20", "GH200"),
     "B200": ("B200", "B300", "GB200", "GB300"),
 }
+# From no lost time to the 10 % of Llama 3 405B's 54 days on 16,384 devices (2407.21783, section 3.3.4: "higher than 90 %").
+LOST = Estimate(1.0, 1.05, 1.11)
 SHIPPED = Path(__file__).with_name("coefficients.json")
 
 
@@ -87,12 +89,13 @@ class StepTime:
 
 @dataclass(frozen=True)
 class RunTime:
-    """A whole run: computing plus what published runs lose to restarts, evaluation, checkpoints and slow starts."""
+    """A whole run: its steps, plus what runs lose to restarts, evaluation, checkpoints, slow starts and a less tuned stack."""
 
     gpu_hours: Estimate
     days: Estimate
     steps: float
     step: StepTime
+    computing: Estimate  # GPU-hours of the steps alone: what a report means that gives hours for a number of tokens
 
 
 def step_time(model: Model, setup: Setup, machine: Machine, *, coefficients: Coefficients | None = None) -> StepTime:
@@ -130,14 +133,18 @@ def run_time(
 ) -> RunTime:
     """GPU-hours and days of a run over so many tokens.
 
-    low: a well-made stack on machines that do not fail; high: what model cards report that count everything.
+    With shipped coefficients, which are those of well-tuned stacks: low is what the best published runs took, typical their
+    median, high the costliest. With a calibration, which has measured the user's own stack, only lost time is left (`LOST`).
     """
     step = step_time(model, setup, machine, coefficients=coefficients)
     steps = tokens / step.tokens
-    low, typical, high = (shipped()["runs"][key] for key in ("low", "typical", "high"))
-    hours = step.total.typical * steps * setup.devices / 3600
-    gpu_hours = Estimate(hours * low, hours * typical, hours * high)
-    return RunTime(gpu_hours, gpu_hours / (24 * setup.devices), steps, step)
+    computing = step.total * (steps * setup.devices / 3600)
+    if coefficients is None:
+        low, typical, high = (shipped()["runs"][key] for key in ("low", "typical", "high"))
+        gpu_hours = Estimate(low * computing.typical, typical * computing.typical, high * computing.typical)
+    else:
+        gpu_hours = computing * LOST
+    return RunTime(gpu_hours, gpu_hours / (24 * setup.devices), steps, step, computing)
 
 
 # ------------------------------------------------------------------------------------------------------------- ideal times
@@ -162,7 +169,9 @@ class Work:
     experts: int  # parameters of all routed experts
     num_experts: int  # in all layers together
     sums: int  # outputs that tensor parallelism sums: of attention and of MLPs
-    chosen: tuple[tuple[int, int, float], ...]  # layers with experts: how many, experts of a token, share of groups they lie in
+    chosen: tuple[
+        tuple[int, int, float], ...
+    ]  # layers with experts: how many, experts of a token, share of groups they lie in
     sides: int  # rows and columns of all matrices, added up: what LoRA's pairs are as long as
     muon: int  # products of a Muon step
 
@@ -208,7 +217,9 @@ def ideal_times(work: Work, setup: Setup, machine: Machine) -> dict[str, float]:
     share = s.micro_batch * s.seq_len * s.accumulate / split  # tokens, as if a device computed whole ones alone
     products = 2 + (not frozen) + full  # of a matrix with a token: forward, to the input, to the weight, forward again
     passes = 3 + {"none": 0.0, "selective": 0.5, "full": 1.0}[s.recompute]  # backward moves twice what forward does
-    held = (w.dense / s.tp + w.experts / s.ep) / s.pp  # parameters of a device's blocks; tensor ranks do not share experts
+    held = (
+        w.dense / s.tp + w.experts / s.ep
+    ) / s.pp  # parameters of a device's blocks; tensor ranks do not share experts
     trained = s.lora_rank * w.sides / split if s.lora_rank is not None else held + w.tables / split
     update = _UPDATE[s.optimizer] + 2 * (s.master and width == 2)
     times = {
@@ -335,7 +346,7 @@ def _data(w: Work, s: Setup, machine: Machine, width: int, trained: float) -> fl
     sums = s.accumulate if s.shard >= 2 else 1 if s.shard else 2
     dense, experts = (w.dense + w.tables) / (s.tp * s.pp), w.experts / (s.pp * s.ep)
     for held, ranks, stride in ((dense, s.dp, s.tp), (experts, s.dp * s.tp // s.ep, s.ep)):
-        if ranks > 1:
+        if ranks > 1 and held:
             times = gathers + sums if s.lora_rank is None else gathers * (s.shard == 3)
             seconds += held * times * width * (ranks - 1) / ranks / _link(machine, ranks, stride)
             hops = ranks * stride / machine.per_node - 1  # around the ring, for each layer's collective
@@ -368,7 +379,9 @@ def load_coefficients(path: str | Path) -> Coefficients:
     try:
         return _coefficients(json.loads(Path(path).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no coefficients: {error} (calibration). measure again: minga plan --calibrate")
+        raise UserError(
+            f"{path} holds no coefficients: {error} (calibration). measure again: minga plan --calibrate"
+        ) from None
 
 
 def store_coefficients(coefficients: Coefficients, path: str | Path) -> None:
@@ -398,7 +411,9 @@ def calibrate(rows: Sequence[Measured], *, start: Coefficients | None = None) ->
     Then each moves as far as more rows say: one that they say nothing about stays, since moving it costs as much as an error.
     """
     if not rows:
-        raise UserError("there is no measured step (calibration). measure at least one, better three of different sizes")
+        raise UserError(
+            "there is no measured step (calibration). measure at least one, better three of different sizes"
+        )
     start = start or coefficients_of(rows[0].machine.device)
     shares = [shares_of(row) for row in rows]
     sums = [sum(start.terms[term] * share[term] for term in start.terms) for share in shares]
