@@ -20,7 +20,10 @@ from minga.planner.architecture import Architecture, Model, architecture_of
 from minga.planner.setup import Setup
 from minga.planner.time import Coefficients, coefficients_of, idle_factor, step_parts, work_of
 
-LEAST_BATCH, MOST_BATCH = 2**19, 2**24  # tokens of a step: GPT-3's smallest models (2005.14165, table 2.1), Llama 3 405B
+LEAST_BATCH, MOST_BATCH = (
+    2**19,
+    2**24,
+)  # tokens of a step: GPT-3's smallest models (2005.14165, table 2.1), Llama 3 405B
 RECOMPUTE = ("none", "selective", "full")
 MOST_MICRO_BATCH = 64
 
@@ -95,9 +98,7 @@ def choose_setup(
     # No data rank is without a sequence, unless the devices are too many for any cut. The least time of a layout is that
     # without recomputing: layouts are tried in that order, until none can win any more.
     ranks = max(sequences * 4 / 3, min(layout.dp for layout in cuts))
-    layouts = [
-        (variants(replace(layout, recompute=recomputes[0])), layout) for layout in cuts if layout.dp <= ranks
-    ]
+    layouts = [(variants(replace(layout, recompute=recomputes[0])), layout) for layout in cuts if layout.dp <= ranks]
     best: tuple[float, Setup] | None = None
     for tried, layout in sorted(layouts, key=lambda pair: pair[0][0][0]):
         if best and tried[0][0] >= best[0]:
@@ -123,7 +124,13 @@ def choose_setup(
 
 
 def _layouts(
-    arch: Architecture, machine: Machine, fixed: Setup, shard: int | None, tp: int | None, pp: int | None, ep: int | None
+    arch: Architecture,
+    machine: Machine,
+    fixed: Setup,
+    shard: int | None,
+    tp: int | None,
+    pp: int | None,
+    ep: int | None,
 ) -> Iterator[Setup]:
     """Cuts of the devices, the least cut first."""
     heads = math.gcd(*(block.attention.heads for _, block in arch.blocks))

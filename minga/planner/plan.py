@@ -28,7 +28,7 @@ from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
-from minga.planner.serving import Serving, serve_estimate
+from minga.planner.serving import serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, run_time, step_time
@@ -182,7 +182,7 @@ def plan(
         notes += said
     try:
         serving = serve_estimate(arch, where, **_serving_options(arch, where, ask))
-        sections.append(_serving_section(serving, where, ask))
+        sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         memory = memory or serving.memory
     except UserError as error:
         notes.append(f"serving: {error}")
@@ -464,37 +464,6 @@ def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, A
         "acceptance": guesses or None,
         "price": _price(device, ask, [])[0],
     }
-
-
-def _serving_section(serving: Serving, machine: Machine, ask: Ask) -> Section:
-    labels = {
-        "serve.utilization": "utilisation",
-        "serve.copy": "devices that hold a copy",
-        "serve.batch": "sequences of a copy at once",
-        "serve.prefill.tokens_per_second": "prompts read",
-        "serve.decode.tokens_per_second": "answers written",
-    }
-    facts = [replace(fact, label=labels.get(fact.name, "")) for fact in serving.facts]
-    source = serving.facts[-1].source
-    facts.append(
-        Fact("serve.per_user", serving.per_user, "tokens/s", "that one user sees", "1 / seconds per token", {}, source)
-    )
-    if serving.speculation is not None:
-        facts.append(
-            Fact("serve.speculation", serving.speculation, "times", "gained by multi-token prediction",
-                 "a step without guesses / a step with them x tokens it gives", {"acceptance": ask.acceptance or ACCEPTANCE}, source)
-        )  # fmt: skip
-    facts.append(
-        Fact("serve.requests_per_second", serving.requests_per_second, "requests/s",
-             f"requests of {ask.prompt:,} + {ask.output:,} tokens", "utilisation / time of a prompt and its answer", {}, source)
-    )  # fmt: skip
-    if serving.cost is not None:
-        for name, label in (("input", "read"), ("output", "written"), ("blended", "of both")):
-            facts.append(
-                Fact(f"serve.cost_per_million.{name}", getattr(serving.cost, name), "USD", f"a million tokens {label}",
-                     "devices x price / (tokens a second x utilisation)", {"utilization": ask.utilization}, source)
-            )  # fmt: skip
-    return Section(f"serving, busy {100 * ask.utilization:g} % of the time", tuple(facts))
 
 
 # ---------------------------------------------------------------------------------------------- a pool

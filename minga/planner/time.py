@@ -208,7 +208,9 @@ def ideal_times(work: Work, setup: Setup, machine: Machine) -> dict[str, float]:
     share = s.micro_batch * s.seq_len * s.accumulate / split  # tokens, as if a device computed whole ones alone
     products = 2 + (not frozen) + full  # of a matrix with a token: forward, to the input, to the weight, forward again
     passes = 3 + {"none": 0.0, "selective": 0.5, "full": 1.0}[s.recompute]  # backward moves twice what forward does
-    held = (w.dense / s.tp + w.experts / s.ep) / s.pp  # parameters of a device's blocks; tensor ranks do not share experts
+    held = (
+        w.dense / s.tp + w.experts / s.ep
+    ) / s.pp  # parameters of a device's blocks; tensor ranks do not share experts
     trained = s.lora_rank * w.sides / split if s.lora_rank is not None else held + w.tables / split
     update = _UPDATE[s.optimizer] + 2 * (s.master and width == 2)
     times = {
@@ -396,7 +398,9 @@ def calibrate(rows: Sequence[Measured], *, start: Coefficients | None = None) ->
     Then each moves as far as more rows say: one that they say nothing about stays, since moving it costs as much as an error.
     """
     if not rows:
-        raise UserError("there is no measured step (calibration). measure at least one, better three of different sizes")
+        raise UserError(
+            "there is no measured step (calibration). measure at least one, better three of different sizes"
+        )
     start = start or coefficients_of(rows[0].machine.device)
     shares = [shares_of(row) for row in rows]
     sums = [sum(start.terms[term] * share[term] for term in start.terms) for share in shares]
