@@ -162,7 +162,7 @@ class Work:
     experts: int  # parameters of all routed experts
     num_experts: int  # in all layers together
     sums: int  # outputs that tensor parallelism sums: of attention and of MLPs
-    chosen: tuple[tuple[int, int], ...]  # (layers, experts of a token) where there are experts
+    chosen: tuple[tuple[int, int, float], ...]  # layers with experts: how many, experts of a token, share of groups they lie in
     sides: int  # rows and columns of all matrices, added up: what LoRA's pairs are as long as
     muon: int  # products of a Muon step
 
@@ -190,7 +190,7 @@ def work_of(model: Model, seq_len: int, *, mtp: bool = True) -> Work:
         experts=sum(c * f.experts * numbers(f.expert) for c, f in mlps),
         num_experts=sum(c * f.experts for c, f in mlps),
         sums=sum(c * (1 + bool(f.hidden)) for c, f in mlps),
-        chosen=tuple((c, f.chosen) for c, f in mlps if f.experts),
+        chosen=tuple((c, f.chosen, f.groups[0] / f.groups[1]) for c, f in mlps if f.experts),
         sides=sum(count * (rows + columns) for count, (rows, columns) in shapes),
         muon=muon_flops(model, mtp=mtp),
     )
@@ -311,16 +311,18 @@ def _tensor_bytes(w: Work, s: Setup, width: int) -> float:
 def _routing(w: Work, s: Setup, machine: Machine) -> float:
     """Seconds of all-to-all: each token to its experts (8 bits where products are) and back, and so its gradients.
 
-    A token goes once to each node that has one of its experts, and there to all of them (DeepSeek-V3, section 3.2.2).
+    A token goes once to each node that has one of its experts, and there to all of them; if its experts lie in a part of all
+    groups, so do those nodes (DeepSeek-V3, section 3.2.2).
     """
     if s.ep == 1:
         return 0.0
     near = min(s.ep, max(1, machine.per_node // s.tp))
     nodes, inside = s.ep / near, machine.device.link or HOST_LINK
     seconds = 0.0  # for each byte of each token
-    for layers, chosen in w.chosen:
+    for layers, chosen, part in w.chosen:
         around = chosen * (s.ep - 1) / s.ep * (near - 1) / near / inside
-        reached = nodes * (1 - (1 - 1 / nodes) ** chosen)
+        within = max(1.0, nodes * part)
+        reached = within * (1 - (1 - 1 / within) ** chosen)
         away = reached * (nodes - 1) / nodes * machine.per_node / network(machine) if nodes > 1 else 0.0
         seconds += layers * max(away, around)
     there, back = {"float32": (4, 4), "bf16": (2, 2)}.get(s.precision, (1, 2))
