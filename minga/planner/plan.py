@@ -31,7 +31,7 @@ from minga.planner.prices import rental
 from minga.planner.serving import serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
-from minga.planner.time import Coefficients, RunTime, run_time, step_time
+from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
 from minga.planner.words import count, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
@@ -309,7 +309,7 @@ def _training_facts(
 ) -> Iterator[Fact]:
     assert ask.tokens is not None
     step, device = run.step, machine.device
-    fitted = f"roofline; coefficients: {(ask.coefficients or run.coefficients).source}"
+    fitted = f"roofline; coefficients: {(ask.coefficients or coefficients_of(device)).source}"
     yield Fact("train.tokens", ask.tokens, "", "tokens", "given")
     yield Fact(
         "train.setup", _setup_words(setup), "", "set-up", "least predicted time of those that fit", asdict(setup)
@@ -508,7 +508,7 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
         ]  # fmt: skip
     drawing = []
     rate = step.tokens_per_second.typical * training_flops(a, ask.seq_len, mtp=setup.mtp) / machine.count
-    for way in ("expert", "tensor", "pipeline") if a.is_sparse else ("tensor", "pipeline"):
+    for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
         drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
         f"a pool of {ask.peers:,} peers, links of {_bits(ask.up)} up, {_bits(ask.down)} down",

@@ -162,7 +162,9 @@ class Work:
     experts: int  # parameters of all routed experts
     num_experts: int  # in all layers together
     sums: int  # outputs that tensor parallelism sums: of attention and of MLPs
-    chosen: tuple[tuple[int, int, float], ...]  # layers with experts: how many, experts of a token, share of groups they lie in
+    chosen: tuple[
+        tuple[int, int, float], ...
+    ]  # layers with experts: how many, experts of a token, share of groups they lie in
     sides: int  # rows and columns of all matrices, added up: what LoRA's pairs are as long as
     muon: int  # products of a Muon step
 
