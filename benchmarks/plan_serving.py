@@ -98,7 +98,7 @@ def check() -> Iterator[Checked]:
             predicted = {
                 "prefill": serving.prefill.tokens_per_second,
                 "decode": serving.decode.tokens_per_second,
-                "both": serving.output_per_second,
+                "both": serving.requests_per_second * float(r["output"]),
             }[r["phase"]]
             yield Checked(r["id"], r["split"], predicted, float(r["value"]))
 

@@ -47,6 +47,7 @@ class Attention:
     cached: int = 0  # numbers that a token leaves in the cache
     latent: int | None = None  # C of multi-head latent attention
     rope: int = 0  # its R
+    ups: tuple[Shape, ...] = ()  # of the matrices, those from latents to heads, which V3 computes again for backward
     window: int | None = None  # keys that a token sees at most, itself among them
     chunked: bool = False  # the window does not slide: positions are cut into chunks as long as it
     top: int | None = None  # keys that an indexer chooses for a token (DeepSeek sparse attention)
@@ -164,9 +165,8 @@ def architecture_of(config: Model) -> Architecture:
             return architecture_of(outer | dict(config[key]))
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        near = difflib.get_close_matches(str(family), FAMILIES, n=3, cutoff=0.5)
-        hint = f"nearest known: {', '.join(near)}" if near else f"known: {', '.join(sorted(FAMILIES))}"
-        raise UserError(f"model_type {family!r} is not known to the planner (config.json). {hint}")
+        near = ", ".join(difflib.get_close_matches(str(family)[:99], FAMILIES, n=3, cutoff=0.0))
+        raise UserError(f"model_type {family!r:.99} is not known to the planner (config.json). nearest known: {near}")
     if family in ARCHITECTURES:  # Minga opens these, and knows best what is wrong with one
         opened = ModelConfig.from_hf({k: v for k, v in config.items() if k not in _COMPUTED + _WINDOWS})
         windows = {k: config[k] for k in _WINDOWS if k in config}
@@ -190,7 +190,7 @@ _ALIASES = {
     "n_shared_experts": ("num_shared_expert", "num_shared_experts", "moe_num_shared_experts"),
     "shared_intermediate_size": ("shared_expert_intermediate_size",),
     "sliding_window": ("window_size",),
-    "moe_layer_freq": ("moe_layer_interval",),
+    "decoder_sparse_step": ("interleave_moe_layer_step", "moe_layer_interval"),
     "first_k_dense_replace": ("num_dense_layers",),
     "sliding_window_pattern": ("_sliding_window_pattern", "global_attn_every_n_layers"),
     "attention_bias": ("use_qkv_bias", "qkv_bias"),
@@ -221,13 +221,13 @@ class _Keys:
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise UserError(f"{key} is {value!r} (config.json). it must be a whole number from {least} to {most}")
+            raise UserError(f"{key} is {value!r:.60} (config.json). it must be a whole number from {least} to {most}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         key, value = self.find(name, default)
         if not isinstance(value, bool):
-            raise UserError(f"{key} is {value!r} (config.json). it must be true or false")
+            raise UserError(f"{key} is {value!r:.60} (config.json). it must be true or false")
         return value
 
     def either(self, switch: bool | str) -> bool:
@@ -243,11 +243,18 @@ class _Keys:
             raise UserError(f"{key} is {value!r:.60} (config.json). it must be a list of {layers} layers")
         return list(value[:layers])
 
+    def numbers(self, name: str) -> list[Any] | None:
+        """A list of layers."""
+        key, value = self.find(name)
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise UserError(f"{key} is {value!r:.60} (config.json). it must be a list of layer numbers")
+        return None if value is None else list(value)
+
     def part(self, name: str) -> _Keys:
         """With the keys of an object inside the config."""
         value = self.config.get(name) or {}
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} is {value!r} (config.json). it must be an object")
+            raise UserError(f"{name} is {value!r:.60} (config.json). it must be an object")
         return _Keys({**self.config, **value}, self.family, self.defaults)
 
 
@@ -269,7 +276,8 @@ class _Family:
     qk_norm_if: bool | str = True
     qk_norm_bias: bool = False
     sinks: bool = False  # a number per head to which attention may go
-    output_gate: bool = False  # queries come with a gate as wide
+    output_gate: bool = False  # queries come with a gate as wide, and with its bias
+    gate_bias: bool = True
     mla: bool = False
     indexer: bool = False  # DeepSeek sparse attention
     moe: str = ""  # the key of an expert's hidden size; none: dense
@@ -349,9 +357,13 @@ def _grouped(k: _Keys, f: _Family, D: int) -> Attention:
             "each key head must serve the same number of query heads"
         )
     K = k.size("head_dim", D // H)
-    biases = (H * K, G * K, G * K) * k.either(f.qkv_bias) + (D,) * k.either(f.o_bias) + (H,) * f.sinks
-    inside = {"head": (K, K), "all": (H * K, G * K)}[f.qk_norm] if f.qk_norm and k.either(f.qk_norm_if) else ()
     queries = H * K * (2 if f.output_gate else 1)
+    biases = (
+        (queries if f.gate_bias else H * K, G * K, G * K) * k.either(f.qkv_bias)
+        + (D,) * k.either(f.o_bias)
+        + (H,) * f.sinks
+    )
+    inside = {"head": (K, K), "all": (H * K, G * K)}[f.qk_norm] if f.qk_norm and k.either(f.qk_norm_if) else ()
     return Attention(
         heads=H,
         kv_heads=G,
@@ -369,7 +381,8 @@ def _latent(k: _Keys, D: int) -> Attention:
     H, C, R = k.size("num_attention_heads"), k.size("kv_lora_rank"), k.size("qk_rope_head_dim")
     nope, V = k.size("qk_nope_head_dim"), k.size("v_head_dim")
     query = None if k.get("q_lora_rank") is None else k.size("q_lora_rank")
-    queries: tuple[Shape, ...] = ((H * (nope + R), D),) if query is None else ((query, D), (H * (nope + R), query))
+    ups: tuple[Shape, ...] = ((H * (nope + R), query or D), (H * (nope + V), C))
+    downs: tuple[Shape, ...] = ((C + R, D),) if query is None else ((query, D), (C + R, D))
     ranks = () if query is None else (query,)
     biases = (*ranks, C + R, D) if k.flag("attention_bias") else ()
     return Attention(
@@ -377,12 +390,13 @@ def _latent(k: _Keys, D: int) -> Attention:
         kv_heads=H,
         qk_dim=nope + R,
         v_dim=V,
-        matrices=(*queries, (C + R, D), (H * (nope + V), C), (D, H * V)),
+        matrices=(*downs, *ups, (D, H * V)),
         biases=biases,
         norms=(*ranks, C),
         cached=C + R,
         latent=C,
         rope=R,
+        ups=ups[1:] if query is None else ups,
     )
 
 
@@ -460,14 +474,13 @@ def _sparse(k: _Keys, layers: int) -> list[bool]:
     kinds = k.each("mlp_layer_types", layers)
     if kinds is not None:
         return [kind == "sparse" for kind in kinds]
-    chosen = k.get("moe_layers")
-    if isinstance(chosen, list):
+    chosen, dense = k.numbers("moe_layers"), k.numbers("mlp_only_layers") or []
+    if chosen is not None:
         return [i in chosen for i in range(layers)]
-    dense = k.get("mlp_only_layers", [])
     first = k.size("first_k_dense_replace", 0, least=0)
     start, end = k.size("moe_layer_start_index", 0, least=0), k.size("moe_layer_end_index", layers - 1, least=-1)
     every = k.size("moe_layer_freq", 1)
-    step = k.size("decoder_sparse_step", k.size("interleave_moe_layer_step", 1))
+    step = k.size("decoder_sparse_step", 1)
     end = layers - 1 if end == -1 else end
     return [
         max(first, start) <= i <= end and i % every == 0 and (i + 1) % step == 0 and i not in dense
@@ -522,10 +535,11 @@ def _gpt_neo(k: _Keys, f: _Family) -> Architecture:
     types = k.get("attention_types")
     if types is not None:
         try:
-            kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]
+            each = (kind for pattern, times in types for _ in range(times) for kind in pattern)
+            kinds = list(itertools.islice(each, MAX_LAYERS))
         except (TypeError, ValueError):
             raise UserError(
-                f"attention_types is {types!r} (config.json). it must be a list such as [[['global', 'local'], 12]]"
+                f"attention_types is {types!r:.60} (config.json). it must be a list such as [[['global', 'local'], 12]]"
             ) from None
         k = _Keys({**k.config, "layer_types": kinds}, k.family, k.defaults)
     return _decoder(k, f)
@@ -632,7 +646,7 @@ _ATTENTION_BIAS = _Family(qkv_bias="attention_bias", o_bias="attention_bias")
 _OLMO2 = dataclasses.replace(_ATTENTION_BIAS, qk_norm="all")
 _COHERE = dataclasses.replace(_ATTENTION_BIAS, tied=True, norms=1)
 _HUNYUAN = dataclasses.replace(_ATTENTION_BIAS, qk_norm="head")
-_ERNIE = _Family(tied=True, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias")
+_ERNIE = _Family(tied=True, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias")
 _MINIMAX = _Family(moe="intermediate_size", read=_minimax)
 _QWEN3_NEXT = dataclasses.replace(_ATTENTION_BIAS, qk_norm="head", output_gate=True, read=_qwen3_next)
 
@@ -644,7 +658,7 @@ def _with(family: _Family, **changes: Any) -> _Family:
 FAMILIES: dict[str, _Family] = {
     "afmoe": _Family(
         qkv_bias="attention_bias", o_bias="attention_bias", norms=4, qk_norm="head", output_gate=True,
-        moe="moe_intermediate_size", windows=4,
+        gate_bias=False, moe="moe_intermediate_size", windows=4,
     ),
     "apertus": _with(_ATTENTION_BIAS, gated=False, activation=2, qk_norm="head"),
     "arcee": _with(_LLAMA, gated=False),
@@ -659,7 +673,7 @@ FAMILIES: dict[str, _Family] = {
     "deepseek_v32": _with(_V3, indexer=True),
     "dots1": _with(_ATTENTION_BIAS, qk_norm="head", moe="moe_intermediate_size", windows=0),
     "ernie4_5": _ERNIE,
-    "ernie4_5_moe": _with(_ERNIE, moe="moe_intermediate_size"),
+    "ernie4_5_moe": _with(_ERNIE, head_bias="use_bias", moe="moe_intermediate_size"),
     "exaone4": _Family(qk_norm="head", windows=4),
     "exaone_moe": _Family(qk_norm="head", moe="moe_intermediate_size", windows=4),
     "falcon": _Family(
@@ -741,7 +755,7 @@ FAMILIES: dict[str, _Family] = {
     "qwen3_next": _with(_QWEN3_NEXT, moe="moe_intermediate_size", shared_gate=True),
     "seed_oss": _Family(qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias"),
     "smollm3": _with(_LLAMA, tied=True, windows=0, windows_if="use_sliding_window"),
-    "solar_open": _with(_ATTENTION_BIAS, moe="moe_intermediate_size"),
+    "solar_open": _Family(qkv_bias="attention_bias", moe="moe_intermediate_size"),
     "stablelm": _Family(
         qkv_bias="attention_bias", norm=2, qk_norm="all", qk_norm_if="use_qk_norm", read=_stablelm
     ),

@@ -7,6 +7,7 @@ V3: 671,026,404,352 parameters, 37.6 B of them active, 70,272 bytes of bf16 cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -107,7 +108,7 @@ def forward_flops(model: Model, context: float, *, absorbed: bool = False, mtp: 
     either; `training_flops` is exact for all. `absorbed`: the form that decoding uses, which reads latents instead of keys
     and values; its projections cost the same. `mtp`: with the MTP modules, each of which runs the head once more.
     """
-    return _flops(architecture_of(model), lambda keys: context if keys is None else min(context, keys), absorbed, mtp)
+    return _flops(architecture_of(model), lambda limit, _: min(context, limit), absorbed, mtp)
 
 
 def training_flops(
@@ -122,15 +123,16 @@ def training_flops(
 ) -> float:
     """Per token of sequences of `seq_len`, forward and backward: three times the forward pass, and what the options add.
 
-    causal: attention counts the keys that a token may see, on average over the sequence; otherwise all of them, as Megatron's
-    and NVIDIA's published TFLOP/s do. recompute: "full" runs the blocks once more, "selective" only what leads from latents
-    to heads (other recomputed parts have no matrix products). lora: the rank of pairs beside every matrix of the blocks,
-    which alone are trained: no gradient of weights is computed, that of attention is. teacher: its forward pass is added.
+    causal: attention counts the keys that a token may see, on average over the sequence, as NVIDIA's published TFLOP/s do;
+    otherwise all of them, as the papers of Megatron-LM (2104.04473) and PaLM do. recompute: "full" runs the blocks once
+    more, "selective" only what leads from latents to heads (the other parts have no matrix products). lora: the rank of
+    pairs beside every matrix of the blocks, which alone are trained: no gradient of weights is computed, that of attention
+    is. teacher: its forward pass is added.
     """
     a = architecture_of(model)
 
-    def keys(limit: int | None, chunked: bool = False) -> float:
-        return _mean_keys(seq_len, limit, chunked) if causal else seq_len if limit is None else min(limit, seq_len)
+    def keys(limit: float, chunked: bool) -> float:
+        return _mean_keys(seq_len, limit, chunked) if causal else min(seq_len, limit)
 
     blocks = _all_blocks(a, mtp)
     forward = _flops(a, keys, False, mtp)
@@ -142,8 +144,7 @@ def training_flops(
     if recompute == "full":
         total += core + 2 * sum(count * numbers(_passed(block)) for count, block in blocks)
     elif recompute == "selective":
-        ups = [(count, block.attention) for count, block in blocks if block.attention.latent]
-        total += 2 * sum(count * numbers(s for s in x.matrices if s[1] == x.latent) for count, x in ups)
+        total += 2 * sum(count * numbers(block.attention.ups) for count, block in blocks)
     if teacher is not None:
         total += _flops(architecture_of(teacher), keys, False, False)
     return total
@@ -193,7 +194,9 @@ def _row(attention: Attention, number: str) -> int:
     return n + 2 * -(-n // SCALED) if number == "int8" else int(n * BYTES[number])
 
 
-Keys = Callable[..., float]  # the keys that a token sees, given the most that it may, None without limit
+Keys = Callable[
+    [float, bool], float
+]  # that a token sees, given the most that it may, and whether its window is a chunk
 
 
 def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:
@@ -202,14 +205,15 @@ def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:
     if x.state:
         return x.mixing
     each = x.heads * (2 * x.latent + x.rope if absorbed and x.latent else x.qk_dim + x.v_dim)
-    limits = [limit for limit in (x.window, x.top) if limit is not None]
-    seen = keys(min(limits, default=None), *([True] if x.chunked else []))
-    return each * seen + (x.indexed * keys(None) if x.indexed else 0)
+    indexing = x.indexed * keys(math.inf, False) if x.indexed else 0
+    return each * keys(min(x.window or math.inf, x.top or math.inf), x.chunked) + indexing
 
 
-def _mean_keys(seq_len: int, limit: int | None, chunked: bool) -> float:
-    """Of token t = 1..S of a causal sequence, min(t, w) keys, w (1 - (w - 1) / 2S) on average; within its chunk, t mod w."""
-    S, w = seq_len, min(limit or seq_len, seq_len)
+def _mean_keys(seq_len: int, limit: float, chunked: bool) -> float:
+    """Of token t = 1..S of a causal sequence, min(t, w) keys, w (1 - (w - 1) / 2S) on average; in chunks of w, those of
+    its own up to it.
+    """
+    S, w = seq_len, min(seq_len, limit)
     if chunked:
         whole, rest = divmod(S, w)
         return (whole * w * (w + 1) / 2 + rest * (rest + 1) / 2) / S

@@ -55,6 +55,7 @@ def choose_setup(
     recompute: str | None = None,
     micro_batch: int | None = None,
     optimizer: str = "adamw",
+    master: bool = True,
     lora_rank: int | None = None,
     stored: str = "bf16",
     mtp: bool = True,
@@ -70,8 +71,8 @@ def choose_setup(
     work, known = work_of(arch, seq_len, mtp=mtp), coefficients or coefficients_of(machine.device)
     sequences = max(1, round((batch_tokens or typical_batch(arch, tokens)) / seq_len))
     fixed = Setup(
-        seq_len=seq_len, precision=precision, optimizer=optimizer, lora_rank=lora_rank, stored=stored, mtp=mtp,
-        fused_loss=fused_loss,
+        seq_len=seq_len, precision=precision, optimizer=optimizer, master=master, lora_rank=lora_rank,
+        stored=stored, mtp=mtp, fused_loss=fused_loss,
     )  # fmt: skip
     recomputes = [recompute] if recompute else list(RECOMPUTE)
 

@@ -7,11 +7,13 @@ today's fused attention keeps no scores. Nothing here is fitted; tests compare w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import NamedTuple
 
-from minga.planner.architecture import Architecture, Model, architecture_of, numbers
+from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
+from minga.planner.counts import cache_bytes
 from minga.planner.setup import Setup
 
 # Bytes of a stored weight with its scales. fp8: a float32 for each block of 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3);
@@ -74,12 +76,11 @@ def training_memory(model: Model, setup: Setup) -> Memory:
     return max(stages, key=lambda memory: memory.total)
 
 
-def _stage(model: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) -> Memory:
-    s, d, first, last = setup, model.hidden_size, stage == 0, stage == setup.pp - 1
+def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) -> Memory:
+    s, d, first, last = setup, a.hidden_size, stage == 0, stage == setup.pp - 1
     number = 4 if s.precision == "float32" else 2
     tokens = s.micro_batch * s.seq_len / s.tp
-    num_tables = 1 if first and last and model.tied else first + last
-    tables = num_tables * model.vocab_size * d / s.tp
+    tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head)) / s.tp
     dense, experts = sum(x.dense for x in layers) / s.tp, sum(x.experts for x in layers) / s.ep
     copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
 
@@ -102,8 +103,7 @@ def _stage(model: Architecture, setup: Setup, layers: Sequence[_Layer], stage: i
     backward = again + number * max((x.widest for x in layers), default=0)
     logits = 0.0
     if last and not s.fused_loss:
-        waits = len(model.mtp) * WAITING_LOGIT_BYTES if s.mtp else 0
-        logits = model.vocab_size * (LOGIT_BYTES[number] + waits)
+        logits = a.vocab_size * (LOGIT_BYTES[number] + WAITING_LOGIT_BYTES * len(a.mtp) * s.mtp)
     return Memory(
         weights=weights + frozen,
         gradients=gradients,
@@ -117,11 +117,11 @@ def _stage(model: Architecture, setup: Setup, layers: Sequence[_Layer], stage: i
 
 
 def _moments(s: Setup) -> int:
-    """Numbers that the optimizer keeps for one of a matrix; tables and vectors are AdamW's, with two, always."""
+    """Numbers that the optimizer keeps for one of a matrix; tables are AdamW's, with two, always."""
     return 1 if s.optimizer == "muon" else 2
 
 
-def _states(s: Setup, numbers: float, ranks: int, moments: int) -> tuple[float, float, float]:
+def _states(s: Setup, count: float, ranks: int, moments: int) -> tuple[float, float, float]:
     """Weights, gradients and optimizer states of so many trained numbers, spread over `ranks` from the level `shard` says.
 
     With master copies 2 + 4 + 12 bytes a number. Fully sharded there is no copy: the float32 weights are gathered as bf16.
@@ -133,9 +133,9 @@ def _states(s: Setup, numbers: float, ranks: int, moments: int) -> tuple[float, 
     gradient = 4.0 if wide or master else 2.0
     optimizer = moments * state + (4.0 if master and s.shard < 3 else 0.0)
     return (
-        numbers * weight / (ranks if s.shard == 3 else 1),
-        numbers * gradient / (ranks if s.shard >= 2 else 1),
-        numbers * optimizer / (ranks if s.shard >= 1 else 1),
+        count * weight / (ranks if s.shard == 3 else 1),
+        count * gradient / (ranks if s.shard >= 2 else 1),
+        count * optimizer / (ranks if s.shard >= 1 else 1),
     )
 
 
@@ -143,7 +143,7 @@ def _buffers(
     s: Setup, layers: Sequence[_Layer], tables: float, tokens: float, number: int, d: int, copies: int
 ) -> float:
     """Fully sharded, weights of the block at work, of the next, and of the tables are gathered; gradients are whole for a
-    block before they are spread. An int4 matrix is widened as it is used.
+    block before they are spread. A matrix in few bits is widened as it is used.
     """
     dense, experts = [x.dense / s.tp for x in layers], [x.experts / s.ep for x in layers]
     held = 0.0
@@ -173,68 +173,189 @@ class _Layer(NamedTuple):
     largest: int  # matrix
     stream: int  # d
     latents: int  # of latent attention, before their norms
-    normed: int  # latents after them
+    normed: int  # latents, or queries and keys, after norms of their own
     projected: int  # queries, keys and values
     rebuilt: int  # of these, what is projected up from a latent
     attended: int  # what attention gives, all heads
     heads: int
-    hidden: int  # of the dense MLP or the shared experts
+    hidden: int  # of the MLP that every token passes, and of the chosen experts
     gated: bool
     chosen: int
-    expert_hidden: int
 
     def kept(self, recompute: str, number: int) -> float:
         """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax."""
         if recompute == "full":
             return number * self.stream
-        wide = self.hidden + self.chosen * self.expert_hidden
         values = 2 * self.stream + self.latents + self.projected + self.attended
-        values += (2 if self.gated else 1) * wide + self.chosen * self.stream  # gate and up; what experts are sent
-        if recompute == "selective":
-            return number * (values - self.rebuilt) + 4 * self.heads
-        values += 2 * self.stream + self.normed  # after norms
-        values += (
-            2 if self.gated else 1
-        ) * wide + self.chosen * self.stream  # activated, multiplied; what experts give
+        values += (1 + self.gated) * self.hidden + self.chosen * self.stream  # gate and up; what experts are sent
+        if recompute == "none":
+            values += 2 * self.stream + self.normed  # after norms
+            values += (
+                1 + self.gated
+            ) * self.hidden + self.chosen * self.stream  # after the activation; what experts give
+        else:
+            values -= self.rebuilt
         return number * values + 4 * self.heads
 
     @property
     def widest(self) -> int:
         """Numbers of the gradients that stand beside them while the MLP's is computed."""
-        return (3 if self.gated else 2) * (self.hidden + self.chosen * self.expert_hidden)
+        return (2 + self.gated) * self.hidden
 
 
 def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
-    layers: list[_Layer] = []
-    for number, (count, block) in enumerate([*a.blocks, *((1, block) for block in a.mtp if mtp)]):
-        x, f, join = block.attention, block.feed_forward, [a.mtp_join] if number >= len(a.blocks) else []
-        queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
-        if x.latent is None:
-            latents = normed = rebuilt = 0
-            projected = queries + x.kv_heads * (x.qk_dim + x.v_dim)
-        else:
-            normed = sum(x.norms)  # of the latents: that of keys and values, and that of queries if there is one
-            latents, projected = normed + x.rope, 2 * queries + values  # latents give keys to every head
-            rebuilt = queries + values + (queries if normed > x.latent else 0)
-        matrices = [*x.matrices, *f.matrices, *join]
-        experts = f.experts * f.expert_parameters
-        layer = _Layer(
-            dense=block.parameters - experts + numbers(join),
-            experts=experts,
-            sides=sum(map(sum, matrices)),
-            expert_sides=f.experts * sum(map(sum, f.expert)),
-            largest=max(rows * columns for rows, columns in (*matrices, *f.expert)),
-            stream=a.hidden_size,
-            latents=latents,
-            normed=normed,
-            projected=projected,
-            rebuilt=rebuilt,
-            attended=values,
-            heads=x.heads,
-            hidden=f.hidden,
-            gated=f.gated,
-            chosen=f.chosen,
-            expert_hidden=f.expert_hidden,
-        )
-        layers += count * [layer]
+    layers = [_layer(a.hidden_size, block) for count, block in a.blocks for _ in range(count)]
+    for block in a.mtp if mtp else ():
+        layer = _layer(a.hidden_size, block)
+        layers.append(layer._replace(dense=layer.dense + numbers([a.mtp_join]) + 3 * a.hidden_size))
     return layers
+
+
+def _layer(d: int, block: Block) -> _Layer:
+    x, f = block.attention, block.feed_forward
+    shapes = x.matrices + f.matrices
+    queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
+    if x.latent is None:
+        keys, own_values = x.kv_heads * x.qk_dim, x.kv_heads * x.v_dim
+        latents, normed, rebuilt = 0, queries + keys if x.norms else 0, 0
+    else:  # to be attended over, a latent gives keys and values to every head
+        keys, own_values, normed = queries, values, sum(x.norms)
+        latents, rebuilt = normed + x.rope, keys + values + (queries if len(x.norms) > 1 else 0)
+    return _Layer(
+        dense=block.parameters - f.experts * f.expert_parameters,
+        experts=f.experts * f.expert_parameters,
+        sides=sum(map(sum, shapes)),
+        expert_sides=f.experts * sum(map(sum, f.expert)),
+        largest=max(rows * columns for rows, columns in shapes + f.expert),
+        stream=d,
+        latents=latents,
+        normed=normed,
+        projected=queries + keys + own_values,
+        rebuilt=rebuilt,
+        attended=values,
+        heads=x.heads,
+        hidden=f.hidden + f.chosen * f.expert_hidden,
+        gated=f.gated,
+        chosen=f.chosen,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what makes it fit
+
+
+Change = tuple[float, str, Callable[[Setup], Setup]]  # how much it costs, in words, and itself
+
+
+def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -> list[tuple[Setup, str]]:
+    """The `num` cheapest changes that make a run fit, each as the set-up and in words, best first; [] where none does, or
+    none is needed.
+
+    Cheap is what changes neither the result nor the time, then what costs some time, then what trains less of the model,
+    then a shorter sequence. What costs the same: fewer changes first. None contains another.
+    """
+    if training_memory(model, setup).total <= available:
+        return []
+    found: list[tuple[frozenset[str], Setup]] = []
+    changes = list(_changes(setup))
+    names = [text for _, text, _ in changes]
+    chosen = [each for size in (1, 2, 3, 4) for each in combinations(changes, size)]
+    for several in sorted(chosen, key=lambda several: (sum(cost for cost, _, _ in several), len(several))):
+        words = frozenset(text for _, text, _ in several)
+        if len({text.split()[0] for text in words}) < len(words) or any(before < words for before, _ in found):
+            continue  # two of a kind, or more than is needed
+        changed = setup
+        for _, _, change in several:
+            changed = change(changed)
+        if training_memory(model, changed).total <= available:
+            found.append((words, changed))
+        if len(found) == num:
+            break
+    return [(changed, ", ".join(sorted(words, key=names.index))) for words, changed in found]
+
+
+def _changes(s: Setup) -> Iterator[Change]:
+    """The first word of each says what kind it is: of a kind only one is made."""
+    if not s.fused_loss:
+        yield 1, "fused loss (logits are never held)", lambda s: replace(s, fused_loss=True)
+    size, cost = s.micro_batch, 1.5
+    while size > 1:
+        size, cost = size // 2, cost + 0.5
+        yield cost, f"micro-batch of {size} instead of {s.micro_batch}", _micro_batch(size)
+    for level in range(s.shard + 1, 4) if s.dp > 1 else ():
+        what = {1: "optimizer states", 2: "gradients too", 3: "weights too"}[level]
+        yield 1 + level / 2, f"sharding over {s.dp} devices: {what}", _sharded(level)
+    if s.recompute == "none":
+        yield 2.5, "recompute norms, MLP activations and up-projections", lambda s: replace(s, recompute="selective")
+    if s.recompute != "full":
+        yield 4, "recompute whole blocks (a third more work)", lambda s: replace(s, recompute="full")
+    if s.lora_rank is None and s.optimizer == "adamw":
+        yield 3, "8-bit optimizer states", lambda s: replace(s, optimizer="adamw8bit")
+    if s.lora_rank is None:
+        yield 8, "LoRA of rank 16 instead of all weights", lambda s: replace(s, lora_rank=16)
+        yield 10, "LoRA of rank 16 over int4 weights (QLoRA)", lambda s: replace(s, lora_rank=16, stored="int4")
+    elif s.stored != "int4":
+        yield 5, "LoRA over int4 weights (QLoRA)", lambda s: replace(s, stored="int4")
+    if s.seq_len >= 1024:
+        yield 12, f"sequences of {s.seq_len // 2} tokens instead of {s.seq_len}", _halved
+
+
+def _micro_batch(size: int) -> Callable[[Setup], Setup]:
+    """As many sequences a step, or a few more where it does not divide."""
+    return lambda s: replace(s, micro_batch=size, accumulate=-(-s.accumulate * s.micro_batch // size))
+
+
+def _sharded(level: int) -> Callable[[Setup], Setup]:
+    return lambda s: replace(s, shard=level)
+
+
+def _halved(s: Setup) -> Setup:
+    return replace(s, seq_len=s.seq_len // 2, accumulate=2 * s.accumulate)
+
+
+# ---------------------------------------------------------------------------------------------- serving
+
+
+def serving_memory(
+    model: Model,
+    *,
+    weights: str = "bf16",
+    cache: str = "bf16",
+    context: int,
+    batch: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    mtp: bool = False,
+    chunk: int = 2048,
+) -> Memory:
+    """A device that answers `batch` requests of `context` tokens at a time. weights: of `WEIGHT_BYTES`, embedding and head
+    included, as our formats store them. cache: float32, float16, bf16, fp8 or int8. chunk: prompt tokens read at once. A
+    latent is whole on every device of `tp`; keys of heads are dealt out.
+    """
+    a = architecture_of(model)
+    layers, size = _layers(a, mtp=mtp), WEIGHT_BYTES[weights]
+    tables = a.embedding + (0 if a.tied else numbers(a.head))
+    stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
+    of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
+    tokens = min(chunk, batch * context)
+    running = max(x.kept("none", 2) - 2 * x.stream for x in layers)  # of one block at a time
+    return Memory(
+        weights=stored * size,
+        activations=tokens * running / tp,
+        logits=4.0 * batch * a.vocab_size,
+        cache=batch * cache_bytes(a, context, number=cache, mtp=mtp) / of_heads,
+        runtime=CONTEXT_BYTES + (NCCL_BYTES if max(tp, ep) > 1 else 0.0),
+    )
+
+
+def fitting(
+    model: Model,
+    available: float,
+    *,
+    context: int,
+    batch: int = 1,
+    cache: str = "bf16",
+    formats: Sequence[str] = ("bf16", "fp8", "int8", "int4"),
+) -> list[tuple[str, float, str]]:
+    """(format of the weights, bytes with cache and all, verdict) for serving, the most exact format first."""
+    totals = ((f, serving_memory(model, weights=f, cache=cache, context=context, batch=batch).total) for f in formats)
+    return [(f, total, verdict(total, available)) for f, total in totals]

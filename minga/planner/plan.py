@@ -21,6 +21,7 @@ from minga.errors import UserError
 from minga.planner import cost
 from minga.planner.architecture import Architecture, architecture_of
 from minga.planner.counts import cache_bytes_per_token, count_parameters, training_flops
+from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
 from minga.planner.layout import choose_setup
@@ -28,13 +29,15 @@ from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
-from minga.planner.serving import Serving, serve_estimate
+from minga.planner.scaling import Option
+from minga.planner.serving import serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
-from minga.planner.time import Coefficients, RunTime, run_time, step_time
+from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
 from minga.planner.words import count, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
 LATENCY = 0.02  # seconds one way, between cities
@@ -53,7 +56,7 @@ class Ask:
 
     tokens: float | None = None
     precision: str | None = None
-    seq_len: int = 4096
+    seq_len: int | None = None
     batch_tokens: float | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     teacher: Architecture | None = None
@@ -106,6 +109,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     setup: Setup | None = None
     memory: Memory | None = None  # of a device in training; without training, in serving
+    front: tuple[Option, ...] = ()  # of a model that was chosen: those than which none is both quicker and better
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -174,15 +178,15 @@ def plan(
     name, arch = read_model(model) if isinstance(model, str) else ("", architecture_of(model))
     where = machine_named(machine) if isinstance(machine, str) else machine
     title = f"{name or arch.family} on {_machine_words(where)}"
-    sections, notes = [_model_section(arch, ask)], list(_device_notes(where))
+    sections, notes = [_model_section(arch, where, ask)], list(_device_notes(where))
     setup = memory = None
     if ask.tokens is not None:
         setup, memory, parts, said = _training(arch, where, ask)
         sections += parts
         notes += said
     try:
-        serving = serve_estimate(arch, where, **_serving_options(arch, where, ask))
-        sections.append(_serving_section(serving, where, ask))
+        serving = serve_estimate(arch, where, **serving_options(arch, where, ask))
+        sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         memory = memory or serving.memory
     except UserError as error:
         notes.append(f"serving: {error}")
@@ -194,16 +198,16 @@ def plan(
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def _model_section(a: Architecture, ask: Ask) -> Section:
-    counts = count_parameters(a)
+def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
+    counts, seq_len = count_parameters(a), _seq_len(ask, machine)
     inputs = {"layers": a.num_layers, "hidden_size": a.hidden_size, "vocab_size": a.vocab_size, "family": a.family}
     parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
     source = "exact: sum over the matrices of the config"
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
     lora = ask.fixed.get("lora_rank") is not None
     recompute = ask.fixed.get("recompute") or "none"
-    flops = training_flops(a, ask.seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
-    square = training_flops(a, ask.seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
     what = "forward 2 x active matrices + attention over a causal sequence; backward twice that"
     if lora:
         what = "forward, and backward through frozen weights: 2 x forward + the low-rank pairs"
@@ -220,10 +224,10 @@ def _model_section(a: Architecture, ask: Ask) -> Section:
             "flops_per_token",
             flops,
             "FLOP",
-            f"training a token of {ask.seq_len:,}",
+            f"training a token of {seq_len:,}",
             what,
             {
-                "seq_len": ask.seq_len,
+                "seq_len": seq_len,
                 "mtp": mtp,
                 "recompute": recompute,
                 "six_n": 6 * counts.active,
@@ -247,28 +251,48 @@ def _model_section(a: Architecture, ask: Ask) -> Section:
 # ---------------------------------------------------------------------------------------------- training
 
 
+def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
+    """The fastest set-up that fits into memory with room to spare; else that just fits. Raises `UserError` if there is none.
+
+    Without other wishes a processor trains as `minga train` does: Muon, no copy of the weights, small batches.
+    """
+    device, at_hand = machine.device, machine.device.kind == "cpu"
+    batch, fixed = ask.batch_tokens, dict(ask.fixed)
+    if at_hand:
+        batch = batch or usual_batch(ask.tokens or 20 * count_parameters(a).active)
+        fixed = {"optimizer": "muon", "fused_loss": True, "master": False} | fixed
+    precision = ask.precision or ("int8" if at_hand and "int8" in device.flops else _precision(device))
+
+    def chosen(*verdicts: str) -> Setup:
+        return choose_setup(
+            a,
+            machine,
+            precision=precision,
+            seq_len=_seq_len(ask, machine),
+            tokens=ask.tokens,
+            batch_tokens=batch,
+            fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
+            coefficients=ask.coefficients,
+            **fixed,
+        )
+
+    try:
+        return chosen("green")
+    except UserError:
+        return chosen("green", "amber")
+
+
 def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memory, list[Section], list[str]]:
     assert ask.tokens is not None
     device, notes = machine.device, []
-    precision = ask.precision or _precision(device)
-    if precision == "fp8" and "fp8" not in device.flops:
+    setup = lay_out(a, machine, ask)
+    if setup.precision == "fp8" and "fp8" not in device.flops:
         notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
-    setup = choose_setup(
-        a,
-        machine,
-        precision=precision,
-        seq_len=ask.seq_len,
-        tokens=ask.tokens,
-        batch_tokens=ask.batch_tokens,
-        fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) == "green",
-        coefficients=ask.coefficients,
-        **ask.fixed,
-    )
     memory = training_memory(a, setup)
     run = run_time(a, setup, machine, ask.tokens, coefficients=ask.coefficients)
     per_token = training_flops(
         a,
-        ask.seq_len,
+        setup.seq_len,
         mtp=bool(a.mtp) and setup.mtp,
         lora=setup.lora_rank is not None,
         teacher=ask.teacher,
@@ -309,7 +333,7 @@ def _training_facts(
 ) -> Iterator[Fact]:
     assert ask.tokens is not None
     step, device = run.step, machine.device
-    fitted = f"roofline; coefficients: {(ask.coefficients or run.coefficients).source}"
+    fitted = f"roofline; coefficients: {(ask.coefficients or coefficients_of(device)).source}"
     yield Fact("train.tokens", ask.tokens, "", "tokens", "given")
     yield Fact(
         "train.setup", _setup_words(setup), "", "set-up", "least predicted time of those that fit", asdict(setup)
@@ -400,7 +424,7 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
             {"kwh": kwh, "grams_per_kwh": where.grams, "year": where.year},
             where.source,
         )
-    price, said = _price(device, ask, notes)
+    price, said = device_price(device, ask, notes)
     if price is not None:
         final = cost.rent(hours, price)
         yield Fact(
@@ -434,7 +458,7 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     yield Fact("money.currency", "USD")
 
 
-def _price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:
+def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:
     """USD of a device-hour, and who says so."""
     if ask.price is not None:
         return Estimate.exactly(ask.price), "given"
@@ -451,7 +475,7 @@ def _price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None,
 # ---------------------------------------------------------------------------------------------- serving
 
 
-def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
+def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
     device = machine.device
     guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
     return {
@@ -462,39 +486,8 @@ def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, A
         "cache": ask.cache,
         "target": ask.speed,
         "acceptance": guesses or None,
-        "price": _price(device, ask, [])[0],
+        "price": device_price(device, ask, [])[0],
     }
-
-
-def _serving_section(serving: Serving, machine: Machine, ask: Ask) -> Section:
-    labels = {
-        "serve.utilization": "utilisation",
-        "serve.copy": "devices that hold a copy",
-        "serve.batch": "sequences of a copy at once",
-        "serve.prefill.tokens_per_second": "prompts read",
-        "serve.decode.tokens_per_second": "answers written",
-    }
-    facts = [replace(fact, label=labels.get(fact.name, "")) for fact in serving.facts]
-    source = serving.facts[-1].source
-    facts.append(
-        Fact("serve.per_user", serving.per_user, "tokens/s", "that one user sees", "1 / seconds per token", {}, source)
-    )
-    if serving.speculation is not None:
-        facts.append(
-            Fact("serve.speculation", serving.speculation, "times", "gained by multi-token prediction",
-                 "a step without guesses / a step with them x tokens it gives", {"acceptance": ask.acceptance or ACCEPTANCE}, source)
-        )  # fmt: skip
-    facts.append(
-        Fact("serve.requests_per_second", serving.requests_per_second, "requests/s",
-             f"requests of {ask.prompt:,} + {ask.output:,} tokens", "utilisation / time of a prompt and its answer", {}, source)
-    )  # fmt: skip
-    if serving.cost is not None:
-        for name, label in (("input", "read"), ("output", "written"), ("blended", "of both")):
-            facts.append(
-                Fact(f"serve.cost_per_million.{name}", getattr(serving.cost, name), "USD", f"a million tokens {label}",
-                     "devices x price / (tokens a second x utilisation)", {"utilization": ask.utilization}, source)
-            )  # fmt: skip
-    return Section(f"serving, busy {100 * ask.utilization:g} % of the time", tuple(facts))
 
 
 # ---------------------------------------------------------------------------------------------- a pool
@@ -503,16 +496,7 @@ def _serving_section(serving: Serving, machine: Machine, ask: Ask) -> Section:
 def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     """The machine is a peer; each computes a step of half a million tokens of its own."""
     assert ask.peers is not None
-    setup = choose_setup(
-        a,
-        machine,
-        precision=ask.precision or _precision(machine.device),
-        seq_len=ask.seq_len,
-        batch_tokens=POOL_BATCH,
-        fits=lambda setup: verdict(training_memory(a, setup).total, machine.device.memory) == "green",
-        coefficients=ask.coefficients,
-        **ask.fixed,
-    )
+    setup = lay_out(a, machine, replace(ask, batch_tokens=ask.batch_tokens or POOL_BATCH))
     step = step_time(a, setup, machine, coefficients=ask.coefficients)
     facts = [
         Fact("pool.peers", ask.peers, "", f"peers, each {_machine_words(machine)}", "given"),
@@ -538,8 +522,8 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", "waiting / (waiting + computing)", inputs, method.source),
         ]  # fmt: skip
     drawing = []
-    rate = step.tokens_per_second.typical * training_flops(a, ask.seq_len, mtp=setup.mtp) / machine.count
-    for way in ("expert", "tensor", "pipeline") if a.is_sparse else ("tensor", "pipeline"):
+    rate = step.tokens_per_second.typical * training_flops(a, setup.seq_len, mtp=setup.mtp) / machine.count
+    for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
         drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
         f"a pool of {ask.peers:,} peers, links of {_bits(ask.up)} up, {_bits(ask.down)} down",
@@ -549,6 +533,10 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
 
 
 # ---------------------------------------------------------------------------------------------- words
+
+
+def _seq_len(ask: Ask, machine: Machine) -> int:
+    return ask.seq_len or (OWN_SEQ_LEN if machine.device.kind == "cpu" else SEQ_LEN)
 
 
 def _precision(device: Device) -> str:

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from minga.config.hardware import Machine
 from minga.errors import UserError
@@ -95,7 +96,6 @@ class Serving:
     per_user: Estimate  # tokens/s that one user sees while nobody's prompt is in the way
     speculation: Estimate | None  # decode with guesses, of decode without; below 1 they cost more than they bring
     requests_per_second: Estimate  # of the machine, prefill and decode sharing its time, at this utilization
-    output_per_second: Estimate  # their output tokens
     cost: Cost | None  # None without a price
     memory: Memory  # of a device, full: weights, and the cache of all sequences
     facts: tuple[Fact, ...]
@@ -344,69 +344,127 @@ def serve_estimate(
     if acceptance is not None:
         gain = plain.seconds / _guessing(copy, size, context, acceptance)
         speculation = Estimate(gain * GAIN_DOUBT, gain, min(1 + acceptance, gain / GAIN_DOUBT))
-    return Serving(
+    found = Serving(
         utilization=utilization,
         prefill=prefill,
         decode=decode,
         per_user=DOUBT * (1 / per_token),
         speculation=speculation,
         requests_per_second=requests,
-        output_per_second=requests * output_tokens,
         cost=cost,
         memory=Memory(weights=copy.held, cache=size * copy.cache(longest) / copy.shares),
-        facts=(
-            Fact(
-                "serve.utilization",
-                utilization,
-                formula="an input: of what the machine could serve, the share asked of it",
-            ),
-            Fact(
-                "serve.copy",
-                copy.devices,
-                "devices",
-                formula="weights of a copy on each device, and beside them the cache",
-                inputs={
-                    "parallel": copy.parallel,
-                    "weights_gb": copy.held / 1e9,
-                    "cache_gb_of_a_sequence": copy.cache(longest) / 1e9,
-                },
-            ),
-            Fact(
-                "serve.batch",
-                size,
-                "sequences of a copy at once",
-                formula="the largest that fits memory and, if one is given, the target",
-                inputs={"context": context, "fit": copy.sequences(longest), "target_tokens_per_second": target},
-            ),
-            Fact(
-                "serve.decode.step_seconds",
-                plain.seconds,
-                "s",
-                formula="max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth + max(cache bytes / "
-                "bandwidth, attention FLOPs / rate)"
-                + (" or traffic" if plain.overlap else " + traffic")
-                + " + launching",
-                inputs=plain.parts,
-                source=SOURCE,
-            ),
-            Fact(
-                "serve.decode.tokens_per_second",
-                decode.tokens_per_second,
-                "tokens/s",
-                formula="copies x batch / seconds per token; " + DOUBT_REASON,
-                inputs={"copies": groups, "batch": size, "seconds_per_token": per_token, "acceptance": acceptance},
-                source=SOURCE,
-            ),
-            Fact(
-                "serve.prefill.tokens_per_second",
-                prefill.tokens_per_second,
-                "tokens/s",
-                formula="copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
-                inputs={"copies": groups, "tokens": rows, "cached_share": cached_share, **step.parts},
-                source=SOURCE,
-            ),
-        ),
+        facts=(),
     )
+    inputs = {
+        "fit": copy.sequences(longest),
+        "target_tokens_per_second": target,
+        "acceptance": acceptance,
+        "copies": groups,
+        "cached_share": cached_share,
+        "price_of_device_hour": price,
+        "devices": machine.count,
+    }
+    return replace(found, facts=tuple(_facts(found, plain, step, prompt_tokens, output_tokens, context, inputs)))
+
+
+def _facts(
+    found: Serving,
+    plain: _Step,
+    step: _Step,
+    prompt_tokens: float,
+    output_tokens: float,
+    context: float,
+    inputs: Mapping[str, Any],
+) -> Iterator[Fact]:
+    """plain: a decoding step without guesses. step: of prefill."""
+
+    def some(*names: str) -> dict[str, Any]:
+        return {name: inputs[name] for name in names if inputs[name] is not None}
+
+    decode, prefill = found.decode, found.prefill
+    yield Fact(
+        "serve.utilization",
+        found.utilization,
+        "share",
+        "utilisation",
+        "an input: of what the machine could serve, the share asked of it",
+    )
+    memory = {"weights": found.memory.weights, "cache": found.memory.cache, "laid_out": decode.parallel}
+    yield Fact("serve.devices", decode.devices, "", "devices that share a copy", "the fastest that holds it", memory)
+    yield Fact(
+        "serve.batch",
+        decode.batch,
+        "",
+        "sequences of a copy at once",
+        "the largest that fits memory and, if one is given, the target",
+        {"context": context, **some("fit", "target_tokens_per_second")},
+    )
+    yield Fact(
+        "serve.decode.step_seconds",
+        plain.seconds,
+        "s",
+        formula="max(matrix bytes / bandwidth, matrix FLOPs / rate) + activation bytes / bandwidth + max(cache bytes / "
+        f"bandwidth, attention FLOPs / rate) {'or' if plain.overlap else '+'} traffic + launching",
+        inputs=plain.parts,
+        source=SOURCE,
+    )
+    yield Fact(
+        "serve.prefill.tokens_per_second",
+        prefill.tokens_per_second,
+        "tokens/s",
+        "reads, doing nothing else",
+        "copies x tokens / step / (1 - cached share); " + DOUBT_REASON,
+        {"tokens": prefill.batch, **some("copies", "cached_share"), **step.parts},
+        SOURCE,
+    )
+    yield Fact(
+        "serve.decode.tokens_per_second",
+        decode.tokens_per_second,
+        "tokens/s",
+        f"writes, doing nothing else (waits for {decode.limit})",
+        "copies x batch / seconds per token; " + DOUBT_REASON,
+        {"batch": decode.batch, "seconds_per_token": decode.seconds, **some("copies", "acceptance")},
+        SOURCE,
+    )
+    yield Fact(
+        "serve.per_user",
+        found.per_user,
+        "tokens/s",
+        "writes for one user",
+        "1 / seconds per token, while nobody's prompt is in the way",
+        {"seconds_per_token": decode.seconds},
+        SOURCE,
+    )
+    if found.speculation is not None:
+        yield Fact(
+            "serve.speculation",
+            found.speculation,
+            "times",
+            "by multi-token prediction",
+            "tokens a step with guesses x time without / time with them; below 1 guesses are left out",
+            {"batch": decode.batch, **some("acceptance")},
+            SOURCE,
+        )
+    yield Fact(
+        "serve.requests_per_second",
+        found.requests_per_second,
+        "requests/s",
+        f"requests of {prompt_tokens:,.0f} + {output_tokens:,.0f} tokens",
+        "utilisation / (prompt / reading speed + answer / writing speed)",
+        {"utilization": found.utilization},
+        SOURCE,
+    )
+    if found.cost is not None:
+        for name, words in (("input", "a million tokens read"), ("output", "written"), ("blended", "of both")):
+            yield Fact(
+                f"serve.cost_per_million.{name}",
+                getattr(found.cost, name),
+                "USD",
+                words,
+                "price x devices / (tokens/s x utilisation), low price with high rate",
+                {"utilization": found.utilization, **some("price_of_device_hour", "devices")},
+                SOURCE,
+            )
 
 
 def _guessing(copy: _Copy, size: float, context: float, acceptance: float) -> float:

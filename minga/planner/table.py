@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minga.errors import UserError
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.words import in_unit, number, size
+from minga.planner.words import between, in_unit, number, size
 
 if TYPE_CHECKING:
     from minga.planner.plan import Plan
@@ -27,9 +27,9 @@ def table(plan: Plan) -> str:
             continue
         lines += ["", section.title]
         cells = [_cells(fact) for fact in facts]
-        middle = max(len(value) for value, _ in cells)
+        middle = max((len(value) for fact, (value, _) in zip(facts, cells, strict=True) if _is_number(fact)), default=0)
         lines += [
-            f"  {fact.label:{wide}}  {value:>{middle}}  {spread}".rstrip()
+            f"  {fact.label:{wide}}  {value:{'>' if _is_number(fact) else '<'}{middle}}  {spread}".rstrip()
             for fact, (value, spread) in zip(facts, cells, strict=True)
         ]
         lines += [f"  {line}" for line in section.drawing]
@@ -102,8 +102,12 @@ def _cells(fact: Fact) -> tuple[str, str]:
         return value, ""
     if not isinstance(value, Estimate):
         return in_unit(value, fact.unit), ""
-    spread = "" if value.low == value.high else f"{in_unit(value.low, fact.unit)} - {in_unit(value.high, fact.unit)}"
+    spread = "" if value.low == value.high else between(value.low, value.high, fact.unit)
     return in_unit(value.typical, fact.unit), spread
+
+
+def _is_number(fact: Fact) -> bool:
+    return not isinstance(fact.value, str)
 
 
 def _ratio(first: Fact | None, second: Fact | None) -> str:

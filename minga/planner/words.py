@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from minga.planner.estimate import Estimate
-
-_COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"))
+_COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " B"), (1e6, " M"))
 _SIZES = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
 
@@ -32,13 +30,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{number(seconds / unit)} {name}"
     return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(1000 * seconds)} ms"
-
-
-def spread(value: Estimate, words: Callable[[float], str] = number) -> str:
-    """2.7 M (2.1 M - 4.4 M), or the number alone where there is no doubt."""
-    if value.low == value.high:
-        return words(value.typical)
-    return f"{words(value.typical)} ({words(value.low)} - {words(value.high)})"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...], bare: str, digits: int) -> str:
@@ -72,3 +63,14 @@ _WORDS: dict[str, Callable[[float], str]] = {
 def in_unit(value: float, unit: str) -> str:
     """With its unit behind it, scaled as that unit is read."""
     return _WORDS[unit](value) if unit in _WORDS else f"{count(value)} {unit}"
+
+
+def between(low: float, high: float, unit: str) -> str:
+    """Two numbers with what they share said once: 1.36 - 3.63 M tokens/s, USD 5.8 M - 29 M."""
+    a, b = in_unit(low, unit), in_unit(high, unit)
+    first, last = a.partition(" "), b.partition(" ")
+    if first[0] == last[0] and not first[0][0].isdigit():  # a currency
+        b = last[2]
+    elif first[2] == last[2]:
+        a = first[0]
+    return f"{a} - {b}"

@@ -100,7 +100,7 @@ def test_every_estimate_is_a_range(prompt: int, output: int, utilization: float,
         prompt_tokens=prompt, output_tokens=output, utilization=utilization, weights=weights, price=Estimate(1, 2, 3)
     )
     assert found.cost is not None
-    for value in (found.per_user, found.output_per_second, found.cost.input, found.cost.output, found.cost.blended):
+    for value in (found.per_user, found.cost.input, found.cost.output, found.cost.blended):
         assert 0 < value.low < value.typical < value.high
     assert found.utilization == utilization
     assert found.cost.blended.typical == pytest.approx(
