@@ -34,7 +34,7 @@ from minga.planner.serving import serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
-from minga.planner.words import count, size
+from minga.planner.words import count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
@@ -50,7 +50,8 @@ class Ask:
     """What a plan is asked for, beside model and machine. None: chosen or left out.
 
     tokens: of training (all else about training is ignored without it). fixed: fields of `Setup` that the user has decided.
-    price: USD of a device and hour. utilization: share of the time that a server is busy. speed: tokens/s that each of its users
+    price: USD of a device and hour. watts: what the whole machine draws at the wall, for one that is no row of the table, or that
+    was measured. utilization: share of the time that a server is busy. speed: tokens/s that each of its users
     gets at least. acceptance: share of multi-token prediction's guesses that are right.
     """
 
@@ -71,6 +72,7 @@ class Ask:
     up: float = 20e6 / 8
     down: float = 100e6 / 8
     price: float | None = None
+    watts: Estimate | None = None
     price_per_kwh: float = cost.PRICE_PER_KWH
     pue: float | None = None
     country: str | None = None
@@ -175,9 +177,9 @@ def plan(
     if unknown := set(changes) - known:
         raise UserError(f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}")
     ask = replace(ask or Ask(), **changes)
-    name, arch = read_model(model) if isinstance(model, str) else ("", architecture_of(model))
+    name, arch = architecture(model)
     where = machine_named(machine) if isinstance(machine, str) else machine
-    title = f"{name or arch.family} on {_machine_words(where)}"
+    title = f"{name} on {machine_words(where)}"
     sections, notes = [_model_section(arch, where, ask)], list(_device_notes(where))
     setup = memory = None
     if ask.tokens is not None:
@@ -193,6 +195,14 @@ def plan(
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
     return Plan(title, arch, where, tuple(sections), tuple(notes), setup, memory)
+
+
+def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
+    """A short name, and the model."""
+    if isinstance(model, str):
+        return read_model(model)
+    arch = architecture_of(model)
+    return arch.family, arch
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -402,16 +412,19 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
     kwh = None
-    if device.watts is not None:
-        watts = cost.training_watts(device.watts)
-        kwh = cost.energy(hours, watts, pue=pue)
+    if ask.watts is not None or device.watts is not None:
+        if ask.watts is not None:
+            watts, node = ask.watts / machine.count, Estimate.exactly(1.0)
+        else:
+            watts, node = cost.training_watts(device.watts or 0.0), cost.NODE_OVERHEAD
+        kwh = cost.energy(hours, watts, overhead=node, pue=pue)
         yield Fact(
             "energy_kwh",
             kwh,
             "kWh",
             "energy",
             "device-hours x power of a device x rest of the node x PUE",
-            {"device_hours": hours, "watts": watts, "node": cost.NODE_OVERHEAD, "pue": pue},
+            {"device_hours": hours, "watts": watts, "node": node, "pue": pue},
             "OLMo 3 (2605.01158) and BLOOM (2211.02001) for power; PUE: Uptime Institute 2024",
         )
         where = find_grid(ask.country)
@@ -499,7 +512,7 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     setup = lay_out(a, machine, replace(ask, batch_tokens=ask.batch_tokens or POOL_BATCH))
     step = step_time(a, setup, machine, coefficients=ask.coefficients)
     facts = [
-        Fact("pool.peers", ask.peers, "", f"peers, each {_machine_words(machine)}", "given"),
+        Fact("pool.peers", ask.peers, "", f"peers, each {machine_words(machine)}", "given"),
         Fact(
             "pool.step_seconds",
             step.total,
@@ -515,11 +528,12 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
         )
         words = f"{name}, every {method.every} steps" if method.every > 1 else f"{name}, every step"
         inputs = {"H": method.every, "bytes_a_number": method.number, "up": ask.up, "down": ask.down}
+        waits = "waiting / (waiting + computing)"
         facts += [
             Fact(f"pool.{name}.bytes_up", found.bytes_up, "bytes", "", "parameters x bytes a number", inputs, method.source),
             Fact(f"pool.{name}.step_up", found.step_up, "bytes", f"{words}: bytes a step", "bytes / H", inputs, method.source),
             Fact(f"pool.{name}.needed_up", found.needed_up, "bytes/s", "  uplink that loses 5 %", "", inputs, method.source),
-            Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", "waiting / (waiting + computing)", inputs, method.source),
+            Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", waits, inputs, method.source),
         ]  # fmt: skip
     drawing = []
     rate = step.tokens_per_second.typical * training_flops(a, setup.seq_len, mtp=setup.mtp) / machine.count
@@ -541,14 +555,6 @@ def _seq_len(ask: Ask, machine: Machine) -> int:
 
 def _precision(device: Device) -> str:
     return "bf16" if {"bf16", "fp16"} & device.flops.keys() else "float32"
-
-
-def _machine_words(machine: Machine) -> str:
-    name = machine.device.name
-    if machine.count == 1:
-        return name
-    nodes = f" ({machine.nodes:,} nodes of {machine.per_node})" if machine.nodes > 1 else ""
-    return f"{machine.count:,} x {name}{nodes}"
 
 
 def _device_notes(machine: Machine) -> Iterator[str]:
