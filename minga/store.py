@@ -125,6 +125,14 @@ def _filled(
     return model
 
 
+def read_config(path: str | PathLike[str]) -> ModelConfig:
+    """A model's config, its weights unread. Raises `UserError` as `load` does."""
+    source = resolve(path)
+    if source.is_file():
+        return ModelConfig.from_hf(gguf.config_from_gguf(gguf.open_gguf(source)))
+    return _read_config(source)[0]
+
+
 def weight_files(path: str | PathLike[str]) -> list[Path]:
     """The files that hold a model's weights."""
     source = resolve(path)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minga.cli.usage import add_rates, rates_of
+from minga.config.units import parse_bytes
 from minga.errors import UserError
+from minga.runtime.machine import memory
+
+if TYPE_CHECKING:
+    from minga.planner.own_server import Served, Serving
 
 DESCRIPTION = """\
 Serves models through an OpenAI-compatible API (/v1), with a web page at / to chat and to watch training runs.
@@ -19,6 +26,7 @@ examples:
   minga serve runs/shakespeare
   minga serve small=SmolLM2.gguf mine=runs/mine --port 0
   minga serve runs/mine --replicas 4 --port 8080
+  minga serve big=runs/big --quant int8 --dry-run     memory, tokens a second and cost, before a weight is read
   curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 """
 
@@ -43,6 +51,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="training runs to show (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the address as one JSON line when ready")
+
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of this server, and stop")
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.3,
+        metavar="F",
+        help="in the plan: share of the time it is busy (default 0.3)",
+    )
+    parser.add_argument("--force", action="store_true", help="start also what memory does not seem to hold")
 
     engine = parser.add_argument_group("the models")
     engine.add_argument("--quant", choices=["int8", "int4", "fp8"], help="hold the weights in 8 or 4 bits")
@@ -91,7 +109,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    free = memory()[1]  # before torch is loaded, which is part of what a server takes
     models = named_models(args.models)
+    if args.dry_run:
+        return _show(args, models, free)
     try:
         from minga.serve.server import Options, serve
     except ModuleNotFoundError as error:
@@ -118,6 +139,11 @@ def run(args: argparse.Namespace) -> int:
         prefix_memory=args.prefix_memory,
         rates=rates_of(args),
     )
+    if free is not None and not args.force:
+        from minga.planner.own_server import check_serves
+
+        for line in check_serves(_served(models), _how(args), free):
+            print(line, file=sys.stderr, flush=True)
     if args.replicas == 1:
         serve(models, options, as_json=args.json)
     else:
@@ -125,6 +151,40 @@ def run(args: argparse.Namespace) -> int:
 
         serve_replicas(models, options, args.replicas, as_json=args.json)
     return 0
+
+
+def _show(args: argparse.Namespace, models: dict[str, Path], free: int | None) -> int:
+    """The plan of the server; weights stay unread."""
+    from minga.planner.estimate import Estimate
+    from minga.planner.own_server import serving_plan
+    from minga.recipes.here import this_processor
+
+    rates, share = rates_of(args), args.utilization
+    # while nobody asks, the machine is paid for all the same; what it draws then is not known, and left out
+    price = rates.kwh(3600 * share) * rates.price_per_kwh + Estimate.exactly(rates.machine_price_per_hour)
+    machine, _ = this_processor()
+    available = machine.device.memory if free is None else float(free)
+    options: dict[str, Any] = {"free": available, "utilization": share, "price": price, "currency": rates.currency}
+    made = serving_plan(_served(models), _how(args), machine, **options)
+    print(json.dumps(made.document()) if args.json else made.table())
+    return 0
+
+
+def _served(models: dict[str, Path]) -> list[Served]:
+    from minga.planner.own_server import Served
+    from minga.store import read_config, weight_files
+
+    return [
+        Served(name, read_config(path), float(sum(os.path.getsize(file) for file in weight_files(path))))
+        for name, path in models.items()
+    ]
+
+
+def _how(args: argparse.Namespace) -> Serving:
+    from minga.planner.own_server import Serving
+
+    kept = None if args.prefix_memory is None else float(parse_bytes(args.prefix_memory, "prefix_memory"))
+    return Serving(args.quant, args.cache, args.max_running, kept, args.replicas)
 
 
 def named_models(specs: list[str]) -> dict[str, Path]:

@@ -41,6 +41,7 @@ from minga.errors import UserError
 from minga.model.cache import PAGE, Pages
 from minga.model.transformer import Transformer
 from minga.planner.counts import count_parameters, parameters_read
+from minga.planner.own_memory import CACHE_SHARE, WEIGHTS_SHARE
 from minga.quant.blocks import format_of
 from minga.runtime.disk import DiskMemory, read_speed
 from minga.runtime.machine import free_memory
@@ -48,7 +49,6 @@ from minga.store import load_stored, load_tokenizer, weight_files
 
 MAX_DRAFTS = 4
 _PREFIX_BYTES, _PREFIX_TEXTS = 64 * 10**6, 4  # kept for prompts that may come again: so much, or so many whole contexts
-_SHARE_FOR_WEIGHTS = 0.8  # of free memory; what is larger stays on the disk
 _CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 DEFAULT_PARAMS = SamplingParams()
 
@@ -387,7 +387,7 @@ class LLM:
         most = MAX_BATCH * longest
         if self._max_memory is not None:
             return min(most, max(0, self._max_memory - self._weight_bytes) // self._page_bytes)
-        return max(longest, min(most, free_memory(self.model.device) // 4 // self._page_bytes))
+        return max(longest, min(most, int(CACHE_SHARE * free_memory(self.model.device)) // self._page_bytes))
 
     def _refuse_too_long(self, length: int, num_pages: int) -> None:
         """A text that would not fit even alone."""
@@ -405,7 +405,7 @@ def _disk_for(files: list[Path]) -> DiskMemory | None:
     size = sum(
         os.path.getsize(file) for file in files if os.path.exists(file)
     )  # what cannot be opened is refused later
-    if size < _SHARE_FOR_WEIGHTS * free_memory(torch.device("cpu")):
+    if size < WEIGHTS_SHARE * free_memory(torch.device("cpu")):
         return None
     return DiskMemory(int(2.2 * size) + 2**23, read_speed(files[0]))
 

@@ -24,6 +24,8 @@ OWN_PAGES = 32 * 2**20  # bytes from which a tensor has pages of its own and giv
 LOSS_CHUNK = 2**22  # logits in memory at a time (kernels/cross_entropy.py)
 PACKED = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 4}  # bytes of a number as the kernels pack it for a product
 PREFILL = 512  # tokens of all prompts that the engine reads at once (engine/runner.py)
+WEIGHTS_SHARE = 0.8  # of free memory: a file that is larger stays on the disk, as far as memory does not hold it
+CACHE_SHARE = 1 / 4  # of what is free then, for the cache, unless one context takes more
 PAGE = 64  # tokens of the cache that are handed out together
 ROUNDING = 3.5  # float32 copies of a matrix while it is rounded
 
@@ -70,10 +72,12 @@ def own_serving_memory(
     max_running: int = 64,
     prefix_memory: float | None = None,
     loading: bool = True,
+    file_bytes: float | None = None,
 ) -> Memory:
-    """The peak of a server of one float32 model folder while `running` requests of `context` tokens are answered, again and
-    again with other prompts. prefix_memory: bytes of the cache that stay for prompts that come again; None: four whole
-    contexts, or 64 MB. loading: the peak while the model is opened counts too.
+    """The peak of a server of one model while `running` requests of `context` tokens are answered, again and again with other
+    prompts. prefix_memory: bytes of the cache that stay for prompts that come again; None: four whole contexts, or 64 MB.
+    loading: the peak while the model is opened counts too. file_bytes: of weights that are stored in fewer bits than float32
+    has; they are laid out anew for the kernels, or rounded, while the file is in memory too.
     """
     c, counts = model, count_parameters(model)
     total, experts = counts.total_with_mtp, _expert_numbers(c)
@@ -82,13 +86,17 @@ def own_serving_memory(
         4.0 * experts,
     )  # a file has each expert by itself, memory all of a layer in one piece
     row = cache_bytes_per_token(c, number=cache or ("float32" if quant is None else "float16"), mtp=True)
-    if quant is None:
+    if quant is None and file_bytes is not None:
+        weights, opening = file_bytes * 17 / 16, 2 * file_bytes
+    elif quant is None:
         weights = float_file + stacked - (0.0 if c.tie_word_embeddings else 4.0 * counts.embedding)  # few rows are read
         opening = 0.0
     else:
         rounded = WEIGHT_BYTES[quant] * total
         weights = rounded * 17 / 16 + 4 * 2**20  # in one piece with large pages
         opening = float_file + stacked + rounded + ROUNDING * 4 * _largest_matrix(c)
+        if file_bytes is not None:
+            opening = file_bytes + float_file  # widened, then rounded one by one
     kept = max(64e6, 4.0 * c.max_position_embeddings * row) if prefix_memory is None else prefix_memory
     pages = -(-context // PAGE) * PAGE * row * min(running, max_running)
     stays = min(kept, pages)  # of the requests before
@@ -101,6 +109,17 @@ def own_serving_memory(
         buffers=max(0.0, opening - held) if loading else 0.0,
         runtime=SERVE_PROCESS,
     )
+
+
+def own_serving_weights(model: ModelConfig, *, quant: str | None, file_bytes: float | None) -> tuple[float, float]:
+    """Bytes of weights that the system cannot give back, for they are no copy of a file: while a model is opened, and after."""
+    numbers, stacked = 4.0 * count_parameters(model).total_with_mtp, 4.0 * _expert_numbers(model)
+    if quant is None:
+        held = stacked if file_bytes is None else file_bytes * 17 / 16
+        return held, held
+    rounded = WEIGHT_BYTES[quant] * numbers / 4
+    opening = numbers if file_bytes is not None else stacked + rounded + ROUNDING * 4 * _largest_matrix(model)
+    return opening, rounded * 17 / 16
 
 
 # ---------------------------------------------------------------------------------------------- widths, in numbers a token

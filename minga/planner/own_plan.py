@@ -1,4 +1,4 @@
-"""The plan of that very run or server, before it begins: what it takes of this machine, and in our own flags what makes it fit.
+"""The plan of that very run, before it begins: what `minga train` takes of this machine, and what makes it fit.
 
     made = training_plan(config, machine, num_tokens=..., free=...)    # a Plan, as `minga plan` makes them
     for changed, flags in ways_to_train(config, free): ...             # flags: "--set batch_size=4 --set accumulate=2"
@@ -21,7 +21,9 @@ from minga.planner.counts import count_parameters, training_flops
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
 from minga.planner.memory import Change, Memory, cheapest, verdict
-from minga.planner.own_memory import own_training_memory
+from minga.planner.own_memory import (
+    own_training_memory,
+)
 from minga.planner.plan import Plan, Section
 from minga.planner.table import memory_bar
 from minga.planner.time import LOST
@@ -242,7 +244,7 @@ def _flags(before: TrainConfig, run: _Run) -> str:
 
 
 def memory_section(memory: Memory, free: float | None, title: str) -> Section:
-    parts = {name: value for name, value in asdict(memory).items() if value}
+    parts = memory_parts(memory)
     fits = "" if free is None else verdict(memory.total, free)
     label = "peak" if free is None else f"of {size(free)} free: {fits}"
     facts = [
@@ -290,3 +292,7 @@ def offered(ways: Sequence[str]) -> str:
         return "no change of settings makes it fit: close other programs, or take a smaller model"
     *others, last = ways
     return f"{', or '.join([*others, last])} would fit"
+
+
+def memory_parts(memory: Memory) -> dict[str, float]:
+    return {name: value for name, value in asdict(memory).items() if value}

@@ -43,6 +43,9 @@ def _scaled(value: float, units: tuple[tuple[float, str], ...], bare: str, digit
 
 
 def money(value: float, currency: str = "USD") -> str:
+    """Whole units; of little money cents, and of less two digits that count."""
+    if 0 < value < 0.1:
+        return f"{currency} {value:.2g}"
     return f"{currency} {count(value) if value >= 1e6 else f'{value:,.2f}' if value < 10 else f'{value:,.0f}'}"
 
 

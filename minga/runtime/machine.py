@@ -82,15 +82,16 @@ def memory(
         return _apple_memory()
     kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(meminfo), re.MULTILINE))
     total, free = (int(kilobytes[key]) * 1024 if key in kilobytes else None for key in ("MemTotal", "MemAvailable"))
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit_file, usage_file, parts_file, idle in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         limit, usage = _text(control_groups / limit_file), _text(control_groups / usage_file)
         if limit.isdigit() and int(limit) < _NO_LIMIT:
             total = min(int(limit), total or int(limit))
             if usage.isdigit():
-                left = max(0, int(limit) - int(usage))
+                cached = re.search(rf"^{idle} (\d+)$", _text(control_groups / parts_file), re.MULTILINE)
+                left = max(0, int(limit) - int(usage) + (int(cached[1]) if cached else 0))
                 free = left if free is None else min(left, free)
     return total, free
 
