@@ -160,6 +160,8 @@ def _show(args: argparse.Namespace, models: dict[str, Path], free: int | None) -
     from minga.recipes.here import this_processor
 
     rates, share = rates_of(args), args.utilization
+    if not 0 < share <= 1:
+        raise UserError(f"--utilization is {share} (serve). it is a share: above 0 and at most 1")
     # while nobody asks, the machine is paid for all the same; what it draws then is not known, and left out
     price = rates.kwh(3600 * share) * rates.price_per_kwh + Estimate.exactly(rates.machine_price_per_hour)
     machine, _ = this_processor()

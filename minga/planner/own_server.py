@@ -79,10 +79,12 @@ class Serving:
 class Load:
     """What a model takes of memory under the most requests that it answers at once, each as long as its context allows.
 
-    held: bytes that the system cannot take back, with a cache for one usual request. on_disk: the weights are left there.
+    memory: without pages of a file that are read once, which the system takes back where it needs them; resident: with them, as
+    the system counts. held: what it cannot take back, with a cache for one usual request. on_disk: the weights are left there.
     """
 
     memory: Memory
+    resident: float
     held: float
     on_disk: bool
     running: int  # requests of a whole context side by side
@@ -94,6 +96,7 @@ def serving_loads(models: Sequence[Served], how: Serving, free: float) -> list[L
     for served in models:
         c, context = served.model, served.model.max_position_embeddings
         opening, weights = own_serving_weights(c, quant=how.quant, file_bytes=served.stored)
+        copied = weights if how.quant is None and served.stored is None else 0.0  # experts, out of the file
         on_disk = how.quant is None and served.file_bytes >= WEIGHTS_SHARE * left
         if on_disk:
             opening = weights = 0.0
@@ -105,8 +108,11 @@ def serving_loads(models: Sequence[Served], how: Serving, free: float) -> list[L
         options |= {"max_running": how.max_running, "prefix_memory": how.prefix_memory}
         full = own_serving_memory(c, context=context, running=running, **options)
         usual = own_serving_memory(c, context=min(context, PROMPT + OUTPUT), running=1, **options)
-        memory = replace(full, cache=min(full.cache, pool), runtime=0.0)
-        loads.append(Load(memory, max(opening, weights + usual.cache + usual.activations), on_disk, running))
+        full = replace(full, cache=min(full.cache, pool), runtime=0.0)
+        hot = replace(full, weights=full.weights - copied, buffers=0.0)
+        memory = replace(hot, buffers=max(0.0, opening - hot.total))
+        held = max(opening, weights + usual.cache + usual.activations)
+        loads.append(Load(memory, full.total, held, on_disk, running))
         left -= weights + memory.activations
     return loads
 
@@ -231,8 +237,6 @@ def serving_plan(
     currency: str = "USD",
 ) -> ServerPlan:
     """price: of an hour of the machine at that utilization, electricity included, in `currency`."""
-    if not 0 < utilization <= 1:
-        raise UserError(f"--utilization is {utilization} (serve). it is a share: above 0 and at most 1")
     loads = serving_loads(models, how, free)
     ways = tuple(flags for _, flags in ways_to_serve(models, how, free))
     total = Memory(
@@ -277,6 +281,7 @@ def _served_facts(served: Served, how: Serving, load: Load) -> Iterator[Fact]:
     yield Fact("file_bytes", served.file_bytes, "bytes", "file of weights")
     yield Fact("kv_bytes_per_token", row, "bytes", f"cache of a token, {how.number(served)}", source=exact)
     yield Fact("context", served.model.max_position_embeddings, "tokens", "longest text")
+    yield Fact("resident", load.resident, "bytes", "at most, with what the system may take back", source=OWN_MEMORY)
     yield Fact("running", load.running, "", "so long ones side by side", "what a quarter of free memory holds")
     for name, value in memory_parts(load.memory).items():
         yield Fact(f"memory.{name}", value, "bytes", source=OWN_MEMORY)

@@ -596,7 +596,7 @@ def _check(
         raise UserError(f"parallel {parallel!r} is not known (serving). known: tensor, expert")
     if target is not None and not 0 < target < math.inf:
         raise UserError(f"target is {target} tokens/s (serving). it is above 0")
-    for name, value, known in (("weights", weights, BYTES), ("cache", cache, CACHED_BYTES)):
+    for name, value, known in (("weights", weights, BYTES), ("cache", cache, (*CACHED_BYTES, "int8"))):
         if value not in known:
             raise UserError(f"{name} {value!r} is no number format (serving). known: {', '.join(known)}")
     if weights not in machine.device.flops and weights == "fp4":

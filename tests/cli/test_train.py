@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from minga.cli.main import main
+from minga.config import TrainConfig
+from minga.config.presets import laptop, tiny
+from minga.data.shards import open_shards
 from minga.planner.dial import MachineSpeed
+from minga.planner.own_memory import own_training_memory
+from minga.planner.time import coefficients_of
+from minga.recipes import here
+from minga.recipes.pretrain import Pace
+from minga.runtime import machine as runtime
 from minga.store import load, load_tokenizer
 
 SMALL = ["--preset", "tiny", "--set", "batch_size=2", "--set", "seq_len=32", "--set", "eval_every=0"]
@@ -176,10 +184,13 @@ def test_dry_run_prints_each_value_with_formula_and_source(
     code, out, _ = ask("train", "--data", shards, "--out", tmp_path / "run", "--hours", 0.001, "--dry-run")
     assert code == 0
     assert not (tmp_path / "run").exists()
-    for line in out.splitlines():
+    choices, _, plan = out.partition("\n\n")
+    for line in choices.splitlines():
         assert re.fullmatch(r"\S.*  .*  .*\[.+\]", line), line
     assert "model.hidden_size" in out
     assert "GFLOP/s at width 64" in out
+    assert re.search(r"of [\d.]+ GB free: green", plan)
+    assert "electricity at 0.17 a kWh" in plan
 
 
 def test_dry_run_as_one_json_document(ask: Ask, shards: Path, quick: None) -> None:
@@ -225,7 +236,6 @@ def test_a_run_by_the_dial_keeps_its_plan_and_goes_on_with_it(
         (["--hours", "0"], "no time to train"),
         (["--hours", "nan"], "no time to train"),
         (["--steps", "3", "--size", "10m"], "with --steps nothing is chosen"),
-        (["--steps", "3", "--dry-run"], "with --steps nothing is chosen"),
         (["--hours", "1", "--preset", "lapto"], "did you mean 'laptop'"),
         (["--hours", "1", "--size", "10m", "--preset", "tiny"], "not allowed with"),
         (["--hours", "1", "--set", "batchsize=2"], "did you mean 'batch_size'"),
@@ -250,3 +260,112 @@ def test_without_a_folder_there_is_only_a_dry_run(ask: Ask, shards: Path) -> Non
     code, _, err = ask("train", "--data", shards, "--steps", 1)
     assert code == 2
     assert "--out" in err
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets what `minga train` finds free."""
+
+    def free(num_bytes: float) -> None:
+        monkeypatch.setattr("minga.cli.train.memory", lambda: (int(num_bytes), int(num_bytes)))
+
+    return free
+
+
+BIG = ["--preset", "laptop", "--set", "batch_size=64", "--set", "seq_len=256", "--set", "eval_every=0"]
+
+
+def _needed(shards: Path, *, batch_size: int = 64) -> float:
+    vocab_size = -(-open_shards(shards).manifest.vocab_size // 64) * 64
+    model = laptop().replace(vocab_size=vocab_size)
+    return own_training_memory(TrainConfig(model=model, steps=1, batch_size=batch_size, seq_len=256)).total
+
+
+def test_the_plan_of_a_run_by_steps(ask: Ask, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = ["--set", "accumulate=3", "--set", "batch_warmup=0.5", "--set", "eval_every=2", "--set", "eval_tokens=64"]
+    code, text, err = ask(
+        "train", "--data", shards, "--out", out, "--steps", 6, *SMALL, *changes, "--dry-run", "--json"
+    )
+    plan = json.loads(text)
+    assert (code, err, out.exists()) == (0, "", False)
+    assert plan["train"]["steps"] == 6
+    assert plan["train"]["tokens"] == 2 * 32 * (1 + 2 + 3 + 3 + 3 + 3)
+    held_out = open_shards(shards).manifest.splits["val"].num_tokens
+    assert plan["train"]["evaluated"] == 2 * 64 + held_out
+    assert plan["config"]["batch_size"] == 2
+    assert plan["memory"]["verdict"] == "green"
+    assert plan["memory"]["device_bytes"] == pytest.approx(
+        sum(
+            plan["memory"][part]
+            for part in ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
+            if part in plan["memory"]
+        )
+    )
+    assert plan["train"]["days"]["low"] > 0
+    assert plan["energy_kwh"]["low"] < plan["energy_kwh"]["high"]
+    assert "choices" not in plan
+    assert plan["changes"] == []
+
+
+def test_a_stored_calibration_answers_without_a_step(
+    ask: Ask, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr("minga.recipes.dry_run.measure", lambda *_, **__: pytest.fail("measured"))
+    device = here.cpu_device("CPU", 2, {"float32": 1e11}, 1e10, "test")
+    name = runtime.nvidia_card() or runtime.cpu()[0] or "CPU"
+    here.store(name, runtime.cores(), device, coefficients_of(device))
+    code, text, _ = ask("train", "--data", shards, "--steps", 6, *SMALL, "--dry-run", "--json")
+    step = json.loads(text)["train"]["step_seconds"]
+    assert code == 0
+    assert 0 < step["low"] < step["typical"] < step["high"]
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    ask: Ask, shards: Path, tmp_path: Path, free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minga.recipes.dry_run.measure", lambda *_, **__: Pace(1.0, 1e-4))
+    free(_needed(shards) * 0.9)
+    command = ["train", "--data", shards, "--out", tmp_path / "run", "--steps", 1, *BIG]
+    code, out, err = ask(*command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "run").exists()
+    assert re.match(r"error: the run needs about \S+ [GM]B and \S+ [GM]B of memory are free \(train\)\.", err)
+    assert "--set batch_size=32 --set accumulate=2" in err
+    assert 2 <= err.count(", or ") + 1 <= 3
+    assert "--force runs it anyway" in err
+    code, out, _ = ask(*command, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["memory"]["verdict"]) == (0, "red")
+    assert all(change in err for change in plan["changes"])
+    offered = plan["changes"][0].split()
+    code, out, _ = ask(*command, *offered, "--dry-run", "--json")
+    assert json.loads(out)["memory"]["verdict"] != "red"
+    assert json.loads(out)["train"]["tokens"] == plan["train"]["tokens"]
+
+
+def test_forced_it_runs_and_little_memory_is_only_said(
+    ask: Ask, shards: Path, tmp_path: Path, free: Callable[[float], None]
+) -> None:
+    free(1e6)
+    command = ["train", "--data", shards, "--out", tmp_path / "run", *SMALL, "--json"]
+    code, _, err = ask(*command, "--steps", 1)
+    assert (code, "close other programs" in err) == (2, True)
+    code, _, err = ask(*command, "--steps", 2, "--force")
+    assert (code, "of memory are free" in err) == (0, False)
+    code, _, err = ask(*command, "--steps", 2)  # only what a run may change is offered, and here it does not help
+    assert (code, "batch_size" in err) == (2, False)
+    free(_small_run(shards) * 1.1)
+    code, _, err = ask("train", "--data", shards, "--out", tmp_path / "amber", *SMALL, "--steps", 1)
+    assert code == 0
+    assert re.search(r"memory: about \S+ MB of \S+ MB free memory are needed", err)
+
+
+def _small_run(shards: Path) -> float:
+    vocab_size = -(-open_shards(shards).manifest.vocab_size // 64) * 64
+    model = tiny().replace(vocab_size=vocab_size)
+    return own_training_memory(TrainConfig(model=model, steps=1, batch_size=2, seq_len=32)).total

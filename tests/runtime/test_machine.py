@@ -97,6 +97,14 @@ def test_cores_are_cut_by_the_quota_of_a_container(tmp_path, monkeypatch, files,
         ({"memory.max": "max"}, (16_384_000_000, 8_192_000_000)),
         ({"memory.max": "4000000000", "memory.current": "1000000000"}, (4_000_000_000, 3_000_000_000)),
         ({"memory.max": "15000000000", "memory.current": "1000000000"}, (15_000_000_000, 8_192_000_000)),
+        (  # files that it has read and no longer uses
+            {
+                "memory.max": "4000000000",
+                "memory.current": "3500000000",
+                "memory.stat": "anon 1\ninactive_file 3000000000\nactive_file 7",
+            },
+            (4_000_000_000, 3_500_000_000),
+        ),
         (
             {"memory/memory.limit_in_bytes": "4000000000", "memory/memory.usage_in_bytes": "5000000000"},
             (4_000_000_000, 0),
