@@ -139,17 +139,20 @@ def run(args: argparse.Namespace) -> int:
         prefix_memory=args.prefix_memory,
         rates=rates_of(args),
     )
-    if free is not None and not args.force:
-        from minga.planner.own_server import check_serves
 
-        for line in check_serves(_served(models), _how(args), free):
-            print(line, file=sys.stderr, flush=True)
+    def check() -> None:
+        if free is not None and not args.force:
+            from minga.planner.own_server import check_serves
+
+            for line in check_serves(_served(models), _how(args), free):
+                print(line, file=sys.stderr, flush=True)
+
     if args.replicas == 1:
-        serve(models, options, as_json=args.json)
+        serve(models, options, as_json=args.json, check=check)
     else:
         from minga.serve.replicas import serve_replicas
 
-        serve_replicas(models, options, args.replicas, as_json=args.json)
+        serve_replicas(models, options, args.replicas, as_json=args.json, check=check)
     return 0
 
 

@@ -152,6 +152,8 @@ def _count(args: argparse.Namespace, name: str) -> int | None:
 
 def _show(args: argparse.Namespace, plan: Decisions | None, config: TrainConfig, free: int | None) -> int:
     """The plan of the run: what was chosen and why, what it takes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a dry run is of one process, and here are several (--dry-run). call minga without torchrun")
     from minga.cli.usage import watts_of_this_machine
     from minga.data.shards import open_shards
     from minga.planner.table import table

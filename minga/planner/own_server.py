@@ -130,11 +130,14 @@ def serving_total(loads: Sequence[Load], how: Serving) -> float:
 def ways_to_serve(models: Sequence[Served], how: Serving, free: float) -> list[tuple[Serving, str]]:
     """The two or three cheapest changes with which all is in memory, or, where nothing does that, with which the server works."""
     changes = list(_serving_changes(models, how))
-    for needed in (serving_total, needed_to_serve):
-        found = cheapest(how, changes, lambda s, n=needed: n(serving_loads(models, s, free), s), free)  # type: ignore[misc]
-        if found:
-            return [(changed, _serving_flags(how, changed)) for changed, _ in found]
-    return []
+
+    def fitting(needed: Callable[[Sequence[Load], Serving], float]) -> list[tuple[Serving, str]]:
+        return cheapest(how, changes, lambda each: needed(serving_loads(models, each, free), each), free)
+
+    found = fitting(serving_total)
+    if not found and verdict(needed_to_serve(serving_loads(models, how, free), how), free) == "red":
+        found = fitting(needed_to_serve)
+    return [(changed, _serving_flags(how, changed)) for changed, _ in found]
 
 
 def _serving_changes(models: Sequence[Served], how: Serving) -> Iterator[Change[Serving]]:

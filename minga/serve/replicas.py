@@ -16,7 +16,7 @@ import re
 import secrets
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -37,7 +37,12 @@ _RAY_PATIENCE = 60.0  # seconds that one call waits for an application to be gon
 
 
 def serve_replicas(
-    models: Mapping[str, str | Path], options: Options, num_replicas: int, *, as_json: bool = False
+    models: Mapping[str, str | Path],
+    options: Options,
+    num_replicas: int,
+    *,
+    as_json: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """As `server.serve`, by `num_replicas` processes."""
     if not 1 <= num_replicas <= _MAX_REPLICAS:
@@ -52,6 +57,7 @@ def serve_replicas(
         open_settings(options, checked)
         for path in paths.values():
             store.load_tokenizer(path)
+        check()
     with ExitStack() as stack:
         _start_ray(stack, options.host, port)
         _deploy(paths, options, num_replicas, stack)

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -76,8 +76,16 @@ class Options:
                 raise UserError(f"{flag} is {value} (serve). it must be {least} or more")
 
 
-def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool = False) -> None:
+def serve(
+    models: Mapping[str, str | Path],
+    options: Options,
+    *,
+    as_json: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Serves the models, name -> path. Returns when told to stop, once the requests under way are answered.
+
+    check: called before a model is opened; what it raises ends it.
 
     Raises `UserError` for a model that does not open, a port that is taken, or an open address without an API key. The
     port is bound before the models are opened, which takes longer, and answers after.
@@ -85,6 +93,7 @@ def serve(models: Mapping[str, str | Path], options: Options, *, as_json: bool =
     options = with_key(options)
     with ExitStack() as stack:
         listener = stack.enter_context(bind(options.host, options.port))
+        check()
         app = open_app(models, options, stack)
         _listen(listener, options.port)
         announce(models, options.host, listener.getsockname()[1], as_json=as_json)

@@ -81,17 +81,19 @@ def test_a_server_that_cannot_work_is_refused_unless_forced(
     ask: Ask, folder: Path, free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr("minga.serve.server.serve", lambda *_, **__: started.append(1))
+    monkeypatch.setattr("minga.serve.server.open_app", lambda *_, **__: started.append(1))
+    monkeypatch.setattr("minga.serve.server.run_until_signal", lambda *_, **__: None)
+    port = ("--port", 0)
     free(1e6)
-    code, out, err = ask(folder)
+    code, out, err = ask(folder, *port)
     assert (code, out, err.count("\n"), started) == (2, "", 1, [])
     assert err.startswith("error: the server needs about 31")
     assert "--force starts it anyway" in err
     assert ask(folder, "--dry-run")[0] == 0
     assert "without --force it is refused" in ask(folder, "--dry-run")[1]
-    assert ask(folder, "--force")[::2] == (0, "")
+    assert ask(folder, *port, "--force")[::2] == (0, "")
     free(8e9)
-    assert ask(folder)[::2] == (0, "")
+    assert ask(folder, *port)[::2] == (0, "")
     assert started == [1, 1]
 
 
