@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minga.config.units import parse_count
 from minga.errors import UserError
 from minga.planner.dial import Budget, Choice, Plan, check_budget
 from minga.runtime.sinks import check_sinks
@@ -18,7 +19,6 @@ from minga.runtime.sinks import check_sinks
 if TYPE_CHECKING:
     from minga.config import TrainConfig
 
-UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 EXAMPLE = """\
 examples:
   minga train --data shards --out runs/mine --hours 1                  everything is chosen for this machine and text
@@ -114,7 +114,7 @@ def _plan(args: argparse.Namespace) -> Plan | None:
             flag = "--dry-run" if args.dry_run else "--size"
             raise UserError(f"with --steps nothing is chosen ({flag}). say how long by --hours H or --tokens N instead")
         return None
-    asked = {"tokens": _count(args.tokens, "tokens"), "size": _count(args.size, "size"), "preset": args.preset}
+    asked = {"tokens": _count(args, "tokens"), "size": _count(args, "size"), "preset": args.preset}
     check_budget(Budget(args.hours, asked["tokens"], asked["size"]))
     make_config(args, None)  # a mistake in the settings is found before anything is measured
     from minga.data.shards import open_shards
@@ -138,18 +138,9 @@ def _plan(args: argparse.Namespace) -> Plan | None:
     return plan_run(open_shards(args.data), hours=args.hours, **asked)
 
 
-def _count(text: str | None, flag: str) -> int | None:
-    """10m is ten million."""
-    if text is None:
-        return None
-    digits, factor = (text[:-1], UNITS[text[-1].lower()]) if text[-1:].lower() in UNITS else (text, 1)
-    try:
-        value = float(digits) * factor
-        if 1 <= value <= 1e15:
-            return round(value)
-    except ValueError:
-        pass
-    raise UserError(f"{text!r} is no number of {flag} (--{flag}). write it as 10m, 1.5b or 250000")
+def _count(args: argparse.Namespace, name: str) -> int | None:
+    text = getattr(args, name)
+    return None if text is None else parse_count(text, f"--{name}")
 
 
 def _show(plan: Plan | None, config: TrainConfig, *, as_json: bool) -> int:
@@ -201,7 +192,7 @@ def make_config(args: argparse.Namespace, plan: Plan | None) -> TrainConfig:
             **values,
         }
     )
-    tokens = _count(args.tokens, "tokens")
+    tokens = _count(args, "tokens")
     if tokens is None or "steps" in values:
         return config
     step = config.batch_size * config.accumulate * config.seq_len  # after --set: so many tokens were asked for

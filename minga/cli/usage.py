@@ -15,7 +15,8 @@ from minga.cli.keys import DEFAULT_FILE
 from minga.errors import UserError
 
 if TYPE_CHECKING:
-    from minga.planner.cost import Range, Rates
+    from minga.planner.cost import Rates
+    from minga.planner.estimate import Estimate
     from minga.serve.meter import Total
 
 EXAMPLE = """\
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         period = {"since": since.isoformat(), "until": until.isoformat()}
         rows = [document(total, rates) for total in totals]
         total = document(_sum(totals), rates)
-        print(json.dumps({**period, "by": args.by, "rates": asdict(rates), "rows": rows, "total": total}))
+        print(json.dumps({**period, "by": args.by, "rates": _rates(rates), "rows": rows, "total": total}))
     else:
         print(in_words(totals, rates, args.by, since))
     return 0
@@ -98,20 +99,10 @@ def moment(text: str, flag: str, now: datetime) -> datetime:
 
 
 def rates_of(args: argparse.Namespace) -> Rates:
-    from minga.planner.cost import PRICE_PER_KWH, PUE, Range, Rates, estimate_watts
-    from minga.runtime import machine
+    from minga.planner.cost import PRICE_PER_KWH, PUE, Rates, measured_watts
 
-    if args.watts is not None:
-        watts = Range(args.watts, args.watts)
-    else:
-        watts = estimate_watts(
-            cores=machine.cores(),
-            host_cores=os.cpu_count(),
-            cpu_limit=machine.cpu_power_limit(),
-            gpu_limit=machine.gpu_power_limit(),
-        )
     return Rates(
-        watts=watts,
+        watts=watts_of_this_machine() if args.watts is None else measured_watts(args.watts),
         price_per_kwh=PRICE_PER_KWH if args.price_per_kwh is None else args.price_per_kwh,
         machine_price_per_hour=args.machine_price_per_hour or 0.0,
         pue=PUE if args.pue is None else args.pue,
@@ -119,14 +110,36 @@ def rates_of(args: argparse.Namespace) -> Rates:
     )
 
 
+def watts_of_this_machine() -> Estimate:
+    """What it draws at the wall while it works, by its chips."""
+    from minga.planner.cost import estimate_watts
+    from minga.runtime import machine
+
+    return estimate_watts(
+        cores=machine.cores(),
+        host_cores=os.cpu_count(),
+        cpu_limit=machine.cpu_power_limit(),
+        gpu_limit=machine.gpu_power_limit(),
+    )
+
+
 def document(total: Total, rates: Rates) -> dict[str, Any]:
     price = rates.price_per_million_tokens(total.busy_seconds, total.num_tokens)
     return {
         **asdict(total),
-        "kwh": asdict(rates.kwh(total.busy_seconds)),
-        "money": asdict(rates.money(total.busy_seconds)),
-        "price_per_million_tokens": None if price is None else asdict(price),
+        "kwh": _ends(rates.kwh(total.busy_seconds)),
+        "money": _ends(rates.money(total.busy_seconds)),
+        "price_per_million_tokens": None if price is None else _ends(price),
     }
+
+
+def _rates(rates: Rates) -> dict[str, Any]:
+    return asdict(rates) | {"watts": _ends(rates.watts)}
+
+
+def _ends(value: Estimate) -> dict[str, float]:
+    """Of what a machine draws, nothing but the ends is known."""
+    return {"low": value.low, "high": value.high}
 
 
 def in_words(totals: list[Total], rates: Rates, by: str, since: datetime) -> str:
@@ -163,7 +176,7 @@ def _sum(totals: list[Total]) -> Total:
     return sum(totals, Total("total"))
 
 
-def _range(value: Range) -> str:
+def _range(value: Estimate) -> str:
     """Two digits that count for an estimate, three for a number that is known."""
     exact = value.low == value.high
     return _number(value.low, 3) if exact else f"{_number(value.low, 2)} - {_number(value.high, 2)}"

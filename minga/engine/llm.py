@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 from collections import abc
 from collections.abc import Generator, Iterator
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minga.config import ModelConfig
+from minga.config.units import parse_bytes
 from minga.data.tokenizer import Tokenizer
 from minga.engine.compiled import CompiledModel, compile_model
 from minga.engine.grammar import Grammar, Grammars, Guide
@@ -51,7 +51,6 @@ _PREFIX_BYTES, _PREFIX_TEXTS = 64 * 10**6, 4  # kept for prompts that may come a
 _SHARE_FOR_WEIGHTS = 0.8  # of free memory; what is larger stays on the disk
 _CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 DEFAULT_PARAMS = SamplingParams()
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 _LOG = logging.getLogger("minga")
 
@@ -131,8 +130,8 @@ class LLM:
         self._pace = Pace(self.num_drafts) if adapts else None
         self._lookup = Lookup() if adapts else None
         self._cache_dtype = fast.cache_dtype if cache is None else _CACHE_DTYPES[cache]
-        self._max_memory = None if max_memory is None else _parse_bytes(max_memory, "max_memory")
-        self._prefix_memory = None if prefix_memory is None else _parse_bytes(prefix_memory, "prefix_memory")
+        self._max_memory = None if max_memory is None else parse_bytes(max_memory, "max_memory")
+        self._prefix_memory = None if prefix_memory is None else parse_bytes(prefix_memory, "prefix_memory")
         self._weight_bytes = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
         if disk is not None:
             _LOG.warning("%s", _expected_pace(self.config, self._weight_bytes, disk))
@@ -419,13 +418,6 @@ def _expected_pace(config: ModelConfig, size: int, disk: DiskMemory) -> str:
         f"the weights take {_in_words(size)} and {_in_words(free)} of memory are free: they stay on the disk, and what is "
         f"used most in memory. expect about {disk.read_speed / (a_token * missing):.1f} tokens/s"
     )
-
-
-def _parse_bytes(size: int | str, name: str) -> int:
-    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
-    if match is None:
-        raise UserError(f"{name} is {size!r} (LLM). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
 def _in_words(size: int) -> str:

@@ -79,6 +79,7 @@ class FeedForward:
     expert_biases: tuple[int, ...] = ()
     router: tuple[Shape, ...] = ()
     router_biases: tuple[int, ...] = ()  # trained ones; the correction bias of V3 is not
+    groups: tuple[int, int] = (1, 1)  # a token's experts lie in so many of so many groups: nodes, in DeepSeek-V3
 
     @property
     def vectors(self) -> tuple[int, ...]:
@@ -465,6 +466,7 @@ def _experts(k: _Keys, f: _Family, D: int) -> FeedForward:
         expert_biases=((F, F, D) if f.gated else (F, D)) * f.expert_bias,
         router=((E, D), *((1, D),) * f.shared_gate),
         router_biases=(E,) * f.expert_bias,
+        groups=(allowed, groups),
     )
 
 

@@ -1,10 +1,17 @@
-"""What serving costs: energy and money, from the seconds that models were busy.
+"""What work costs: energy, money and carbon.
+
+Of a server, from the seconds that its models were busy:
 
     rates = Rates(watts=estimate_watts(cores=8))
-    rates.kwh(3600), rates.money(3600), rates.price_per_million_tokens(3600, 1_000_000)      # each low and high
+    rates.kwh(3600), rates.money(3600), rates.price_per_million_tokens(3600, 1_000_000)      # each an estimate
 
 Only busy time is counted. What the machine draws while it waits, and would also draw without this server, is not: for a
 machine that does nothing else, measure at the wall and divide by the tokens.
+
+Of a run, from its device-hours:
+
+    kwh = energy(hours, training_watts(700), overhead=NODE_OVERHEAD, pue=DATA_CENTRE_PUE)
+    rent(hours, price), owned(hours, kwh, ...), carbon(kwh, 475), with_development(kwh)
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 from minga.errors import UserError
+from minga.planner.estimate import Estimate
 
 # A core at full load. Low: mean over the servers of a cloud, whole machine, from SPECpower: 3.5 (AWS), 3.8 (Azure), 4.3 (GCP) W
 # a virtual core, cloudcarbonfootprint.org/docs/methodology. High: a desktop chip, 142 W (AMD's socket limit of its 105 W
@@ -29,19 +37,24 @@ PRICE_PER_KWH = 0.17
 PUE = 1.0
 
 
-@dataclass(frozen=True)
-class Range:
-    """A number that is known to lie between two."""
+# What a device draws while it trains, of its power limit. Typical: 624 and 649 W an H100-hour of 700 W (OLMo 3 7B and 32B: 146
+# MWh in 234,000 h, 681 MWh in 1.05 million). Low: the top of the swing that was measured within runs, 15 to 85 % (2503.05804).
+# High: the limit itself, which BLOOM (400 W an A100, 2211.02001) and the Llama cards count.
+TRAINING_SHARE = Estimate(0.85, 0.91, 1.0)
+# Processors, memory, network and fans, for each watt of the devices. Low: counted in the device's figure already. High: the 1.74
+# that OLMo 3 counts for everything beside GPUs (2605.01158), over a PUE of 1.2. Typical: an assumption between.
+NODE_OVERHEAD = Estimate(1.0, 1.1, 1.45)
+# What the building draws for each watt of its machines. Low: large clouds, 1.1. Typical: BLOOM's 1.2. High: mean of Uptime
+# Institute's survey of 2024, 1.56.
+DATA_CENTRE_PUE = Estimate(1.1, 1.2, 1.56)
+# Energy of nodes that stood reserved and idle, for each kWh of a run: 256,646 kWh beside BLOOM's 433,196 (2211.02001).
+IDLE_SHARE = 256_646 / 433_196
+# All work of a project for each unit of its final run. Low: OLMo 2's development "amounted to 50 % of that of training"
+# (2503.05804), here read as half of all; as half of the training it is 1.5. High: 82.2 % of OLMo 3's compute was not the final
+# runs (2605.01158).
+DEVELOPMENT = Estimate.between(2.0, 1 / (1 - 0.822))
 
-    low: float
-    high: float
-
-    def __add__(self, other: Range) -> Range:
-        return Range(self.low + other.low, self.high + other.high)
-
-    def __mul__(self, factor: float) -> Range:
-        """By a number of 0 or more."""
-        return Range(self.low * factor, self.high * factor)
+_NO_RATE = "a rate is negative or no number (cost). watts and prices are 0 or more"
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Rates:
     Raises `UserError` for what is no price or no power.
     """
 
-    watts: Range
+    watts: Estimate
     price_per_kwh: float = PRICE_PER_KWH
     machine_price_per_hour: float = 0.0
     pue: float = PUE
@@ -61,26 +74,33 @@ class Rates:
 
     def __post_init__(self) -> None:
         numbers = (self.watts.low, self.watts.high, self.price_per_kwh, self.machine_price_per_hour)
-        if not all(math.isfinite(number) and number >= 0 for number in numbers) or self.watts.low > self.watts.high:
-            raise UserError("a rate is negative or no number (cost). watts and prices are 0 or more, the low one first")
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise UserError(_NO_RATE)
         if not 1 <= self.pue < math.inf:
             raise UserError(f"pue is {self.pue} (cost). it is 1 or more: 1 for a machine in a room that is not cooled")
 
-    def kwh(self, busy_seconds: float) -> Range:
+    def kwh(self, busy_seconds: float) -> Estimate:
         return self.watts * (self.pue * busy_seconds / 3.6e6)
 
-    def money(self, busy_seconds: float) -> Range:
+    def money(self, busy_seconds: float) -> Estimate:
         machine = self.machine_price_per_hour * busy_seconds / 3600
-        return self.kwh(busy_seconds) * self.price_per_kwh + Range(machine, machine)
+        return self.kwh(busy_seconds) * self.price_per_kwh + Estimate.exactly(machine)
 
-    def price_per_million_tokens(self, busy_seconds: float, num_tokens: int) -> Range | None:
+    def price_per_million_tokens(self, busy_seconds: float, num_tokens: int) -> Estimate | None:
         """Of prompt and completion together; None where there were none."""
         return self.money(busy_seconds) * (1e6 / num_tokens) if num_tokens else None
 
 
+def measured_watts(watts: float) -> Estimate:
+    """What a meter says."""
+    if not 0 <= watts < math.inf:
+        raise UserError(_NO_RATE)
+    return Estimate.exactly(watts)
+
+
 def estimate_watts(
     *, cores: int, host_cores: int | None = None, cpu_limit: float | None = None, gpu_limit: float | None = None
-) -> Range:
+) -> Estimate:
     """What a machine draws at the wall while it works, for one whose meter cannot be read.
 
     cores: that work. cpu_limit: power limit of all processors, in watts, for `host_cores` cores (`cores` if it is None);
@@ -88,11 +108,63 @@ def estimate_watts(
     """
     if cpu_limit is None:
         low, high = WATTS_PER_CORE
-        watts = Range(cores * low, cores * high * OVERHEAD[1])  # the low figure is of whole machines
+        watts = Estimate.between(cores * low, cores * high * OVERHEAD[1])  # the low figure is of whole machines
     else:
         watts = _of_limit(cpu_limit * min(1.0, cores / (host_cores or cores)))
     return watts if gpu_limit is None else watts + _of_limit(gpu_limit)
 
 
-def _of_limit(watts: float) -> Range:
-    return Range(watts * LIMIT_SHARE[0] * OVERHEAD[0], watts * LIMIT_SHARE[1] * OVERHEAD[1])
+def _of_limit(watts: float) -> Estimate:
+    return Estimate.between(watts * LIMIT_SHARE[0] * OVERHEAD[0], watts * LIMIT_SHARE[1] * OVERHEAD[1])
+
+
+# ---------------------------------------------------------------------------------------------- of a run
+
+
+def training_watts(limit: float) -> Estimate:
+    """What a device with this power limit draws while it trains."""
+    return TRAINING_SHARE * limit
+
+
+def energy(
+    device_hours: Estimate,
+    watts: float | Estimate,
+    *,
+    overhead: Estimate = NODE_OVERHEAD,
+    pue: Estimate = DATA_CENTRE_PUE,
+    idle: float = 0.0,
+) -> Estimate:
+    """kWh at the meter. watts: of a device. idle: kWh of reserved machines that wait, for each kWh of work (`IDLE_SHARE`)."""
+    return device_hours * watts * overhead * pue * ((1 + idle) / 1000)
+
+
+def carbon(kwh: Estimate, grams_per_kwh: float) -> Estimate:
+    """Kilograms of CO2 equivalent. Of electricity alone: making the machines is not in it (BLOOM: 11.2 of 50.5 t)."""
+    return kwh * (grams_per_kwh / 1000)
+
+
+def rent(device_hours: Estimate, price_per_hour: Estimate) -> Estimate:
+    """Money for devices that are rented by the hour."""
+    return device_hours * price_per_hour
+
+
+def owned(
+    device_hours: Estimate,
+    kwh: Estimate,
+    *,
+    price_per_kwh: float,
+    device_price: float,
+    lifetime_hours: float,
+    utilization: float,
+) -> Estimate:
+    """Money for devices of one's own: electricity, and the price spread over the hours of their life that they work."""
+    if not 0 < utilization <= 1 or not lifetime_hours > 0:
+        raise UserError(
+            f"utilization is {utilization}, lifetime {lifetime_hours} hours (cost). utilization is above 0 and at most 1"
+        )
+    return kwh * price_per_kwh + device_hours * (device_price / (lifetime_hours * utilization))
+
+
+def with_development(final_run: Estimate) -> Estimate:
+    """The whole project's hours, kWh or money, experiments and failures included, from those of its final run."""
+    return final_run * DEVELOPMENT

@@ -26,7 +26,8 @@ class Estimate:
     @classmethod
     def between(cls, low: float, high: float) -> Estimate:
         """Nothing but its ends is known: the typical value is their geometric mean (half of `high` where `low` is 0)."""
-        return cls(low, math.sqrt(low * high) if low > 0 else high / 2, high)
+        middle = math.sqrt(low) * math.sqrt(high) if low > 0 else high / 2
+        return cls(low, min(max(middle, low), high), high)  # a rounding error may lie outside
 
     def __add__(self, other: Estimate) -> Estimate:
         return Estimate(self.low + other.low, self.typical + other.typical, self.high + other.high)
@@ -44,12 +45,14 @@ class Estimate:
 class Fact:
     """One number of a plan: `name` is its place in the JSON document, such as "train.gpu_hours".
 
+    label: what it is, in the words of the table; a fact without one is in the document alone. unit: see `words.in_unit`.
     `formula` says in one line how it follows from `inputs`, `source` who says so: a paper, a data sheet, our own measurement.
     """
 
     name: str
     value: float | int | str | Estimate
     unit: str = ""
+    label: str = ""
     formula: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""

@@ -28,6 +28,7 @@ class Setup:
     dp: int = 1
     tp: int = 1
     pp: int = 1
+    chunks: int = 1  # runs of layers that a pipeline stage holds: more than one is the interleaved schedule
     ep: int = 1
     shard: int = 0
     precision: str = "bf16"

@@ -1,9 +1,7 @@
 """A run's report: `run.jsonl` in, one self-contained `report.html` out.
 
 The page answers, in this order, what one asks of a finished run: how good is it, did it learn steadily, did the experts
-share the work, what does it write, and with which settings on which machine was it made. It holds no script and loads
-nothing, so it can be mailed, archived and opened in ten years; the curves are inline SVG whose colours follow the
-reader's light or dark theme.
+share the work, what does it write, and with which settings on which machine was it made.
 
 `run.jsonl` is written by a process that may have died in the middle of a line, or been resumed after that. So a line
 that is not a JSON object is skipped, each section is left out when its lines are missing, and when a resumed run says
@@ -15,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -24,6 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from minga.errors import UserError
+from minga.recipes.drawing import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Scale,
+    figure,
+    page,
+    section,
+    ticks,
+    tiles,
+    write_page,
+)
 
 Points = list[tuple[float, float]]  # (step, value), steps rising
 Table = list[list[float]]
@@ -41,7 +53,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     folder = Path(run_dir)
     run = _gather(_read_lines(folder / "run.jsonl"))
     page = _page(folder.resolve().name, run)
-    return _write_atomically(folder / "report.html", page)
+    return write_page(folder / "report.html", page)
 
 
 # ---- reading
@@ -178,30 +190,6 @@ def _duration(seconds: float | None) -> str:
 
 # ---- curves
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 28
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Data to pixels on one axis. `first` and `last` may be given in falling order: y grows upwards."""
-
-    low: float
-    high: float
-    first: float
-    last: float
-
-    def __call__(self, value: float) -> float:
-        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
-
 
 def _thin(points: Points) -> Points:
     """At most MAX_POINTS points, each the mean of an equal share, so that a long run's report stays small."""
@@ -232,27 +220,23 @@ def _chart(title: str, series: Sequence[tuple[str, str, Points]]) -> str:
     spread = max(values) - min(values)
     level = spread <= 1e-9 * max(map(abs, values))  # rounding is no curve, and has no ticks
     margin = (0.1 * abs(values[0]) or 1.0) if level else 0.06 * spread
-    x = _Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, WIDTH - RIGHT)
-    y = _Scale(min(values) - margin, max(values) + margin, HEIGHT - BOTTOM, TOP)
-    legend = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind, _ in series if name)
+    x = Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, WIDTH - RIGHT)
+    y = Scale(min(values) - margin, max(values) + margin, HEIGHT - BOTTOM, TOP)
     said = "; ".join(f"{name} {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, _, points in series if name)
-    label = escape(f"{title}: {said}")
     drawn = _axes(x, y) + "".join(_curve(name, kind, points, x, y) for name, kind, points in series)
-    return (
-        f'<figure><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawn}</svg></figure>'
-    )
+    legend = [(name, kind) for name, kind, _ in series if name]
+    return figure(title, drawn, said=f"{title}: {said}", legend=legend)
 
 
-def _axes(x: _Scale, y: _Scale) -> str:
-    rows = _ticks(y.low, y.high, 5)
+def _axes(x: Scale, y: Scale) -> str:
+    rows = ticks(y.low, y.high, 5)
     digits = max(0, -math.floor(math.log10(rows[1] - rows[0]) + 1e-9)) if len(rows) > 1 else 2
     lines = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:,.{digits}f}</text>'
         for v in rows
     )
-    columns = [v for v in _ticks(x.low, x.high, 7) if v == round(v)]  # there is no half step
+    columns = [v for v in ticks(x.low, x.high, 7) if v == round(v)]  # there is no half step
     anchors = ("end" if x(v) > WIDTH - 30 else "middle" for v in columns)
     labels = "".join(
         f'<text x="{x(v):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{v:,.0f}</text>'
@@ -261,7 +245,7 @@ def _axes(x: _Scale, y: _Scale) -> str:
     return lines + labels
 
 
-def _curve(name: str, kind: str, points: Points, x: _Scale, y: _Scale) -> str:
+def _curve(name: str, kind: str, points: Points, x: Scale, y: Scale) -> str:
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
     out = "" if kind == "dots" else f'<polyline class="curve {kind}" points="{line}"/>'
     if name and len(points) <= 40:  # few enough to be pointed at: each says its value
@@ -296,11 +280,12 @@ def _heat_map(table: Sequence[Sequence[float]]) -> str:
                 f'<rect class="cell" {box}/>'
                 f'<rect class="load {kind}" {box} fill-opacity="{distance:.2f}"><title>{said}</title></rect>'
             )
-    legend = '<span class="key held">twice its share</span><span class="key cold">half</span>'
-    return (
-        f'<figure><figcaption>Load of each expert (rows: layers)<span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {len(table) * high}" role="img" '
-        f'aria-label="Expert load, {len(table)} layers by {columns} experts">{cells}</svg></figure>'
+    return figure(
+        "Load of each expert (rows: layers)",
+        cells,
+        said=f"Expert load, {len(table)} layers by {columns} experts",
+        height=len(table) * high,
+        legend=[("twice its share", "held"), ("half", "cold")],
     )
 
 
@@ -329,15 +314,16 @@ def _heat_over_time(loads: Sequence[tuple[float, Table]]) -> str:
                     paths[kind] = paths.get(kind, "") + at
             y += high
         y += gap
-    x = _Scale(shown[0][0], shown[-1][0], LEFT + wide / 2, WIDTH - RIGHT - wide / 2)
-    ticks = [v for v in _ticks(x.low, x.high, 7) if v == round(v)]
-    labels += "".join(f'<text x="{x(v):.1f}" y="{y + 14:.1f}" text-anchor="middle">{v:,.0f}</text>' for v in ticks)
+    x = Scale(shown[0][0], shown[-1][0], LEFT + wide / 2, WIDTH - RIGHT - wide / 2)
+    steps = [v for v in ticks(x.low, x.high, 7) if v == round(v)]
+    labels += "".join(f'<text x="{x(v):.1f}" y="{y + 14:.1f}" text-anchor="middle">{v:,.0f}</text>' for v in steps)
     drawn = "".join(f'<path class="{kind}" fill-opacity="{n / 5}" d="{d}"/>' for (kind, n), d in paths.items())
     ground = f'<rect class="cell" x="{LEFT}" y="0" width="{WIDTH - LEFT - RIGHT}" height="{y - gap:.1f}"/>'
-    return (
-        f"<figure><figcaption>Load of each expert over time (bands: layers)</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {y + 20:.0f}" role="img" '
-        f'aria-label="Expert load over {columns} moments">{ground}{drawn}{labels}</svg></figure>'
+    return figure(
+        "Load of each expert over time (bands: layers)",
+        ground + drawn + labels,
+        said=f"Expert load over {columns} moments",
+        height=round(y + 20),
     )
 
 
@@ -361,7 +347,7 @@ def _tiles(run: _Run) -> str:
         ("time", _duration(seconds)),
         ("MTP acceptance", _percent(run.latest("mtp_acceptance"))),
     )
-    return "".join(f"<div><dd>{escape(value)}</dd><dt>{name}</dt></div>" for name, value in facts if value != "–")
+    return tiles((name, value) for name, value in facts if value != "–")
 
 
 def _speed(run: _Run, tokens: float | None) -> float | None:
@@ -429,11 +415,6 @@ def _plan(value: Any) -> str:
     return f'<table class="plan">{rows}</table>' if rows else ""
 
 
-def _section(title: str, *parts: str, kind: str = "") -> str:
-    body = "".join(parts)
-    return f'<section class="{kind}"><h2>{title}</h2>{body}</section>' if body else ""
-
-
 def _page(name: str, run: _Run) -> str:
     loss, speed = run.curve("loss"), run.curve("tokens_per_second")
     charts = (
@@ -457,15 +438,15 @@ def _page(name: str, run: _Run) -> str:
     )
     balance = [("busiest expert / mean", "train", run.curve("expert_max_over_mean"))]
     sections = (
-        _section("Learning", *charts, kind="pair"),
-        _section(
+        section("Learning", *charts, kind="pair"),
+        section(
             "Experts",
             _heat_over_time(run.loads),
             _heat_map(run.loads[-1][1] if run.loads else []),
             _chart("Imbalance", balance),
             kind="pair",
         ),
-        _section(
+        section(
             "Speed",
             _chart("Training (tokens a second)", [("", "raw", speed), ("smoothed", "train", _smooth(_thin(speed)))]),
             _chart(
@@ -475,94 +456,9 @@ def _page(name: str, run: _Run) -> str:
             _chart("MTP acceptance (share of drafts)", [("held-out", "held", run.curve("mtp_acceptance"))]),
             kind="pair",
         ),
-        _section("Samples", _samples(run)),
-        _section("Why these numbers", _plan(run.start.get("plan"))),
-        _section("Machine", _table(run.start.get("machine"))),
-        _section("Settings", _table(run.start.get("config"))),
+        section("Samples", _samples(run)),
+        section("Why these numbers", _plan(run.start.get("plan"))),
+        section("Machine", _table(run.start.get("machine"))),
+        section("Settings", _table(run.start.get("config"))),
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} · Minga</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><p>Minga · a model of your own, on the machines you have</p><h1>{escape(name)}</h1>"
-        f'<p class="outcome">{_outcome(run)}</p></header>'
-        f'<dl class="tiles">{_tiles(run)}</dl>\n'
-        + "\n".join(part for part in sections if part)
-        + "</main></body></html>\n"
-    )
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the report from a web server
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror} (report). free some space or check the rights"
-        ) from None
-    return path
-
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #faf8f4; --card: #fffefb; --sunk: #f2eee6; --line: #e2dccf; --ink: #23282b;
-  --soft: #667069; --teal: #0d7468; --amber: #b45f06; --blue: #2f6fa8; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181a; --card: #1b2023; --sunk: #22282b; --line: #31393c;
-  --ink: #e9e5dc; --soft: #9aa5a0; --teal: #62c9b6; --amber: #e8a75a; --blue: #78b2e4; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: clamp(20px, 5vw, 56px) clamp(14px, 4vw, 32px) 64px; }
-header p, .outcome { margin: 0; color: var(--soft); }
-h1 { margin: 2px 0; font-size: clamp(1.6rem, 5vw, 2.4rem); line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column: 1 / -1; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 180px), 1fr)); gap: 10px;
-  margin: 26px 0 0; }
-.tiles div, figure, table, blockquote { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
-.tiles div { padding: 12px 16px; }
-dd { margin: 0; font-size: 1.25rem; white-space: nowrap;
-  font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
-dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
-.pair figure { margin: 0 0 18px; align-self: start; }
-figure { padding: 14px 16px; min-width: 0; }
-figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: space-between; font-weight: 600;
-  font-size: .95rem; margin-bottom: 10px; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: .82rem; color: var(--soft); }
-.key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0;
-  background: var(--teal); }
-.key.held::before, .key.dots::before { background: var(--amber); }
-.key.cold::before { background: var(--blue); }
-svg { display: block; width: 100%; overflow: visible; }
-svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-.grid { stroke: var(--line); }
-.curve { fill: none; stroke: var(--teal); stroke-width: 2; stroke-linejoin: round; }
-.curve.raw { stroke-width: 1; opacity: .3; }
-.curve.held { stroke: var(--amber); }
-circle { fill: var(--teal); }
-circle.held, circle.dots, .hot { fill: var(--amber); }
-.cold { fill: var(--blue); }
-.cell { fill: var(--sunk); }
-blockquote { margin: 0 0 12px; padding: 12px 18px; }
-blockquote small { color: var(--soft); }
-blockquote p { margin: 2px 0 0; white-space: pre-wrap; font-family: Georgia, "Noto Serif", "DejaVu Serif", serif; }
-blockquote b { color: var(--teal); }
-table { width: 100%; border-collapse: separate; border-spacing: 0; padding: 6px 16px; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: 5px 8px 5px 0; border-bottom: 1px solid var(--line); }
-tr:last-child > * { border-bottom: 0; }
-th { font-weight: 400; color: var(--soft); width: 45%; }
-.plan th { width: 24%; }
-.plan td:nth-child(2) { width: 14%; }
-small { color: var(--soft); }
-td { font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) { svg text { font-size: 18px; } } /* the drawing shrinks, its words must not */
-@media print { figure, blockquote, .tiles div { break-inside: avoid; } }
-"""
+    return page(name, _outcome(run), _tiles(run), sections)

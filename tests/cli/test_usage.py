@@ -12,7 +12,7 @@ import pytest
 from minga.cli import usage
 from minga.cli.main import main
 from minga.errors import UserError
-from minga.planner.cost import Range
+from minga.planner.estimate import Estimate
 from minga.runtime import machine
 from minga.serve.keys import Key, Keys
 from minga.serve.meter import Meter, Usage
@@ -137,7 +137,7 @@ def test_usage_of_a_machine_whose_power_is_not_known(used: None, capsys: pytest.
     [(0, 0, "0"), (1e-5, 0.0123, "<0.0001 - 0.012"), (9.87, 1234.5, "9.9 - 1,234"), (0.3191, 0.3191, "0.319")],
 )
 def test_numbers_for_people(low: float, high: float, text: str) -> None:
-    assert usage._range(Range(low, high)) == text
+    assert usage._range(Estimate.between(low, high)) == text
 
 
 def test_usage_as_json(used: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,8 @@ def test_mistakes_with_usage(used: None, capsys: pytest.CaptureFixture[str]) -> 
     swapped = ("--since", "2026-11-02", "--until", "2026-11-01")
     assert "is not before --until 2026-11-01" in refused(capsys, "usage", *swapped)
     assert "there is no such file (gone.db)" in refused(capsys, "usage", "--keys", "gone.db")
-    assert "watts and prices are 0 or more" in refused(capsys, "usage", "--watts", "-5")
+    for watts in ("-5", "nan"):
+        assert "watts and prices are 0 or more" in refused(capsys, "usage", "--watts", watts)
 
 
 def test_moments() -> None:

@@ -12,9 +12,10 @@ import torch
 from minga import store
 from minga.config import ModelConfig
 from minga.config.presets import tiny
+from minga.config.units import parse_bytes
 from minga.data.tokenizer import Tokenizer, train_bpe
 from minga.engine import runner
-from minga.engine.llm import LLM, _parse_bytes
+from minga.engine.llm import LLM
 from minga.engine.sampler import SamplingParams
 from minga.errors import UserError
 from minga.model.transformer import Transformer
@@ -347,9 +348,9 @@ def test_memory_that_holds_not_even_one(model, tokenizer):
 def test_sizes(text, size):
     if size is None:
         with pytest.raises(UserError, match="max_memory"):
-            _parse_bytes(text, "max_memory")
+            parse_bytes(text, "max_memory")
     else:
-        assert _parse_bytes(text, "max_memory") == size
+        assert parse_bytes(text, "max_memory") == size
 
 
 def test_stats(model, tokenizer):

@@ -1,0 +1,361 @@
+"""What a model needs on each device, byte by byte: to be trained in a given set-up, or to serve a given load.
+
+States follow Megatron's and ZeRO's accounting (Rajbhandari et al. 2020, 1910.02054), activations Korthikanti et al. 2022
+(2205.05198) carried over to gated MLPs, experts and latent attention: an operation keeps what its gradient asks for, and
+today's fused attention keeps no scores. Nothing here is fitted; tests compare with published peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import NamedTuple
+
+from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
+from minga.planner.counts import cache_bytes
+from minga.planner.setup import Setup
+
+# Bytes of a stored weight with its scales. fp8: a float32 for each block of 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3);
+# int8 and int4: ours, a float16 for 64 and for 32 numbers of a row; Q*: GGUF's.
+WEIGHT_BYTES = {
+    "float32": 4.0,
+    "bf16": 2.0,
+    "Q8_0": 8.5 / 8,
+    "int8": 8.25 / 8,
+    "fp8": 1 + 4 / 128**2,
+    "Q6_K": 6.5625 / 8,
+    "Q5_K": 5.5 / 8,
+    "Q4_K": 4.5 / 8,
+    "int4": 4.5 / 8,
+}
+EIGHT_BIT = 1 + 4 / 256  # a moment in 8 bits, with a float32 for each 256 numbers (Dettmers et al. 2022, 2110.02861)
+# Of a logit in PyTorch's loss: itself in bf16, its float32 copy and the logarithm of its softmax; in the backward pass the
+# logarithm, its gradient and that in bf16. With several heads the others wait with their logarithm.
+LOGIT_BYTES, WAITING_LOGIT_BYTES = {2: 10, 4: 12}, 4
+CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and the libraries' work space
+NCCL_BYTES = 0.4e9  # 340 to 392 MB in NVIDIA's measured tables (ai-dynamo/aiconfigurator)
+GREEN = 0.8  # of 454 runs estimated below this share none went out of memory (Fujii et al. 2024, 2411.06465)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0  # moments, and the float32 copy of weights
+    activations: float = 0.0
+    logits: float = 0.0
+    buffers: float = 0.0  # gathered weights, gradients before they are spread, tokens on their way to experts
+    cache: float = 0.0  # of serving: keys and values, or latents
+    runtime: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def verdict(total: float, available: float) -> str:
+    """green: it fits. amber: it fits if the estimate is exact. red: it does not."""
+    return "green" if total < GREEN * available else "amber" if total <= available else "red"
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def training_memory(model: Model, setup: Setup) -> Memory:
+    """The fullest device of a run. Experts are taken to be chosen evenly, a sequence to be cut in `tp` pieces where it is not
+    cut by heads (sequence parallelism), layers to be spread evenly over `pp` stages, each of which holds as many
+    micro-batches as stages are left to pass (1F1B).
+    """
+    a = architecture_of(model)
+    layers = _layers(a, mtp=setup.mtp)
+    cuts = [stage * len(layers) // setup.pp for stage in range(setup.pp + 1)]
+    stages = (_stage(a, setup, layers[cuts[i] : cuts[i + 1]], i) for i in range(setup.pp))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) -> Memory:
+    s, d, first, last = setup, a.hidden_size, stage == 0, stage == setup.pp - 1
+    number = 4 if s.precision == "float32" else 2
+    tokens = s.micro_batch * s.seq_len / s.tp
+    tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head)) / s.tp
+    dense, experts = sum(x.dense for x in layers) / s.tp, sum(x.experts for x in layers) / s.ep
+    copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
+
+    if s.lora_rank is None:
+        states = [(tables, s.dp, 2), (dense, s.dp, _moments(s)), (experts, copies, _moments(s))]
+        frozen = 0.0
+    else:
+        pairs = s.lora_rank * sum(x.sides for x in layers) / s.tp
+        expert_pairs = s.lora_rank * sum(x.expert_sides for x in layers) / s.ep
+        states = [(pairs, s.dp, _moments(s)), (expert_pairs, copies, _moments(s))]
+        stored = WEIGHT_BYTES[s.stored]
+        spread, expert_spread = (s.dp, copies) if s.shard == 3 else (1, 1)
+        # embedding and head keep 16 bits, as in QLoRA (2305.14314)
+        frozen = (tables * max(2.0, stored) + dense * stored) / spread + experts * stored / expert_spread
+    weights, gradients, optimizer = (sum(parts) for parts in zip(*(_states(s, *each) for each in states), strict=True))
+
+    waiting = min(s.pp - stage, s.accumulate)  # micro-batches between their forward and backward passes
+    kept = sum(x.kept(s.recompute, number) for x in layers) + number * d * last
+    again = max((x.kept("none", number) - x.kept(s.recompute, number) for x in layers), default=0.0)
+    backward = again + number * max((x.widest for x in layers), default=0)
+    logits = 0.0
+    if last and not s.fused_loss:
+        logits = a.vocab_size * (LOGIT_BYTES[number] + WAITING_LOGIT_BYTES * len(a.mtp) * s.mtp)
+    return Memory(
+        weights=weights + frozen,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=tokens * (waiting * kept + backward),
+        logits=tokens
+        * logits,  # gone before the first block's backward pass, but the allocator seldom reuses their place
+        buffers=_buffers(s, layers, tables, tokens, number, d, copies),
+        runtime=CONTEXT_BYTES + (NCCL_BYTES if s.devices > 1 else 0.0),
+    )
+
+
+def _moments(s: Setup) -> int:
+    """Numbers that the optimizer keeps for one of a matrix; tables are AdamW's, with two, always."""
+    return 1 if s.optimizer == "muon" else 2
+
+
+def _states(s: Setup, count: float, ranks: int, moments: int) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer states of so many trained numbers, spread over `ranks` from the level `shard` says.
+
+    With master copies 2 + 4 + 12 bytes a number. Fully sharded there is no copy: the float32 weights are gathered as bf16.
+    """
+    wide = s.precision == "float32"
+    master = s.master and not wide
+    state = EIGHT_BIT if s.optimizer == "adamw8bit" else 4.0 if wide or master else 2.0
+    weight = 4.0 if wide or (master and s.shard == 3) else 2.0
+    gradient = 4.0 if wide or master else 2.0
+    optimizer = moments * state + (4.0 if master and s.shard < 3 else 0.0)
+    return (
+        count * weight / (ranks if s.shard == 3 else 1),
+        count * gradient / (ranks if s.shard >= 2 else 1),
+        count * optimizer / (ranks if s.shard >= 1 else 1),
+    )
+
+
+def _buffers(
+    s: Setup, layers: Sequence[_Layer], tables: float, tokens: float, number: int, d: int, copies: int
+) -> float:
+    """Fully sharded, weights of the block at work, of the next, and of the tables are gathered; gradients are whole for a
+    block before they are spread. A matrix in few bits is widened as it is used.
+    """
+    dense, experts = [x.dense / s.tp for x in layers], [x.experts / s.ep for x in layers]
+    held = 0.0
+    for parts, table, ranks in ((dense, tables, s.dp), (experts, 0.0, copies)):
+        others = 1 - 1 / ranks  # the share of it that is not this rank's own
+        if s.shard == 3:
+            size = WEIGHT_BYTES[s.stored] if s.lora_rank is not None else number
+            held += size * others * (table + sum(sorted(parts)[-2:]))
+        if s.shard >= 2 and s.lora_rank is None:
+            held += number * min(max([table, *parts]), others * (table + sum(parts)))
+    if s.tp > 1:
+        held += 2 * tokens * s.tp * number * d  # a product's whole input, put together from all ranks, and its gradient
+    if s.ep > 1:
+        held += 2 * tokens * number * d * max((x.chosen for x in layers), default=0)  # sent and received
+    if s.lora_rank is not None and s.stored not in ("float32", "bf16"):
+        held += number * max((x.largest for x in layers), default=0) / s.tp
+    return held
+
+
+class _Layer(NamedTuple):
+    """One block in numbers: of weights, and of a token's activations."""
+
+    dense: int  # weights that every token passes
+    experts: int
+    sides: int  # rows and columns of all matrices, which a pair of rank one has
+    expert_sides: int
+    largest: int  # matrix
+    stream: int  # d
+    latents: int  # of latent attention, before their norms
+    normed: int  # latents, or queries and keys, after norms of their own
+    projected: int  # queries, keys and values
+    rebuilt: int  # of these, what is projected up from a latent
+    attended: int  # what attention gives, all heads
+    heads: int
+    hidden: int  # of the MLP that every token passes, and of the chosen experts
+    gated: bool
+    chosen: int
+
+    def kept(self, recompute: str, number: int) -> float:
+        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax."""
+        if recompute == "full":
+            return number * self.stream
+        values = 2 * self.stream + self.latents + self.projected + self.attended
+        values += (1 + self.gated) * self.hidden + self.chosen * self.stream  # gate and up; what experts are sent
+        if recompute == "none":
+            values += 2 * self.stream + self.normed  # after norms
+            values += (
+                1 + self.gated
+            ) * self.hidden + self.chosen * self.stream  # after the activation; what experts give
+        else:
+            values -= self.rebuilt
+        return number * values + 4 * self.heads
+
+    @property
+    def widest(self) -> int:
+        """Numbers of the gradients that stand beside them while the MLP's is computed."""
+        return (2 + self.gated) * self.hidden
+
+
+def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
+    layers = [_layer(a.hidden_size, block) for count, block in a.blocks for _ in range(count)]
+    for block in a.mtp if mtp else ():
+        layer = _layer(a.hidden_size, block)
+        layers.append(layer._replace(dense=layer.dense + numbers([a.mtp_join]) + 3 * a.hidden_size))
+    return layers
+
+
+def _layer(d: int, block: Block) -> _Layer:
+    x, f = block.attention, block.feed_forward
+    shapes = x.matrices + f.matrices
+    queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
+    if x.latent is None:
+        keys, own_values = x.kv_heads * x.qk_dim, x.kv_heads * x.v_dim
+        latents, normed, rebuilt = 0, queries + keys if x.norms else 0, 0
+    else:  # to be attended over, a latent gives keys and values to every head
+        keys, own_values, normed = queries, values, sum(x.norms)
+        latents, rebuilt = normed + x.rope, keys + values + (queries if len(x.norms) > 1 else 0)
+    return _Layer(
+        dense=block.parameters - f.experts * f.expert_parameters,
+        experts=f.experts * f.expert_parameters,
+        sides=sum(map(sum, shapes)),
+        expert_sides=f.experts * sum(map(sum, f.expert)),
+        largest=max(rows * columns for rows, columns in shapes + f.expert),
+        stream=d,
+        latents=latents,
+        normed=normed,
+        projected=queries + keys + own_values,
+        rebuilt=rebuilt,
+        attended=values,
+        heads=x.heads,
+        hidden=f.hidden + f.chosen * f.expert_hidden,
+        gated=f.gated,
+        chosen=f.chosen,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what makes it fit
+
+
+Change = tuple[float, str, Callable[[Setup], Setup]]  # how much it costs, in words, and itself
+
+
+def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -> list[tuple[Setup, str]]:
+    """The `num` cheapest changes that make a run fit, each as the set-up and in words, best first; [] where none does, or
+    none is needed.
+
+    Cheap is what changes neither the result nor the time, then what costs some time, then what trains less of the model,
+    then a shorter sequence. What costs the same: fewer changes first. None contains another.
+    """
+    if training_memory(model, setup).total <= available:
+        return []
+    found: list[tuple[frozenset[str], Setup]] = []
+    changes = list(_changes(setup))
+    names = [text for _, text, _ in changes]
+    chosen = [each for size in (1, 2, 3, 4) for each in combinations(changes, size)]
+    for several in sorted(chosen, key=lambda several: (sum(cost for cost, _, _ in several), len(several))):
+        words = frozenset(text for _, text, _ in several)
+        if len({text.split()[0] for text in words}) < len(words) or any(before < words for before, _ in found):
+            continue  # two of a kind, or more than is needed
+        changed = setup
+        for _, _, change in several:
+            changed = change(changed)
+        if training_memory(model, changed).total <= available:
+            found.append((words, changed))
+        if len(found) == num:
+            break
+    return [(changed, ", ".join(sorted(words, key=names.index))) for words, changed in found]
+
+
+def _changes(s: Setup) -> Iterator[Change]:
+    """The first word of each says what kind it is: of a kind only one is made."""
+    if not s.fused_loss:
+        yield 1, "fused loss (logits are never held)", lambda s: replace(s, fused_loss=True)
+    size, cost = s.micro_batch, 1.5
+    while size > 1:
+        size, cost = size // 2, cost + 0.5
+        yield cost, f"micro-batch of {size} instead of {s.micro_batch}", _micro_batch(size)
+    for level in range(s.shard + 1, 4) if s.dp > 1 else ():
+        what = {1: "optimizer states", 2: "gradients too", 3: "weights too"}[level]
+        yield 1 + level / 2, f"sharding over {s.dp} devices: {what}", _sharded(level)
+    if s.recompute == "none":
+        yield 2.5, "recompute norms, MLP activations and up-projections", lambda s: replace(s, recompute="selective")
+    if s.recompute != "full":
+        yield 4, "recompute whole blocks (a third more work)", lambda s: replace(s, recompute="full")
+    if s.lora_rank is None and s.optimizer == "adamw":
+        yield 3, "8-bit optimizer states", lambda s: replace(s, optimizer="adamw8bit")
+    if s.lora_rank is None:
+        yield 8, "LoRA of rank 16 instead of all weights", lambda s: replace(s, lora_rank=16)
+        yield 10, "LoRA of rank 16 over int4 weights (QLoRA)", lambda s: replace(s, lora_rank=16, stored="int4")
+    elif s.stored != "int4":
+        yield 5, "LoRA over int4 weights (QLoRA)", lambda s: replace(s, stored="int4")
+    if s.seq_len >= 1024:
+        yield 12, f"sequences of {s.seq_len // 2} tokens instead of {s.seq_len}", _halved
+
+
+def _micro_batch(size: int) -> Callable[[Setup], Setup]:
+    """As many sequences a step, or a few more where it does not divide."""
+    return lambda s: replace(s, micro_batch=size, accumulate=-(-s.accumulate * s.micro_batch // size))
+
+
+def _sharded(level: int) -> Callable[[Setup], Setup]:
+    return lambda s: replace(s, shard=level)
+
+
+def _halved(s: Setup) -> Setup:
+    return replace(s, seq_len=s.seq_len // 2, accumulate=2 * s.accumulate)
+
+
+# ---------------------------------------------------------------------------------------------- serving
+
+
+def serving_memory(
+    model: Model,
+    *,
+    weights: str = "bf16",
+    cache: str = "bf16",
+    context: int,
+    batch: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    mtp: bool = False,
+    chunk: int = 2048,
+) -> Memory:
+    """A device that answers `batch` requests of `context` tokens at a time. weights: of `WEIGHT_BYTES`, embedding and head
+    included, as our formats store them. cache: float32, float16, bf16, fp8 or int8. chunk: prompt tokens read at once. A
+    latent is whole on every device of `tp`; keys of heads are dealt out.
+    """
+    a = architecture_of(model)
+    layers, size = _layers(a, mtp=mtp), WEIGHT_BYTES[weights]
+    tables = a.embedding + (0 if a.tied else numbers(a.head))
+    stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
+    of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
+    tokens = min(chunk, batch * context)
+    running = max(x.kept("none", 2) - 2 * x.stream for x in layers)  # of one block at a time
+    return Memory(
+        weights=stored * size,
+        activations=tokens * running / tp,
+        logits=4.0 * batch * a.vocab_size,
+        cache=batch * cache_bytes(a, context, number=cache, mtp=mtp) / of_heads,
+        runtime=CONTEXT_BYTES + (NCCL_BYTES if max(tp, ep) > 1 else 0.0),
+    )
+
+
+def fitting(
+    model: Model,
+    available: float,
+    *,
+    context: int,
+    batch: int = 1,
+    cache: str = "bf16",
+    formats: Sequence[str] = ("bf16", "fp8", "int8", "int4"),
+) -> list[tuple[str, float, str]]:
+    """(format of the weights, bytes with cache and all, verdict) for serving, the most exact format first."""
+    totals = ((f, serving_memory(model, weights=f, cache=cache, context=context, batch=batch).total) for f in formats)
+    return [(f, total, verdict(total, available)) for f, total in totals]

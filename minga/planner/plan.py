@@ -1,0 +1,577 @@
+"""A plan: what a model costs on a machine, each number with its doubt and where it comes from.
+
+    p = plan("config.json", "2048xH800", tokens=14.8e12, precision="fp8")
+    p.kwh.typical, p.seconds.low, p.document()["train"]["gpu_hours"]
+
+The parts are worked out by `counts` (exact), `layout`, `time`, `memory`, `serving`, `pool` and `cost`; here they are put
+together in the order in which people ask: what is it, how long, does it fit, how much, what does it serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date
+from typing import Any
+
+from minga.config import ModelConfig
+from minga.config.hardware import Device, Machine
+from minga.config.hardware import machine as machine_named
+from minga.errors import UserError
+from minga.planner import cost
+from minga.planner.architecture import Architecture, architecture_of
+from minga.planner.counts import cache_bytes_per_token, count_parameters, training_flops
+from minga.planner.dial import usual_batch
+from minga.planner.estimate import Estimate, Fact
+from minga.planner.grids import find_grid
+from minga.planner.layout import choose_setup
+from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
+from minga.planner.models import read_model
+from minga.planner.pool import METHODS, pool_estimate, split_over_link
+from minga.planner.prices import rental
+from minga.planner.scaling import Option
+from minga.planner.serving import serve_estimate
+from minga.planner.setup import Setup
+from minga.planner.table import memory_bar
+from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
+from minga.planner.words import count, machine_words, size
+
+HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
+ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
+POOL_BATCH = 2**19  # tokens of a peer's step
+LATENCY = 0.02  # seconds one way, between cities
+PARALLEL = {"dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "of them expert"}
+HOME_PUE = Estimate(1.0, 1.1, 1.3)  # the losses of a power supply, and some cooling
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a plan is asked for, beside model and machine. None: chosen or left out.
+
+    tokens: of training (all else about training is ignored without it). fixed: fields of `Setup` that the user has decided.
+    price: USD of a device and hour. watts: what the whole machine draws at the wall, for one that is no row of the table, or that
+    was measured. utilization: share of the time that a server is busy. speed: tokens/s that each of its users
+    gets at least. acceptance: share of multi-token prediction's guesses that are right.
+    """
+
+    tokens: float | None = None
+    precision: str | None = None
+    seq_len: int | None = None
+    batch_tokens: float | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Architecture | None = None
+    utilization: float = 0.3
+    weights: str | None = None
+    cache: str = "bf16"
+    prompt: int = 2000
+    output: int = 500
+    speed: float | None = None
+    acceptance: float | None = None
+    peers: int | None = None
+    up: float = 20e6 / 8
+    down: float = 100e6 / 8
+    price: float | None = None
+    watts: Estimate | None = None
+    price_per_kwh: float = cost.PRICE_PER_KWH
+    pue: float | None = None
+    country: str | None = None
+    coefficients: Coefficients | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "seq_len", "batch_tokens", "prompt", "output", "speed", "peers", "up", "down"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1e18:
+                raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be a positive number")
+        for name in ("price", "price_per_kwh"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1e6:
+                raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be 0 or more")
+        if self.pue is not None and not 1 <= self.pue <= 10:
+            raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
+        if not 0 < self.utilization <= 1:
+            raise UserError(f"utilization is {self.utilization} (plan). it is a share: above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    facts: tuple[Fact, ...]
+    drawing: tuple[str, ...] = ()  # lines under the facts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`sections` hold every number as a `Fact`; `notes` are what the reader should know before relying on them."""
+
+    title: str
+    model: Architecture
+    machine: Machine
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...] = ()
+    setup: Setup | None = None
+    memory: Memory | None = None  # of a device in training; without training, in serving
+    front: tuple[Option, ...] = ()  # of a model that was chosen: those than which none is both quicker and better
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        return tuple(fact for section in self.sections for fact in section.facts)
+
+    def value(self, name: str) -> Any:
+        """Of a fact; None where this plan has none of that name."""
+        return next((fact.value for fact in self.facts if fact.name == name), None)
+
+    @property
+    def flops(self) -> float | None:
+        """Of the whole training."""
+        value: float | None = self.value("train.flops")
+        return value
+
+    @property
+    def seconds(self) -> Estimate | None:
+        """Of the whole training."""
+        days: Estimate | None = self.value("train.days")
+        return None if days is None else days * 86400
+
+    @property
+    def bytes(self) -> float | None:
+        """On the fullest device."""
+        return None if self.memory is None else self.memory.total
+
+    @property
+    def money(self) -> Estimate | None:
+        """USD of the final run."""
+        value: Estimate | None = self.value("money.final_run")
+        return value
+
+    @property
+    def kwh(self) -> Estimate | None:
+        value: Estimate | None = self.value("energy_kwh")
+        return value
+
+    def document(self) -> dict[str, Any]:
+        """For JSON: facts by their names, nested at the dots; an estimate has "low", "typical" and "high"."""
+        document: dict[str, Any] = {"title": self.title}
+        for fact in self.facts:
+            *path, last = fact.name.split(".")
+            place = document
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = asdict(fact.value) if isinstance(fact.value, Estimate) else fact.value
+        return document | {"notes": list(self.notes)}
+
+
+def plan(
+    model: ModelConfig | Mapping[str, Any] | Architecture | str,
+    machine: Machine | str,
+    *,
+    ask: Ask | None = None,
+    **changes: Any,
+) -> Plan:
+    """What `model` costs on `machine`; `changes` are fields of `Ask`, such as tokens=1e12.
+
+    model: a config, the dictionary of a public config.json, a path to one or to a model, or a preset's name. machine: "8xH100".
+    Raises `UserError` for what is impossible, and for a training that fits no set-up of the machine.
+    """
+    known = {f.name for f in fields(Ask)}
+    if unknown := set(changes) - known:
+        raise UserError(f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}")
+    ask = replace(ask or Ask(), **changes)
+    name, arch = architecture(model)
+    where = machine_named(machine) if isinstance(machine, str) else machine
+    title = f"{name} on {machine_words(where)}"
+    sections, notes = [_model_section(arch, where, ask)], list(_device_notes(where))
+    setup = memory = None
+    if ask.tokens is not None:
+        setup, memory, parts, said = _training(arch, where, ask)
+        sections += parts
+        notes += said
+    try:
+        serving = serve_estimate(arch, where, **serving_options(arch, where, ask))
+        sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
+        memory = memory or serving.memory
+    except UserError as error:
+        notes.append(f"serving: {error}")
+    if ask.peers is not None:
+        sections.append(_pool_section(arch, where, ask))
+    return Plan(title, arch, where, tuple(sections), tuple(notes), setup, memory)
+
+
+def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
+    """A short name, and the model."""
+    if isinstance(model, str):
+        return read_model(model)
+    arch = architecture_of(model)
+    return arch.family, arch
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
+    counts, seq_len = count_parameters(a), _seq_len(ask, machine)
+    inputs = {"layers": a.num_layers, "hidden_size": a.hidden_size, "vocab_size": a.vocab_size, "family": a.family}
+    parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
+    source = "exact: sum over the matrices of the config"
+    mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
+    lora = ask.fixed.get("lora_rank") is not None
+    recompute = ask.fixed.get("recompute") or "none"
+    flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    what = "forward 2 x active matrices + attention over a causal sequence; backward twice that"
+    if lora:
+        what = "forward, and backward through frozen weights: 2 x forward + the low-rank pairs"
+    if ask.teacher is not None:
+        what += "; + the teacher's forward"
+    facts = [
+        Fact("params.total", counts.total, "", "parameters", "embedding + blocks + head", {**inputs, **parts}, source),
+        Fact("params.active", counts.active, "", "active for a token", "total - experts not chosen", parts, source),
+    ]
+    if counts.mtp:
+        facts.append(Fact("params.mtp", counts.mtp, "", "multi-token prediction, besides", "", {}, source))
+    facts += [
+        Fact(
+            "flops_per_token",
+            flops,
+            "FLOP",
+            f"training a token of {seq_len:,}",
+            what,
+            {
+                "seq_len": seq_len,
+                "mtp": mtp,
+                "recompute": recompute,
+                "six_n": 6 * counts.active,
+                "full_square": square,
+            },
+            source,
+        ),
+        Fact(
+            "kv_bytes_per_token",
+            cache_bytes_per_token(a, number=ask.cache),
+            "bytes",
+            f"cache of a token, {ask.cache}",
+            "numbers a token leaves in each layer x bytes",
+            {"numbers": cache_bytes_per_token(a, number="fp8"), "cache": ask.cache},
+            source,
+        ),
+    ]
+    return Section("model", tuple(facts))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
+    """The fastest set-up that fits into memory with room to spare; else that just fits. Raises `UserError` if there is none.
+
+    Without other wishes a processor trains as `minga train` does: Muon, no copy of the weights, small batches.
+    """
+    device, at_hand = machine.device, machine.device.kind == "cpu"
+    batch, fixed = ask.batch_tokens, dict(ask.fixed)
+    if at_hand:
+        batch = batch or usual_batch(ask.tokens or 20 * count_parameters(a).active)
+        fixed = {"optimizer": "muon", "fused_loss": True, "master": False} | fixed
+    precision = ask.precision or ("int8" if at_hand and "int8" in device.flops else _precision(device))
+
+    def chosen(*verdicts: str) -> Setup:
+        return choose_setup(
+            a,
+            machine,
+            precision=precision,
+            seq_len=_seq_len(ask, machine),
+            tokens=ask.tokens,
+            batch_tokens=batch,
+            fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
+            coefficients=ask.coefficients,
+            **fixed,
+        )
+
+    try:
+        return chosen("green")
+    except UserError:
+        return chosen("green", "amber")
+
+
+def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memory, list[Section], list[str]]:
+    assert ask.tokens is not None
+    device, notes = machine.device, []
+    setup = lay_out(a, machine, ask)
+    if setup.precision == "fp8" and "fp8" not in device.flops:
+        notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
+    memory = training_memory(a, setup)
+    run = run_time(a, setup, machine, ask.tokens, coefficients=ask.coefficients)
+    per_token = training_flops(
+        a,
+        setup.seq_len,
+        mtp=bool(a.mtp) and setup.mtp,
+        lora=setup.lora_rank is not None,
+        teacher=ask.teacher,
+    )
+    training = Section("training", tuple(_training_facts(a, machine, ask, setup, run, per_token)))
+    fits = verdict(memory.total, device.memory)
+    parts = {name: value for name, value in asdict(memory).items() if value}
+    facts = [
+        Fact(
+            "memory.device_bytes",
+            memory.total,
+            "bytes",
+            f"of {size(device.memory)}: {fits}",
+            "weights + gradients + optimizer + activations + logits + buffers + runtime, on the fullest device",
+            parts,
+            "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)",
+        ),
+        *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
+        Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
+        Fact(
+            "memory.verdict",
+            fits,
+            formula="green below 80 %, amber to 100 %, red above",
+            source="Fujii et al. 2024 (2411.06465)",
+        ),
+    ]
+    drawing = tuple(memory_bar(parts, device.memory))
+    if fits != "green":
+        ways = "; ".join(words for _, words in ways_to_fit(a, setup, device.memory))
+        notes.append(f"memory is {fits}: {ways or 'no change makes it fit'}")
+    sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
+    sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
+    return setup, memory, sections, notes
+
+
+def _training_facts(
+    a: Architecture, machine: Machine, ask: Ask, setup: Setup, run: RunTime, per_token: float
+) -> Iterator[Fact]:
+    assert ask.tokens is not None
+    step, device = run.step, machine.device
+    fitted = f"roofline; coefficients: {(ask.coefficients or coefficients_of(device)).source}"
+    yield Fact("train.tokens", ask.tokens, "", "tokens", "given")
+    yield Fact(
+        "train.setup", _setup_words(setup), "", "set-up", "least predicted time of those that fit", asdict(setup)
+    )
+    yield Fact(
+        "train.flops",
+        per_token * ask.tokens,
+        "FLOP",
+        "operations",
+        "operations of a token x tokens, nothing computed twice",
+        {"flops_per_token": per_token, "tokens": ask.tokens},
+        "exact",
+    )
+    yield Fact(
+        "train.step_seconds",
+        step.total,
+        "s",
+        f"a step of {count(step.tokens)} tokens",
+        "sum of each part's ideal time x its coefficient",
+        {**step.parts, "tokens": step.tokens},
+        fitted,
+    )
+    yield Fact(
+        "train.tokens_per_second",
+        step.tokens_per_second,
+        "tokens/s",
+        "speed",
+        "tokens of a step / its seconds",
+        {"step_seconds": step.total, "tokens": step.tokens},
+        fitted,
+    )
+    rate = step.tokens_per_second * (per_token / machine.count)
+    peak = device.rate("float32" if setup.precision == "float32" else "bf16")
+    yield Fact(
+        "train.mfu",
+        rate / peak,
+        "share",
+        "of the bf16 peak (MFU)" if setup.precision != "float32" else "of the float32 peak (MFU)",
+        "operations a second / the data sheet's dense rate; attention counted as causal",
+        {"flops_per_second": rate, "peak": peak},
+        f"peak: {device.sources.get('flops', 'measured')}",
+    )
+    lost = "a step's seconds x steps, and what runs lose to restarts, evaluation, checkpoints"
+    yield Fact(
+        "train.gpu_hours",
+        run.gpu_hours,
+        "device-hours",
+        "device-hours",
+        lost,
+        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
+        f"{fitted}; losses: published runs (benchmarks/published/runs.csv)",
+    )
+    yield Fact(
+        "train.days",
+        run.days,
+        "days",
+        "time",
+        "device-hours / devices / 24",
+        {"device_hours": run.gpu_hours, "devices": setup.devices},
+        "train.gpu_hours",
+    )
+
+
+def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) -> Iterator[Fact]:
+    device = machine.device
+    at_home = device.kind in HOME
+    pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
+    kwh = None
+    if ask.watts is not None or device.watts is not None:
+        if ask.watts is not None:
+            watts, node = ask.watts / machine.count, Estimate.exactly(1.0)
+        else:
+            watts, node = cost.training_watts(device.watts or 0.0), cost.NODE_OVERHEAD
+        kwh = cost.energy(hours, watts, overhead=node, pue=pue)
+        yield Fact(
+            "energy_kwh",
+            kwh,
+            "kWh",
+            "energy",
+            "device-hours x power of a device x rest of the node x PUE",
+            {"device_hours": hours, "watts": watts, "node": node, "pue": pue},
+            "OLMo 3 (2605.01158) and BLOOM (2211.02001) for power; PUE: Uptime Institute 2024",
+        )
+        where = find_grid(ask.country)
+        yield Fact(
+            "carbon_kg",
+            cost.carbon(kwh, where.grams),
+            "kg",
+            f"CO2 at {where.grams:g} g/kWh ({where.name})",
+            "kWh x grams per kWh; making the machines is not in it",
+            {"kwh": kwh, "grams_per_kwh": where.grams, "year": where.year},
+            where.source,
+        )
+    price, said = device_price(device, ask, notes)
+    if price is not None:
+        final = cost.rent(hours, price)
+        yield Fact(
+            "money.final_run",
+            final,
+            "USD",
+            "rent of the final run",
+            "device-hours x price",
+            {"device_hours": hours, "price_per_hour": price},
+            said,
+        )
+        yield Fact(
+            "money.with_development",
+            cost.with_development(final),
+            "USD",
+            "with experiments and failures",
+            "final run x 2 to 5.6",
+            {"final_run": final, "development": cost.DEVELOPMENT},
+            "OLMo 2 (2503.05804): half of all; OLMo 3 (2605.01158): 82 % was not the final runs",
+        )
+    if kwh is not None:
+        yield Fact(
+            "money.electricity",
+            kwh * ask.price_per_kwh,
+            "USD",
+            f"electricity at {ask.price_per_kwh:g} a kWh" + ("" if price is None else ", if the machine is one's own"),
+            "kWh x price of a kWh",
+            {"kwh": kwh, "price_per_kwh": ask.price_per_kwh},
+            "given" if ask.price_per_kwh != cost.PRICE_PER_KWH else "world mean of 2024 (globalpetrolprices.com)",
+        )
+    yield Fact("money.currency", "USD")
+
+
+def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:
+    """USD of a device-hour, and who says so."""
+    if ask.price is not None:
+        return Estimate.exactly(ask.price), "given"
+    found = rental(device)
+    if found is None:
+        return None, ""
+    if found.is_old(date.today()):
+        notes.append(
+            f"the price of {device.name} is of {found.as_of:%Y-%m}, older than a year: give --price, or --refresh-prices"
+        )
+    return found.value, f"as of {found.as_of:%Y-%m-%d}: {'; '.join(found.sources)}"
+
+
+# ---------------------------------------------------------------------------------------------- serving
+
+
+def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
+    device = machine.device
+    guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
+    return {
+        "utilization": ask.utilization,
+        "prompt_tokens": ask.prompt,
+        "output_tokens": ask.output,
+        "weights": ask.weights or ("fp8" if "fp8" in device.flops else "bf16" if "bf16" in device.flops else "int8"),
+        "cache": ask.cache,
+        "target": ask.speed,
+        "acceptance": guesses or None,
+        "price": device_price(device, ask, [])[0],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- a pool
+
+
+def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
+    """The machine is a peer; each computes a step of half a million tokens of its own."""
+    assert ask.peers is not None
+    setup = lay_out(a, machine, replace(ask, batch_tokens=ask.batch_tokens or POOL_BATCH))
+    step = step_time(a, setup, machine, coefficients=ask.coefficients)
+    facts = [
+        Fact("pool.peers", ask.peers, "", f"peers, each {machine_words(machine)}", "given"),
+        Fact(
+            "pool.step_seconds",
+            step.total,
+            "s",
+            f"a step of {count(step.tokens)} tokens",
+            "as in training",
+            asdict(setup),
+        ),
+    ]
+    for name, method in METHODS.items():
+        found = pool_estimate(
+            a, peers=ask.peers, step_seconds=step.total.typical, up=ask.up, down=ask.down, method=method, mtp=setup.mtp
+        )
+        words = f"{name}, every {method.every} steps" if method.every > 1 else f"{name}, every step"
+        inputs = {"H": method.every, "bytes_a_number": method.number, "up": ask.up, "down": ask.down}
+        waits = "waiting / (waiting + computing)"
+        facts += [
+            Fact(f"pool.{name}.bytes_up", found.bytes_up, "bytes", "", "parameters x bytes a number", inputs, method.source),
+            Fact(f"pool.{name}.step_up", found.step_up, "bytes", f"{words}: bytes a step", "bytes / H", inputs, method.source),
+            Fact(f"pool.{name}.needed_up", found.needed_up, "bytes/s", "  uplink that loses 5 %", "", inputs, method.source),
+            Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", waits, inputs, method.source),
+        ]  # fmt: skip
+    drawing = []
+    rate = step.tokens_per_second.typical * training_flops(a, setup.seq_len, mtp=setup.mtp) / machine.count
+    for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
+        drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
+    return Section(
+        f"a pool of {ask.peers:,} peers, links of {_bits(ask.up)} up, {_bits(ask.down)} down",
+        tuple(facts),
+        tuple(drawing),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def _seq_len(ask: Ask, machine: Machine) -> int:
+    return ask.seq_len or (OWN_SEQ_LEN if machine.device.kind == "cpu" else SEQ_LEN)
+
+
+def _precision(device: Device) -> str:
+    return "bf16" if {"bf16", "fp16"} & device.flops.keys() else "float32"
+
+
+def _device_notes(machine: Machine) -> Iterator[str]:
+    if machine.device.note:
+        yield f"{machine.device.name}: {machine.device.note}"
+
+
+def _setup_words(s: Setup) -> str:
+    ways = [f"{getattr(s, name)} {what}" for name, what in PARALLEL.items() if getattr(s, name) > 1]
+    sharded = ("", ", optimizer states sharded", ", optimizer and gradients sharded", ", all sharded (FSDP)")[
+        s.shard if s.dp > 1 else 0
+    ]
+    lora = "" if s.lora_rank is None else f", LoRA of rank {s.lora_rank} on {s.stored}"
+    again = "" if s.recompute == "none" else f", {s.recompute} recomputation"
+    steps = f"{s.accumulate} micro-batches of {s.micro_batch} x {s.seq_len:,}"
+    return f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{sharded}{again}, {steps}"
+
+
+def _bits(rate: float) -> str:
+    return f"{8 * rate / 1e6:,.3g} Mbit/s"

@@ -1,0 +1,129 @@
+"""A plan for a terminal: what people read, bars of memory, two plans side by side, and where a number comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from minga.errors import UserError
+from minga.planner.estimate import Estimate, Fact
+from minga.planner.words import between, in_unit, number, size
+
+if TYPE_CHECKING:
+    from minga.planner.plan import Plan
+
+BAR = 56
+_SHADES = "█▓▒░▚╱·"
+
+
+def table(plan: Plan) -> str:
+    """Sections of lines: what, most likely value, the range that holds it nine times of ten."""
+    lines = [plan.title]
+    shown = [fact for section in plan.sections for fact in section.facts if fact.label]
+    wide = max((len(fact.label) for fact in shown), default=0)
+    for section in plan.sections:
+        facts = [fact for fact in section.facts if fact.label]
+        if not facts:
+            continue
+        lines += ["", section.title]
+        cells = [_cells(fact) for fact in facts]
+        middle = max((len(value) for fact, (value, _) in zip(facts, cells, strict=True) if _is_number(fact)), default=0)
+        lines += [
+            f"  {fact.label:{wide}}  {value:{'>' if _is_number(fact) else '<'}{middle}}  {spread}".rstrip()
+            for fact, (value, spread) in zip(facts, cells, strict=True)
+        ]
+        lines += [f"  {line}" for line in section.drawing]
+    if plan.notes:
+        lines += ["", *(f"! {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def memory_bar(parts: Mapping[str, float], available: float) -> list[str]:
+    """Memory of a device, a shade a part, to the scale of what it has; what does not fit runs over the end."""
+    total, scale = sum(parts.values()), BAR / max(available, sum(parts.values()))
+    bar, legend = "", []
+    shown = [(name, value) for name, value in parts.items() if value >= 0.002 * total]
+    for (name, value), shade in zip(shown, _SHADES, strict=False):
+        bar += shade * max(1, round(value * scale))
+        legend.append(f"{shade} {name} {size(value)}")
+    edge = round(available * scale)
+    bar = f"{bar:<{edge}}"
+    return [f"[{bar[:edge]}]{bar[edge:]}", *_wrapped(legend)]
+
+
+def compare(plans: Sequence[Plan]) -> str:
+    """The numbers of two plans side by side, and how many times as much the second is."""
+    by_name = [{fact.name: fact for fact in plan.facts if fact.label} for plan in plans]
+    names = list(dict.fromkeys(name for facts in by_name for name in facts))
+    rows = [("", plans[0].title, plans[1].title, "")]
+    for name in names:
+        found = [facts.get(name) for facts in by_name]
+        label = next(fact.label for fact in found if fact is not None)
+        a, b = ("-" if fact is None else _cells(fact)[0] for fact in found)
+        rows.append((label, a, b, _ratio(*found)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
+        for row in rows
+    )
+
+
+def explain(plan: Plan, name: str) -> str:
+    """Formula, inputs and source of one number, or of all of a section. Raises `UserError` with the names there are."""
+    facts = [fact for fact in plan.facts if fact.name == name or fact.name.startswith(f"{name}.")]
+    if not facts:
+        import difflib
+
+        names = [fact.name for fact in plan.facts]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        raise UserError(f"this plan has no {name!r} (--explain). it has {', '.join(near or names)}")
+    return "\n\n".join(_derivation(fact) for fact in facts)
+
+
+def _derivation(fact: Fact) -> str:
+    value, spread = _cells(fact)
+    lines = [f"{fact.name} = {value} {spread}".rstrip()]
+    for title, text in (("formula", fact.formula), ("source", fact.source)):
+        if text:
+            lines.append(f"  {title:8} {text}")
+    lines += [f"  {key:8} {_input(value)}" for key, value in fact.inputs.items()]
+    return "\n".join(lines)
+
+
+def _input(value: object) -> str:
+    if isinstance(value, Estimate):
+        return f"{value.typical:.6g} ({value.low:.6g} - {value.high:.6g})"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _cells(fact: Fact) -> tuple[str, str]:
+    value = fact.value
+    if isinstance(value, str):
+        return value, ""
+    if not isinstance(value, Estimate):
+        return in_unit(value, fact.unit), ""
+    spread = "" if value.low == value.high else between(value.low, value.high, fact.unit)
+    return in_unit(value.typical, fact.unit), spread
+
+
+def _is_number(fact: Fact) -> bool:
+    return not isinstance(fact.value, str)
+
+
+def _ratio(first: Fact | None, second: Fact | None) -> str:
+    a, b = (None if fact is None else _typical(fact) for fact in (first, second))
+    return f"x {number(b / a)}" if a and b is not None else ""
+
+
+def _typical(fact: Fact) -> float | None:
+    value = fact.value.typical if isinstance(fact.value, Estimate) else fact.value
+    return None if isinstance(value, str) else float(value)
+
+
+def _wrapped(parts: Iterable[str], width: int = 100) -> list[str]:
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
+            lines.append("")
+        lines[-1] += ("   " if lines[-1] else "") + part
+    return lines

@@ -1,0 +1,147 @@
+"""What the HTML pages of runs and plans share: one style, numbers on axes, cards, the frame around them, and the file.
+
+A page holds no script and loads nothing, so it can be mailed, archived and opened in ten years; drawings are inline SVG
+whose colours follow the reader's light or dark theme.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from minga.errors import UserError
+
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 28
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Data to pixels on one axis. `first` and `last` may be given in falling order: y grows upwards."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def __call__(self, value: float) -> float:
+        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def figure(title: str, drawn: str, *, said: str, height: float = HEIGHT, legend: Iterable[tuple[str, str]] = ()) -> str:
+    """A card with a drawing of WIDTH by `height`. said: what it shows, for those who cannot see it. legend: (name, CSS class)."""
+    keys = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind in legend)
+    return (
+        f'<figure><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(said)}">{drawn}</svg></figure>'
+    )
+
+
+def tiles(facts: Iterable[tuple[str, str]]) -> str:
+    """Big numbers, each (what it is, the number in words)."""
+    return "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>" for name, value in facts)
+
+
+def section(title: str, *parts: str, kind: str = "") -> str:
+    body = "".join(parts)
+    return f'<section class="{kind}"><h2>{title}</h2>{body}</section>' if body else ""
+
+
+def page(name: str, outcome: str, tiles: str, sections: Iterable[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} · Minga</title><style>{STYLE}</style></head>\n<body><main>"
+        f"<header><p>Minga · a model of your own, on the machines you have</p><h1>{escape(name)}</h1>"
+        f'<p class="outcome">{outcome}</p></header>'
+        f'<dl class="tiles">{tiles}</dl>\n' + "\n".join(part for part in sections if part) + "</main></body></html>\n"
+    )
+
+
+def write_page(path: Path, text: str) -> Path:
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the report from a web server
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (report). free some space or check the rights"
+        ) from None
+    return path
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #faf8f4; --card: #fffefb; --sunk: #f2eee6; --line: #e2dccf; --ink: #23282b;
+  --soft: #667069; --teal: #0d7468; --amber: #b45f06; --blue: #2f6fa8; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181a; --card: #1b2023; --sunk: #22282b; --line: #31393c;
+  --ink: #e9e5dc; --soft: #9aa5a0; --teal: #62c9b6; --amber: #e8a75a; --blue: #78b2e4; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: clamp(20px, 5vw, 56px) clamp(14px, 4vw, 32px) 64px; }
+header p, .outcome { margin: 0; color: var(--soft); }
+h1 { margin: 2px 0; font-size: clamp(1.6rem, 5vw, 2.4rem); line-height: 1.2; letter-spacing: -.02em; }
+h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column: 1 / -1; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 180px), 1fr)); gap: 10px;
+  margin: 26px 0 0; }
+.tiles div, figure, table, blockquote { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
+.tiles div { padding: 12px 16px; }
+dd { margin: 0; font-size: 1.25rem; white-space: nowrap;
+  font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
+.pair figure { margin: 0 0 18px; align-self: start; }
+figure { padding: 14px 16px; min-width: 0; }
+figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: space-between; font-weight: 600;
+  font-size: .95rem; margin-bottom: 10px; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: .82rem; color: var(--soft); }
+.key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0;
+  background: var(--teal); }
+.key.held::before, .key.dots::before { background: var(--amber); }
+.key.cold::before { background: var(--blue); }
+svg { display: block; width: 100%; overflow: visible; }
+svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--line); }
+.curve { fill: none; stroke: var(--teal); stroke-width: 2; stroke-linejoin: round; }
+.curve.raw { stroke-width: 1; opacity: .3; }
+.curve.held { stroke: var(--amber); }
+circle { fill: var(--teal); }
+circle.held, circle.dots, .hot { fill: var(--amber); }
+.cold { fill: var(--blue); }
+.cell { fill: var(--sunk); }
+blockquote { margin: 0 0 12px; padding: 12px 18px; }
+blockquote small { color: var(--soft); }
+blockquote p { margin: 2px 0 0; white-space: pre-wrap; font-family: Georgia, "Noto Serif", "DejaVu Serif", serif; }
+blockquote b { color: var(--teal); }
+table { width: 100%; border-collapse: separate; border-spacing: 0; padding: 6px 16px; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: 5px 8px 5px 0; border-bottom: 1px solid var(--line); }
+tr:last-child > * { border-bottom: 0; }
+th { font-weight: 400; color: var(--soft); width: 45%; }
+.plan th { width: 24%; }
+.plan td:nth-child(2) { width: 14%; }
+small { color: var(--soft); }
+td { font-variant-numeric: tabular-nums; }
+@media (max-width: 640px) { svg text { font-size: 18px; } } /* the drawing shrinks, its words must not */
+@media print { figure, blockquote, .tiles div { break-inside: avoid; } }
+"""

@@ -1,0 +1,111 @@
+"""This machine as the planner sees it: what it was measured to do (`minga plan --calibrate`), else what can be found out at once.
+
+    machine, coefficients = this_machine()        # coefficients: None without a calibration
+
+No torch: `minga plan` answers in half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minga.config.hardware import Device, Machine, find_device
+from minga.errors import UserError
+from minga.planner.time import BOUNDS, Coefficients
+from minga.runtime import machine as runtime
+from minga.runtime.files import write_whole
+
+_GEMM, _COPY, _REPEATS = 768, 2**26, 4  # a tenth of a second in all
+
+
+def calibration_path() -> Path:
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home) / "minga" / "machine.json"
+
+
+def this_machine() -> tuple[Machine, Coefficients | None]:
+    """The calibration of this processor or card, if there is one; else its card from the table, or its cores timed briefly."""
+    card = runtime.nvidia_card()
+    name, cores = card or runtime.cpu()[0] or "CPU", runtime.cores()
+    stored = _stored(name, cores)
+    if stored is not None:
+        return stored
+    for known in (card, name if name.startswith("Apple") else None):
+        if known is not None:
+            try:
+                return Machine(find_device(known)), None
+            except UserError:
+                break  # not in the table
+    return Machine(probe(name, cores)), None
+
+
+def probe(name: str, cores: int) -> Device:
+    """The processors of this machine, by one product and one copy with numpy."""
+    import numpy as np
+
+    a = np.ones((_GEMM, _GEMM), np.float32)
+    flops = 2 * _GEMM**3 / _best(lambda: a @ a)
+    source, target = np.zeros(_COPY, np.uint8), np.zeros(_COPY, np.uint8)
+    bandwidth = 2 * _COPY / _best(lambda: np.copyto(target, source))
+    return cpu_device(name, cores, {"float32": flops}, bandwidth, "one product and one copy by numpy, just now")
+
+
+def cpu_device(name: str, cores: int, flops: Mapping[str, float], bandwidth: float, source: str) -> Device:
+    sources = dict.fromkeys(("flops", "bandwidth"), source)
+    limit = runtime.cpu_power_limit()
+    share = min(1.0, cores / (os.cpu_count() or cores))
+    return Device(
+        name=f"{name}, {cores} cores" if cores > 1 else name,
+        kind="cpu",
+        flops=flops,
+        memory=float(runtime.memory()[0] or 0),
+        bandwidth=bandwidth,
+        per_node=1,
+        watts=None if limit is None else limit * share,
+        achievable=dict.fromkeys(flops, 1.0),  # they were reached
+        sources=sources,
+    )
+
+
+def store(name: str, cores: int, device: Device, coefficients: Coefficients) -> Path:
+    """Keeps a calibration for `this_machine`."""
+    path = calibration_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"name": name, "cores": cores, "date": time.strftime("%Y-%m-%d")}
+    text = json.dumps({**document, "device": asdict(device), "coefficients": asdict(coefficients)}, indent=1)
+    write_whole(path, text + "\n")
+    return path
+
+
+def _stored(name: str, cores: int) -> tuple[Machine, Coefficients] | None:
+    """What `store` wrote, if it was measured on such a processor with so many cores."""
+    path = calibration_path()
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (found["name"], found["cores"]) != (name, cores):
+            return None
+        known = found["coefficients"]
+        assert known["terms"].keys() == BOUNDS.keys()
+        known |= {"dense": tuple(known["dense"]), "sparse": tuple(known["sparse"])}
+        return Machine(Device(**found["device"])), Coefficients(**known)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{path} is no calibration of this version: {error!r}. measure again: minga plan --calibrate"
+        ) from None
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
