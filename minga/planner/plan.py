@@ -367,7 +367,9 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     drawing = tuple(memory_bar(parts, device.memory))
     if fits != "green":
         better = "; or ".join(words for _, words in ways_to_fit(a, setup, GREEN * device.memory))
-        notes.append(f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip())
+        notes.append(
+            f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
+        )
     sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
     sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
     return setup, memory, sections, notes

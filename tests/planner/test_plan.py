@@ -22,7 +22,9 @@ from minga.planner.estimate import Estimate
 from minga.planner.plan import Ask, lay_out, plan, what_would
 from minga.planner.prices import Price
 
-CPU = Machine(Device("two cores", "cpu", {"float32": 2e11}, memory=8e9, bandwidth=5e10, per_node=1, achievable={"float32": 1.0}))
+CPU = Machine(
+    Device("two cores", "cpu", {"float32": 2e11}, memory=8e9, bandwidth=5e10, per_node=1, achievable={"float32": 1.0})
+)
 
 
 def test_the_document_has_what_other_programs_rely_on() -> None:
@@ -41,8 +43,12 @@ def test_the_document_has_what_other_programs_rely_on() -> None:
 
 def test_names_configs_and_dictionaries_are_one() -> None:
     ask = Ask(tokens=1e12)
-    plans = [plan(each, "64xA100", ask=ask) for each in ("v2-lite", v2_lite(), v2_lite().to_hf(), architecture_of(v2_lite()))]
-    assert {json.dumps(each.document() | {"title": ""}) for each in plans} == {json.dumps(plans[0].document() | {"title": ""})}
+    plans = [
+        plan(each, "64xA100", ask=ask) for each in ("v2-lite", v2_lite(), v2_lite().to_hf(), architecture_of(v2_lite()))
+    ]
+    assert {json.dumps(each.document() | {"title": ""}) for each in plans} == {
+        json.dumps(plans[0].document() | {"title": ""})
+    }
 
 
 def test_what_the_api_promises() -> None:
