@@ -24,6 +24,7 @@ from minga.planner.scaling import (
     best_for_compute,
     best_within,
     expansion,
+    facts_of,
     for_loss,
     law_for,
     model_for,
@@ -89,7 +90,11 @@ def best_plan(
             break
         best = replace(best, tokens=best.tokens * seconds / made.seconds.typical)
         made = plan(best.model, machine, ask=replace(ask, tokens=best.tokens))
-    facts = tuple(_ratio_facts(best)) if small else found.facts
+    if small:
+        facts = tuple(_ratio_facts(best))
+    else:
+        experts = expansion(best.model)
+        facts = facts_of(replace(best, loss=law_for(experts).loss(best.parameters, best.tokens, experts=experts)))
     return _with(
         made, f"best model for {duration(seconds)} of the machine", best.model, facts, () if small else found.front
     )

@@ -633,7 +633,7 @@ def best_within(
     if not options:
         raise UserError("there is no time to train any model in (plan). give more hours, money or machines")
     best = min(options, key=lambda option: option.loss.typical)
-    return Within(best, tuple(options), tuple(_front(options + sooner)), _facts_of(best, law, unique))
+    return Within(best, tuple(options), tuple(_front(options + sooner)), facts_of(best, law, unique))
 
 
 def best_for_memory(
@@ -719,7 +719,8 @@ def _typical(seconds: Estimate | None) -> float:
     return seconds.typical if seconds is not None else 0.0
 
 
-def _facts_of(best: Option, law: Surface | None, unique: float | None) -> tuple[Fact, ...]:
+def facts_of(best: Option, law: Surface | None = None, unique: float | None = None) -> tuple[Fact, ...]:
+    """Size, tokens and loss of a model, with their law."""
     law = law or law_for(expansion(best.model))
     N, D = best.parameters, best.tokens
     return (*_sizes(law, N, D, unique), _loss_fact(law, best.loss, N, D))
