@@ -243,7 +243,8 @@ def overhead(published: Iterable[Run], fits: Mapping[str, Terms]) -> dict[str, f
     """What runs are billed beyond the hours of their steps as predicted, from those that are to be fitted."""
     ratios = [run.gpu_hours / run.step_hours(fits) for run in published if run.use == "fit" and run.figure == "bill"]
     low, high = middle(ratios)
-    return {"low": low, "typical": statistics.median(ratios), "high": high, "runs": len(ratios)}
+    factors = {"low": low, "typical": statistics.median(ratios), "high": high}
+    return {name: round(factor, 3) for name, factor in factors.items()} | {"runs": len(ratios)}
 
 
 def run_error(run: Run, fits: Mapping[str, Terms], factors: Mapping[str, float]) -> tuple[float, bool]:
