@@ -207,7 +207,7 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         machine = of_devices(device, number)
         try:
             if ask.tokens is None:
-                serve_estimate(model, machine, **serving_options(model, machine, ask))
+                serve_estimate(model, machine, **serving_options(model, machine, ask, []))
                 yield Fitting(machine, price * number, None, None)
                 return
             setup = lay_out(model, machine, ask)
