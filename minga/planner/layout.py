@@ -17,12 +17,11 @@ from itertools import product
 from minga.config.hardware import Machine
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, Model, architecture_of
-from minga.planner.setup import Setup
+from minga.planner.setup import RECOMPUTE, Setup
 from minga.planner.time import Coefficients, coefficients_of, idle_factor, step_parts, work_of
 
 # Tokens of a step: of GPT-3's smallest models (2005.14165, table 2.1), of Llama 3 405B (2407.21783, section 3.4.1).
 LEAST_BATCH, MOST_BATCH = 2**19, 2**24
-RECOMPUTE = ("none", "selective", "full")
 MOST_MICRO_BATCH = 64
 
 

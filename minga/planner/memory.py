@@ -102,7 +102,7 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     weights, gradients, optimizer = (sum(parts) for parts in zip(*(_states(s, *each) for each in states), strict=True))
 
     waiting = min(s.pp - stage, s.accumulate)  # micro-batches between their forward and backward passes
-    fed = FED_IN_8_BITS if s.precision == "fp8" else number
+    fed = FED_IN_8_BITS if s.precision == "fp8" and s.fed_in_8_bits else number
     kept = sum(x.kept(s.recompute, number, fed) for x in layers) + number * d * last
     again = max((x.kept("none", number, fed) - x.kept(s.recompute, number, fed) for x in layers), default=0.0)
     backward = again + number * max((x.widest for x in layers), default=0)

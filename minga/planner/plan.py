@@ -423,15 +423,24 @@ def _training_facts(
         {"flops_per_second": rate, "peak": peak},
         f"peak: {device.sources.get('flops', 'measured')}",
     )
-    lost = "a step's seconds x steps, and what runs lose to restarts, evaluation, checkpoints"
+    inputs = {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices}
+    yield Fact(
+        "train.step_hours",
+        run.computing,
+        "",
+        "device-hours of the steps alone",
+        "a step's seconds x steps x devices: what a report means that gives hours for a number of tokens, as DeepSeek-V3's",
+        inputs,
+        fitted,
+    )
     yield Fact(
         "train.gpu_hours",
         run.gpu_hours,
         "",
-        "device-hours",
-        lost,
-        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
-        f"{fitted}; losses: published runs (benchmarks/published/runs.csv)",
+        "device-hours, as runs are billed",
+        "the steps', x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
+        {"step_hours": run.computing},
+        "published runs: benchmarks/published/runs.csv, docs/plan.md",
     )
     yield Fact(
         "train.days",

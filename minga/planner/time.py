@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from operator import mul
 from pathlib import Path
@@ -374,20 +374,6 @@ def coefficients_of(device: Device) -> Coefficients:
     """The shipped ones: of the device's family, or, with a wider doubt, those of all rows together."""
     family = next((name for name, members in FAMILIES.items() if device.name in members), "other")
     return _coefficients(shipped()["families"][family])
-
-
-def load_coefficients(path: str | Path) -> Coefficients:
-    """What `store_coefficients` wrote. Raises `UserError`."""
-    try:
-        return _coefficients(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} holds no coefficients: {error} (calibration). measure again: minga plan --calibrate"
-        ) from None
-
-
-def store_coefficients(coefficients: Coefficients, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(asdict(coefficients), indent=1) + "\n")
 
 
 def _coefficients(found: Mapping[str, Any]) -> Coefficients:

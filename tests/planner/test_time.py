@@ -25,12 +25,10 @@ from minga.planner.time import (
     coefficients_of,
     ideal_times,
     least_squares,
-    load_coefficients,
     run_time,
     shares_of,
     shipped,
     step_time,
-    store_coefficients,
     work_of,
 )
 
@@ -263,14 +261,7 @@ def test_calibration_moves_a_term_that_the_steps_determine() -> None:
     assert found.terms["attention"] < 0.75 * start.terms["attention"]
 
 
-def test_coefficients_are_stored_and_found_again(tmp_path: Path) -> None:
-    found = calibrate(measured(1.5, [Setup(seq_len=2048)], find_device("H100")))
-    store_coefficients(found, tmp_path / "own.json")
-    assert load_coefficients(tmp_path / "own.json") == found
-    for text in ("", "{}", '{"terms": {"linear": "much"}}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match="holds no coefficients"):
-            load_coefficients(tmp_path / "bad.json")
+def test_nothing_measured_calibrates_nothing() -> None:
     with pytest.raises(UserError, match="no measured step"):
         calibrate([])
 
