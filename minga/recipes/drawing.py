@@ -56,7 +56,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found if len(found) > 1 else ticks(low, high, 4)
 
 
-def axes(columns: Iterable[tuple[float, str]], rows: Iterable[tuple[float, str]]) -> str:
+def axes(columns: Iterable[tuple[float, str]], rows: Iterable[tuple[float, str]], *, height: float = HEIGHT) -> str:
     """Lines across, and numbers at the left and below. Each is (where it stands on its axis, label)."""
     lines = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -64,7 +64,7 @@ def axes(columns: Iterable[tuple[float, str]], rows: Iterable[tuple[float, str]]
         for y, label in rows
     )
     return lines + "".join(
-        f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{"end" if x > WIDTH - 30 else "middle"}">{escape(label)}</text>'
+        f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{"end" if x > WIDTH - 30 else "middle"}">{escape(label)}</text>'
         for x, label in columns
     )
 
@@ -160,7 +160,8 @@ h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column
 .tiles div { padding: 12px 16px; }
 dd { margin: 0; font-size: 1.25rem; white-space: nowrap;
   font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
-dd small { display: block; white-space: normal; font-size: .8rem; font-weight: 400; letter-spacing: 0; line-height: 1.3; }
+dd small { display: block; white-space: normal; font-size: .8rem; font-weight: 400; letter-spacing: 0; line-height: 1.3;
+  color: var(--teal); }
 dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
 .pair figure { margin: 0 0 18px; align-self: start; }

@@ -26,7 +26,6 @@ from minga.planner.time import run_time
 from minga.planner.words import between, count, duration, in_unit, number, size
 from minga.recipes.drawing import (
     BOTTOM,
-    HEIGHT,
     LEFT,
     RIGHT,
     TOP,
@@ -49,17 +48,17 @@ KINDS = {  # of a step's parts, by what the device is busy with
     "linear": "matrix products",
     "experts": "matrix products",
     "attention": "attention",
-    "memory": "reading and writing",
-    "weights": "reading and writing",
-    "logits": "reading and writing",
-    "optimizer": "reading and writing",
-    "dispatch": "sorting tokens by expert",
-    "launches": "launching kernels",
-    "calls": "launching kernels",
+    "memory": "reading, writing",
+    "weights": "reading, writing",
+    "logits": "reading, writing",
+    "optimizer": "reading, writing",
+    "dispatch": "dispatch",
+    "launches": "launching",
+    "calls": "launching",
     "tensor": "network",
     "routing": "network",
     "data": "network",
-    "bubble": "idle in the pipeline",
+    "bubble": "pipeline idle",
 }
 TILES = (  # a fact, and what it is called where its label says too much or too little for a tile
     ("params.total", ""),
@@ -67,21 +66,25 @@ TILES = (  # a fact, and what it is called where its label says too much or too 
     ("scaling.loss", "loss, predicted (nats a token)"),
     ("train.tokens", "tokens to train on"),
     ("train.days", "time to train"),
-    ("train.gpu_hours", "device-hours"),
+    ("train.gpu_hours", " "),
     ("money.final_run", "rent of the run"),
     ("energy_kwh", "energy"),
     ("carbon_kg", ""),
     ("train.tokens_per_second", "read in training"),
     ("train.mfu", ""),
-    ("serve.prefill.tokens_per_second", "prompts read in serving"),
+    ("serve.prefill.tokens_per_second", "of prompts, in serving"),
     ("serve.decode.tokens_per_second", "written in serving"),
     ("serve.per_user", "written for one user"),
     ("serve.cost_per_million.blended", "a million tokens served"),
 )
+LONG_UNITS = ("tokens/s", "device-hours")
 PICTURED = {"memory.device_bytes", "best.model"}  # the text drawings of their sections are figures here
 TIMES = (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0))
-BAR, BAR_TOP = 46, 34  # height of a stacked bar, and where it begins
-LABEL = (72, 24)  # room that a label takes on a phone, where it is largest
+BAR, MARKS = 46, 34  # height of a stacked bar, and of the marks above it
+COLOURS = 8
+RADIUS = (4, 6)  # of a point, and of the plan's own
+CHART = 300  # height of a drawing of points
+LABEL, LETTER = (72, 24), 11  # room that labels and letters take on a phone, where they are largest
 
 
 def write_plan_page(plan: Plan, path: str | os.PathLike[str]) -> Path:
@@ -105,8 +108,11 @@ def write_plan_page(plan: Plan, path: str | os.PathLike[str]) -> Path:
 def _tiles(plan: Plan) -> Iterator[tuple[str, ...]]:
     facts = {fact.name: fact for fact in plan.facts}
     for name, label in TILES:
-        if name in facts:
-            yield (label or facts[name].label, *cells(facts[name]))
+        if (fact := facts.get(name)) is not None:
+            label = label or fact.label
+            if fact.unit in LONG_UNITS:  # a tile is narrow
+                fact, label = replace(fact, unit=""), f"{fact.unit} {label}".rstrip()
+            yield (label, *cells(fact))
         if name == "train.gpu_hours" and plan.memory is not None:
             available = plan.machine.device.memory
             total, fits = plan.memory.total, verdict(plan.memory.total, available)
@@ -141,17 +147,15 @@ def _facts(facts: Iterable[Fact]) -> str:
 
 def _fact(fact: Fact) -> tuple[str, str, str]:
     value, spread = cells(fact)
+    name = f"<code>{escape(fact.name).replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
+    number_or_words = escape(value) if isinstance(fact.value, str) else f"<b>{escape(value)}</b>"
     inputs = "".join(f"<li>{escape(name)} = {escape(input_words(of))}</li>" for name, of in fact.inputs.items())
-    told = (
-        escape(fact.formula),
-        f"<small>{escape(fact.source)}</small>" if fact.source else "",
-        f"<details><summary>from {len(fact.inputs)} inputs</summary><ul>{inputs}</ul></details>" if inputs else "",
-    )
-    name = f"<code>{escape(fact.name)}</code>"
+    told = (escape(fact.formula), f"<small>{escape(fact.source)}</small>" if fact.source else "")
+    more = f"<details><summary>from {len(fact.inputs)} inputs</summary><ul>{inputs}</ul></details>" if inputs else ""
     return (
         f"{escape(fact.label)}<br>{name}" if fact.label else name,
-        escape(value) + (f"<br><small>{escape(spread)}</small>" if spread else ""),
-        "<br>".join(part for part in told[:2] if part) + told[2],
+        number_or_words + (f"<br><small>{escape(spread)}</small>" if spread else ""),
+        "<br>".join(part for part in told if part) + more,
     )
 
 
@@ -186,26 +190,28 @@ def _stack(
     sums: dict[str, float] = {}
     for _, kind, value in parts:
         sums[kind] = sums.get(kind, 0.0) + value
-    total = sum(sums.values())
-    colours = {kind: f"c{i % 8 + 1}" for i, kind in enumerate(sums)}
-    x = Scale(0.0, max(total, *(where for where, _ in marks)) if marks else total, 0.0, WIDTH)
+    kinds, total = list(sums), sum(sums.values())
+    x = Scale(0.0, max([total, *(where for where, _ in marks)]), 0.0, WIDTH)
+    top = MARKS if marks else 0
     drawn, left = "", 0.0
     if marks:
-        drawn = f'<rect class="cell" x="0" y="{BAR_TOP}" width="{x(marks[-1][0]):.1f}" height="{BAR}"/>'
-    for name, kind, value in sorted(parts, key=lambda part: list(sums).index(part[1])):
+        drawn = f'<rect class="cell" x="0" y="{top}" width="{x(marks[-1][0]):.1f}" height="{BAR}"/>'
+    for name, kind, value in sorted(parts, key=lambda part: kinds.index(part[1])):
         drawn += (
-            f'<rect class="{colours[kind]}" x="{x(left):.1f}" y="{BAR_TOP}" width="{max(0.5, x(value) - 1):.1f}" '
-            f'height="{BAR}"><title>{escape(name)}: {in_unit(value, unit)}, {100 * value / total:.3g} %</title></rect>'
+            f'<rect class="{_colour(kinds, kind)}" x="{x(left):.1f}" y="{top}" width="{max(0.5, x(value) - 1):.1f}" '
+            f'height="{BAR}"><title>{escape(name)}: {in_unit(value, unit)}, {in_unit(value / total, "share")}</title></rect>'
         )
         left += value
     for where, label in marks:
+        across = f"{x(where):.1f}"
         drawn += (
-            f'<line class="mark" x1="{x(where):.1f}" x2="{x(where):.1f}" y1="{BAR_TOP - 8}" y2="{BAR_TOP + BAR + 6}"/>'
-            f'<text x="{x(where):.1f}" y="{BAR_TOP - 14}" text-anchor="{"end" if x(where) > WIDTH - 40 else "middle"}">'
+            f'<line class="mark" x1="{across}" x2="{across}" y1="{top - 8}" y2="{top + BAR + 6}"/>'
+            f'<text x="{across}" y="{top - 14}" text-anchor="{"end" if x(where) > WIDTH - 40 else "middle"}">'
             f"{escape(label)}</text>"
         )
     keys = "".join(
-        f'<li class="{colours[kind]}">{escape(kind)} <b>{in_unit(value, unit)}</b> {100 * value / total:.2g} %</li>'
+        f'<li class="{_colour(kinds, kind)}">{escape(kind)} '
+        f"<span><b>{in_unit(value, unit)}</b> {in_unit(value / total, 'share')}</span></li>"
         for kind, value in sums.items()
     )
     spoken = ", ".join(f"{kind} {in_unit(value, unit)}" for kind, value in sums.items())
@@ -213,9 +219,13 @@ def _stack(
         title,
         drawn,
         said=f"{title}: {said}. {spoken}",
-        height=BAR_TOP + BAR + 8,
-        below=f'<ul class="parts">{keys}</ul>',
+        height=top + BAR + 8,
+        below=f'<ul class="parts">{keys}</ul><p class="note">{escape(said)}</p>',
     )
+
+
+def _colour(kinds: Sequence[str], kind: str) -> str:
+    return f"c{kinds.index(kind) % COLOURS + 1}"
 
 
 # ---------------------------------------------------------------------------------------------- points
@@ -227,16 +237,16 @@ class _Point:
     y: Estimate
     label: str
     said: str
-    chosen: bool = False
-    radius: float = 4.0
+    chosen: bool
+    radius: float
 
 
 def _points(title: str, points: Sequence[_Point], key: str, note: str, *, log_y: bool = True) -> str:
     """A line through points and each one's range both ways; the plan's own is told apart. key: what the points are."""
     x = _scale([point.x for point in points], LEFT + 14, WIDTH - RIGHT - 30, log=True)
-    y = _scale([point.y for point in points], HEIGHT - BOTTOM - 10, TOP + 16, log=log_y)
+    y = _scale([point.y for point in points], CHART - BOTTOM - 28, TOP + 16, log=log_y)
     rows = log_ticks(y.low, y.high) if log_y else ticks(y.low, y.high, 4)
-    drawn = axes(((x(v), _tick(v)) for v in log_ticks(x.low, x.high)), ((y(v), _tick(v)) for v in rows))
+    drawn = axes(((x(v), _tick(v)) for v in log_ticks(x.low, x.high)), ((y(v), _tick(v)) for v in rows), height=CHART)
     line = " ".join(f"{x(point.x.typical):.1f},{y(point.y.typical):.1f}" for point in points)
     drawn += f'<polyline class="curve" points="{line}"/>'
     named: list[tuple[float, float]] = []
@@ -256,14 +266,17 @@ def _points(title: str, points: Sequence[_Point], key: str, note: str, *, log_y:
         if any(abs(across - a) < LABEL[0] and abs(up - b) < LABEL[1] for a, b in named):
             continue
         named.append((across, up))
-        where, anchor = (across - 8, "end") if across > WIDTH - LABEL[0] else (across + 8, "start")
-        drawn += (
-            f'<text class="label" x="{where:.1f}" y="{up - 8:.1f}" text-anchor="{anchor}">{escape(point.label)}</text>'
-        )
+        away = 4 + point.radius
+        if across + away + LETTER * len(point.label) < WIDTH:
+            where = f'x="{across + away:.1f}" y="{up - away:.1f}"'
+        else:
+            where = f'x="{across - away:.1f}" y="{up + away + 10:.1f}" text-anchor="end"'
+        drawn += f'<text class="label" {where}>{escape(point.label)}</text>'
     return figure(
         title,
         drawn,
         said=f"{title}: {'; '.join(point.said for point in points)}",
+        height=CHART,
         legend=((key, ""), ("this plan", "held")),
         below=f'<p class="note">{escape(note)}</p>',
     )
@@ -310,13 +323,14 @@ def _sizes(plan: Plan) -> str:
             left_out.append(f"{other.count:,} ({str(error).partition(' (')[0]})")
     if len(found) < 2:
         return ""
-    name, factor = _time_unit(min(run.days.typical for _, run in found))
+    name, factor = _time_unit(plan.value("train.days").typical)
     points = []
     for other, run in found:
         cost = rent(run.gpu_hours, price) if paid and price is not None else run.gpu_hours
         unit = "USD" if paid else "device-hours"
         said = f"{other.count:,} devices: {_in_words(run.days, 'days')}, {_in_words(cost, unit)}"
-        points.append(_Point(run.days * factor, cost, f"{other.count:,}", said, other.count == machine.count))
+        radius = RADIUS[other.count == machine.count]
+        points.append(_Point(run.days * factor, cost, f"{other.count:,}", said, other.count == machine.count, radius))
     note = "Each point is a number of devices, laid out anew; its lines hold the truth nine times of ten."
     if left_out:
         note += f" Left out: {'; '.join(left_out)}."
@@ -340,7 +354,7 @@ def _front(plan: Plan) -> str:
     options = [option for option in plan.front if option.seconds is not None]
     if len(options) < 2:
         return ""
-    name, factor = _time_unit(min(_days(option) for option in options))
+    name, factor = _time_unit(max(_days(option) for option in options))
     largest = max(option.parameters for option in options)
     active, tokens = plan.value("params.active"), plan.ask.tokens
     points = [
@@ -366,8 +380,8 @@ def _days(option: Option) -> float:
 
 
 def _time_unit(days: float) -> tuple[str, float]:
-    """The largest unit of which so many days are at least one; how many of it are a day."""
-    return next((unit for unit in TIMES if days * unit[1] >= 1), TIMES[-1])
+    """The largest unit of which so many days are two or more; how many of it are a day."""
+    return next((unit for unit in TIMES if days * unit[1] >= 2), TIMES[-1])
 
 
 def _in_words(value: Estimate, unit: str) -> str:
@@ -404,7 +418,7 @@ def _serving(plan: Plan) -> Iterator[str]:
         )
         if not chosen:
             user, all_of_it = Estimate.exactly(user.typical), Estimate.exactly(all_of_it.typical)
-        points.append(_Point(user, all_of_it, f"{number_of:,}", said, chosen))
+        points.append(_Point(user, all_of_it, f"{number_of:,}", said, chosen, RADIUS[chosen]))
     devices = served.decode.devices
     copy = f"a copy of {devices} devices" if devices > 1 else "a device"
     note = (
@@ -427,17 +441,18 @@ rect { fill: var(--c); }
 .setup { grid-column: 1 / -1; margin: -6px 0 14px; color: var(--soft); }
 .pair figure:nth-of-type(odd):last-child { grid-column: 1 / -1; }
 ul { margin: 0; padding: 0; list-style: none; }
-.parts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 190px), 1fr)); gap: 2px 16px;
+.parts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 208px), 1fr)); gap: 2px 16px;
   margin-top: 12px; font-size: .84rem; color: var(--soft); font-variant-numeric: tabular-nums; }
+.parts span { white-space: nowrap; }
 .parts b { color: var(--ink); font-weight: 600; }
 .parts li::before { content: ""; display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px;
   background: var(--c); }
 .notes { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--amber); border-radius: 14px;
   padding: 10px 16px; margin-bottom: 14px; font-size: .9rem; }
 .notes li + li { margin-top: 6px; }
-.facts th { width: 30%; color: var(--ink); }
-.facts td:nth-child(2) { width: 26%; font-weight: 600; }
-.facts small { font-weight: 400; }
+.facts th { width: 28%; color: var(--ink); }
+.facts td:nth-child(2) { width: 24%; padding-right: 18px; }
+.facts b { font-weight: 600; }
 code { font: .78rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; color: var(--soft); }
 details { font-size: .82rem; color: var(--soft); }
 summary { cursor: pointer; color: var(--teal); width: fit-content; padding: 2px 0; }
