@@ -22,6 +22,7 @@ from minga.config.presets import laptop
 from minga.config.train import TrainConfig
 from minga.errors import UserError
 from minga.planner.counts import count_parameters, forward_flops, muon_flops
+from minga.planner.own_memory import own_training_memory
 
 DEFAULTS = TrainConfig(steps=1)
 WIDTHS = range(64, 2049, 64)
@@ -29,7 +30,6 @@ PRESET_WIDTH = 192  # of `laptop`, for which learning rates and batch were measu
 TOKENS_PER_PARAMETER = 20.0  # at our scale too fewer is worse: widths 192, 128, 64 in equal CPU time, docs/log.md
 BATCH_TOKENS, BATCH_HORIZON, BATCH_EXPONENT = 2048, 5e5, 0.383
 MICRO_TOKENS = 8192  # a micro-batch above gains no speed on a CPU and costs memory
-PROCESS_BYTES = 1e8  # the allocator's own, measured
 MEMORY_SHARE = 0.8  # no run that was estimated below this share ran out of memory (Fujii et al. 2024)
 FREE_EPOCHS = 4
 EVALUATIONS, EVALUATION_SHARE = 10, 0.02
@@ -177,16 +177,11 @@ class _Run:
 
     @property
     def memory(self) -> float:
-        """Bytes beyond a bare process: weights, gradients, moments, Muon's work space, and one micro-batch's activations.
-
-        Measured peaks of widths 64 to 512 lay between 0.6 and 1.0 of it (docs/log.md).
-        """
-        counts = count_parameters(self.model)
-        tables = counts.embedding + counts.head
-        matrices = counts.total_with_mtp - tables
-        # weight and gradient; two AdamW moments; one Muon momentum, and three copies while it is orthogonalised
-        states = 8 * counts.total_with_mtp + 8 * tables + 16 * matrices
-        return PROCESS_BYTES + states + 4 * self.batch[0] * self.seq_len * _activations(self.model, self.seq_len)
+        """Bytes beyond those of the process, which are there already (minga/planner/own_memory.py)."""
+        batch_size, accumulate = self.batch
+        sizes: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "seq_len": self.seq_len}
+        needed = own_training_memory(TrainConfig(steps=1, model=self.model, precision=self.speed.precision, **sizes))
+        return needed.total - needed.runtime
 
     def smaller(self) -> _Run | None:
         """The same run in less memory: half the micro-batch down to one sequence, then the next narrower model."""
@@ -245,19 +240,6 @@ def _batch_tokens(tokens: float, corpus: Corpus) -> float:
 def _context(batch: float, corpus: Corpus) -> int:
     longest = max(128.0, min(batch / 8, corpus.tokens_per_document, 1024))
     return int(2 ** math.floor(math.log2(min(longest, max(16.0, corpus.tokens / 16)))))
-
-
-def _activations(c: ModelConfig, context: int) -> int:
-    """Numbers that one token leaves for the backward pass; scores are counted as if attention kept them."""
-    D, H = c.hidden_size, c.num_attention_heads
-    latent = (c.kv_lora_rank or 0) + c.qk_rope_head_dim + 2 * (c.q_lora_rank or 0)
-    attention = 6 * D + 2 * latent + H * (5 * c.qk_head_dim + 3 * c.value_head_dim) + H * context
-    experts = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 2 * D)
-    experts += 4 * c.n_shared_experts * c.moe_intermediate_size + 4 * c.n_routed_experts
-    layers, moe = c.num_hidden_layers, sum(c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
-    dense = 4 * c.intermediate_size * (layers - moe)
-    mtp = c.num_nextn_predict_layers
-    return (layers + mtp) * attention + (moe + mtp) * experts + dense + (1 + mtp) * (3 * c.vocab_size + 4 * D)
 
 
 # ---------------------------------------------------------------------------------------------- the reasons
@@ -334,7 +316,7 @@ def _explain(run: _Run, wanted: _Run, speed: MachineSpeed) -> Iterator[Choice]:
         f"{_si(tokens)} of {_si(corpus.tokens)} tokens; {said}",
         "Muennighoff et al. 2023 (2305.16264)",
     )
-    memory = "weights, gradients, moments and one micro-batch, estimated"
+    memory = "weights, gradients, moments, one micro-batch and what lies between them, estimated"
     share = "" if speed.memory is None else f"; at most {MEMORY_SHARE:.0%} of {_bytes(speed.memory)} free"
     yield Choice("memory", _bytes(run.memory), memory + share, "Fujii et al. 2024 (2411.06465)")
 

@@ -33,7 +33,10 @@ EIGHT_BIT = 1 + 4 / 256  # a moment in 8 bits, with a float32 for each 256 numbe
 # Of a logit in PyTorch's loss: itself in bf16, its float32 copy and the logarithm of its softmax; in the backward pass the
 # logarithm, its gradient and that in bf16. With several heads the others wait with their logarithm.
 LOGIT_BYTES, WAITING_LOGIT_BYTES = {2: 10, 4: 12}, 4
-CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and the libraries' work space
+# What feeds products stays in the 8 bits that they read, a float32 for each 128 numbers (DeepSeek-V3, 2412.19437, section
+# 3.3.3); residuals, queries, keys and values stay as they are.
+FED_IN_8_BITS = 1 + 4 / 128
+CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and libraries; assumed, it depends on device and driver
 NCCL_BYTES = 0.4e9  # 340 to 392 MB in NVIDIA's measured tables (ai-dynamo/aiconfigurator)
 GREEN = 0.8  # of 454 runs estimated below this share none went out of memory (Fujii et al. 2024, 2411.06465)
 
@@ -80,8 +83,9 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     s, d, first, last = setup, a.hidden_size, stage == 0, stage == setup.pp - 1
     number = 4 if s.precision == "float32" else 2
     tokens = s.micro_batch * s.seq_len / s.tp
-    tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head)) / s.tp
-    dense, experts = sum(x.dense for x in layers) / s.tp, sum(x.experts for x in layers) / s.ep
+    tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head[:1])) / s.tp
+    ends = last * (sum(a.norms) + sum(a.head_biases)) + (first + last) * numbers(a.projections) / 2
+    dense, experts = (sum(x.dense for x in layers) + ends) / s.tp, sum(x.experts for x in layers) / s.ep
     copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
 
     if s.lora_rank is None:
@@ -98,8 +102,9 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     weights, gradients, optimizer = (sum(parts) for parts in zip(*(_states(s, *each) for each in states), strict=True))
 
     waiting = min(s.pp - stage, s.accumulate)  # micro-batches between their forward and backward passes
-    kept = sum(x.kept(s.recompute, number) for x in layers) + number * d * last
-    again = max((x.kept("none", number) - x.kept(s.recompute, number) for x in layers), default=0.0)
+    fed = FED_IN_8_BITS if s.precision == "fp8" and s.fed_in_8_bits else number
+    kept = sum(x.kept(s.recompute, number, fed) for x in layers) + number * d * last
+    again = max((x.kept("none", number, fed) - x.kept(s.recompute, number, fed) for x in layers), default=0.0)
     backward = again + number * max((x.widest for x in layers), default=0)
     logits = 0.0
     if last and not s.fused_loss:
@@ -182,20 +187,22 @@ class _Layer(NamedTuple):
     gated: bool
     chosen: int
 
-    def kept(self, recompute: str, number: int) -> float:
-        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax."""
+    def kept(self, recompute: str, number: int, fed: float | None = None) -> float:
+        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax.
+
+        fed: bytes of a number that only feeds a matrix product or the MLP's activation, where it is another.
+        """
         if recompute == "full":
             return number * self.stream
-        values = 2 * self.stream + self.latents + self.projected + self.attended
-        values += (1 + self.gated) * self.hidden + self.chosen * self.stream  # gate and up; what experts are sent
+        wide = (1 + self.gated) * self.hidden + self.chosen * self.stream
+        values, feeding = 2 * self.stream + self.projected + self.attended, self.latents
+        feeding += wide  # gate and up; what experts are sent
         if recompute == "none":
-            values += 2 * self.stream + self.normed  # after norms
-            values += (
-                1 + self.gated
-            ) * self.hidden + self.chosen * self.stream  # after the activation; what experts give
+            feeding += 2 * self.stream + self.normed  # after norms
+            feeding += wide  # after the activation; what experts give
         else:
             values -= self.rebuilt
-        return number * values + 4 * self.heads
+        return number * values + (number if fed is None else fed) * feeding + 4 * self.heads
 
     @property
     def widest(self) -> int:
@@ -248,33 +255,45 @@ Change = tuple[float, str, Callable[[Setup], Setup]]  # how much it costs, in wo
 
 def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -> list[tuple[Setup, str]]:
     """The `num` cheapest changes that make a run fit, each as the set-up and in words, best first; [] where none does, or
-    none is needed.
+    none is needed. They make it green, or amber where nothing makes it green.
 
     Cheap is what changes neither the result nor the time, then what costs some time, then what trains less of the model,
-    then a shorter sequence. What costs the same: fewer changes first. None contains another.
+    then a shorter sequence. None has all kinds of changes that a cheaper one has.
     """
-    if training_memory(model, setup).total <= available:
+    if verdict(training_memory(model, setup).total, available) == "green":
         return []
-    found: list[tuple[frozenset[str], Setup]] = []
     changes = list(_changes(setup))
-    names = [text for _, text, _ in changes]
-    chosen = [each for size in (1, 2, 3, 4) for each in combinations(changes, size)]
-    for several in sorted(chosen, key=lambda several: (sum(cost for cost, _, _ in several), len(several))):
-        words = frozenset(text for _, text, _ in several)
-        if len({text.split()[0] for text in words}) < len(words) or any(before < words for before, _ in found):
-            continue  # two of a kind, or more than is needed
-        changed = setup
-        for _, _, change in several:
-            changed = change(changed)
-        if training_memory(model, changed).total <= available:
-            found.append((words, changed))
-        if len(found) == num:
+    several = [each for size in (1, 2, 3, 4) for each in combinations(changes, size) if _differ(each)]
+    several.sort(key=lambda each: (sum(cost for cost, _, _ in each), len(each)))
+    for wanted in ({"green"}, {"green", "amber"}):
+        found: list[tuple[set[str], Setup, str]] = []
+        for each in several:
+            kinds = {_kind(change) for change in each}
+            if any(before <= kinds for before, _, _ in found):
+                continue
+            changed = setup
+            for _, _, change in each:
+                changed = change(changed)
+            if verdict(training_memory(model, changed).total, available) in wanted:
+                found.append((kinds, changed, " + ".join(words for _, words, _ in each)))
+            if len(found) == num:
+                break
+        if found:
             break
-    return [(changed, ", ".join(sorted(words, key=names.index))) for words, changed in found]
+    return [(changed, words) for _, changed, words in found]
+
+
+def _kind(change: Change) -> str:
+    """Of a kind only one change is made: micro-batches, sharding, recomputation, LoRA .."""
+    return change[1].split()[0]
+
+
+def _differ(changes: Sequence[Change]) -> bool:
+    return len({_kind(change) for change in changes}) == len(changes)
 
 
 def _changes(s: Setup) -> Iterator[Change]:
-    """The first word of each says what kind it is: of a kind only one is made."""
+    """The first word of each says what kind it is."""
     if not s.fused_loss:
         yield 1, "fused loss (logits are never held)", lambda s: replace(s, fused_loss=True)
     size, cost = s.micro_batch, 1.5
@@ -333,7 +352,7 @@ def serving_memory(
     """
     a = architecture_of(model)
     layers, size = _layers(a, mtp=mtp), WEIGHT_BYTES[weights]
-    tables = a.embedding + (0 if a.tied else numbers(a.head))
+    tables = a.embedding + (0 if a.tied else numbers(a.head[:1])) + numbers(a.projections) + sum(a.norms)
     stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
     of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
     tokens = min(chunk, batch * context)

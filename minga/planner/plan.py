@@ -15,7 +15,7 @@ from datetime import date
 from typing import Any
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import Device, Machine, of_devices
 from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
@@ -24,8 +24,8 @@ from minga.planner.counts import cache_bytes_per_token, count_parameters, traini
 from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
-from minga.planner.layout import choose_setup
-from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
+from minga.planner.layout import choose_setup, typical_batch
+from minga.planner.memory import GREEN, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
@@ -37,6 +37,7 @@ from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time,
 from minga.planner.words import count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
@@ -89,6 +90,8 @@ class Ask:
                 raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be 0 or more")
         if self.pue is not None and not 1 <= self.pue <= 10:
             raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            raise UserError(f"acceptance is {self.acceptance} (plan). it is a share, from 0 to 1")
         if not 0 < self.utilization <= 1:
             raise UserError(f"utilization is {self.utilization} (plan). it is a share: above 0 and at most 1")
 
@@ -187,15 +190,16 @@ def plan(
         setup, memory, parts, said = _training(arch, where, ask)
         sections += parts
         notes += said
+    options = serving_options(arch, where, ask, notes)
     try:
-        serving = serve_estimate(arch, where, **serving_options(arch, where, ask))
+        serving = serve_estimate(arch, where, **options)
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         memory = memory or serving.memory
     except UserError as error:
         notes.append(f"serving: {error}")
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
-    return Plan(title, arch, where, tuple(sections), tuple(notes), setup, memory, ask=ask)
+    return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory, ask=ask)
 
 
 def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
@@ -269,8 +273,11 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
     """
     device, at_hand = machine.device, machine.device.kind == "cpu"
     batch, fixed = ask.batch_tokens, dict(ask.fixed)
+    tokens, seq_len = ask.tokens or 20.0 * count_parameters(a).active, _seq_len(ask, machine)
+    if batch is None:
+        batch = usual_batch(tokens) if at_hand else typical_batch(a, tokens)
+        batch = min(batch, max(seq_len, tokens / LEAST_STEPS))
     if at_hand:
-        batch = batch or usual_batch(ask.tokens or 20 * count_parameters(a).active)
         fixed = {"optimizer": "muon", "fused_loss": True, "master": False} | fixed
     precision = ask.precision or ("int8" if at_hand and "int8" in device.flops else _precision(device))
 
@@ -279,8 +286,7 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
             a,
             machine,
             precision=precision,
-            seq_len=_seq_len(ask, machine),
-            tokens=ask.tokens,
+            seq_len=seq_len,
             batch_tokens=batch,
             fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
             coefficients=ask.coefficients,
@@ -293,10 +299,39 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
         return chosen("green", "amber")
 
 
+def what_would(a: Architecture, machine: Machine, ask: Ask) -> list[str]:
+    """Up to three changes with which a training that does not fit does, each in words; what changes least comes first."""
+    devices = [of_devices(machine.device, machine.count * 2**n, machine.per_node) for n in range(1, 15)]
+    changes: list[tuple[str, Machine, dict[str, Any]]] = [
+        ("8-bit optimizer states (--optimizer adamw8bit)", machine, {"optimizer": "adamw8bit"}),
+        ("LoRA (--lora 16)", machine, {"lora_rank": 16}),
+        ("LoRA over int4 weights (--lora 16 --stored int4)", machine, {"lora_rank": 16, "stored": "int4"}),
+        *((f"{each.count:,} devices", each, {}) for each in devices if each.nodes == 1 or each.network),
+    ]
+    found: list[str] = []
+    for words, where, change in changes:
+        if len(found) == 3 or (found and found[-1].endswith("devices")):
+            break
+        if change.keys() & ask.fixed.keys():
+            continue
+        try:
+            lay_out(a, where, replace(ask, fixed={**ask.fixed, **change}))
+        except UserError:
+            continue
+        found.append(words)
+    return found
+
+
 def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memory, list[Section], list[str]]:
     assert ask.tokens is not None
     device, notes = machine.device, []
-    setup = lay_out(a, machine, ask)
+    try:
+        setup = lay_out(a, machine, ask)
+    except UserError as error:
+        ways = what_would(a, machine, ask)
+        raise UserError(
+            f"{str(error).split('). ')[0]}). what would: {'; '.join(ways)}" if ways else str(error)
+        ) from None
     if setup.precision == "fp8" and "fp8" not in device.flops:
         notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
     memory = training_memory(a, setup)
@@ -332,8 +367,10 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     ]
     drawing = tuple(memory_bar(parts, device.memory))
     if fits != "green":
-        ways = "; ".join(words for _, words in ways_to_fit(a, setup, device.memory))
-        notes.append(f"memory is {fits}: {ways or 'no change makes it fit'}")
+        better = "; or ".join(words for _, words in ways_to_fit(a, setup, GREEN * device.memory))
+        notes.append(
+            f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
+        )
     sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
     sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
     return setup, memory, sections, notes
@@ -387,15 +424,24 @@ def _training_facts(
         {"flops_per_second": rate, "peak": peak},
         f"peak: {device.sources.get('flops', 'measured')}",
     )
-    lost = "a step's seconds x steps, and what runs lose to restarts, evaluation, checkpoints"
+    inputs = {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices}
+    yield Fact(
+        "train.step_hours",
+        run.computing,
+        "",
+        "device-hours of the steps alone",
+        "a step's seconds x steps x devices: what a report means that gives hours for a number of tokens, as DeepSeek-V3's",
+        inputs,
+        fitted,
+    )
     yield Fact(
         "train.gpu_hours",
         run.gpu_hours,
-        "device-hours",
-        "device-hours",
-        lost,
-        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
-        f"{fitted}; losses: published runs (benchmarks/published/runs.csv)",
+        "",
+        "device-hours, as runs are billed",
+        "the steps', x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
+        {"step_hours": run.computing},
+        "published runs: benchmarks/published/runs.csv, docs/plan.md",
     )
     yield Fact(
         "train.days",
@@ -489,7 +535,8 @@ def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate |
 # ---------------------------------------------------------------------------------------------- serving
 
 
-def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
+def serving_options(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> dict[str, Any]:
+    """What `serve_estimate` is asked. notes: what is to be said of the price goes there."""
     device = machine.device
     guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
     return {
@@ -500,7 +547,7 @@ def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, An
         "cache": ask.cache,
         "target": ask.speed,
         "acceptance": guesses or None,
-        "price": device_price(device, ask, [])[0],
+        "price": device_price(device, ask, notes)[0],
     }
 
 

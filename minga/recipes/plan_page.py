@@ -149,7 +149,7 @@ def _fact(fact: Fact) -> tuple[str, str, str]:
     value, spread = cells(fact)
     name = f"<code>{escape(fact.name).replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
     number_or_words = escape(value) if isinstance(fact.value, str) else f"<b>{escape(value)}</b>"
-    inputs = "".join(f"<li>{escape(name)} = {escape(input_words(of))}</li>" for name, of in fact.inputs.items())
+    inputs = "".join(f"<li>{escape(key)} = {escape(input_words(given))}</li>" for key, given in fact.inputs.items())
     told = (escape(fact.formula), f"<small>{escape(fact.source)}</small>" if fact.source else "")
     more = f"<details><summary>from {len(fact.inputs)} inputs</summary><ul>{inputs}</ul></details>" if inputs else ""
     return (
@@ -396,7 +396,7 @@ def _serving(plan: Plan) -> Iterator[str]:
     batch = next((fact for fact in plan.facts if fact.name == "serve.batch"), None)
     if batch is None:
         return
-    options = serving_options(plan.model, plan.machine, plan.ask)
+    options = serving_options(plan.model, plan.machine, plan.ask, [])
     served = serve_estimate(plan.model, plan.machine, **options)
     yield _memory("serving", served.memory, plan.machine.device.memory)
     fits = int(batch.inputs.get("fit", served.decode.batch))
