@@ -115,6 +115,7 @@ class Plan:
     setup: Setup | None = None
     memory: Memory | None = None  # of a device in training; without training, in serving
     front: tuple[Option, ...] = ()  # of a model that was chosen: those than which none is both quicker and better
+    ask: Ask = Ask()  # what it answers
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -198,7 +199,7 @@ def plan(
         notes.append(f"serving: {error}")
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
-    return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory)
+    return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory, ask=ask)
 
 
 def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
