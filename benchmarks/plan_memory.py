@@ -54,7 +54,7 @@ class Serving(NamedTuple):
 
 
 TRAININGS = (Training(128, 16, 128, "float32"), Training(320, 8, 512, "int8"), Training(512, 4, 256, "int8"))
-SERVINGS = (Serving(256, None, 8, 200), Serving(384, "int8", 16, 100), Serving(704, "int8", 4, 60))
+SERVINGS = (Serving(256, None, 8, 200), Serving(320, "int8", 16, 100), Serving(640, "int8", 4, 60))
 QUICK_TRAININGS = (Training(64, 8, 64, "int8"), Training(128, 16, 128, "float32"), Training(192, 4, 128, "int8"))
 QUICK_SERVINGS = (Serving(128, None, 8, 100), Serving(192, "int8", 16, 60), Serving(256, None, 4, 60))
 PROMPT = 150  # words
