@@ -8,6 +8,8 @@
     model = minga.load("SmolLM2.gguf")      # a torch module
     minga.save(model, "folder")             # in the public format
 
+    print(minga.plan("v3", "2048xH800", tokens=14.8e12, precision="fp8").money)
+
 The names below come from their modules at first use (PEP 562): `import minga` loads no torch.
 """
 
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from minga.engine.llm import LLM
     from minga.engine.sampler import SamplingParams
     from minga.errors import UserError
+    from minga.planner.plan import plan
     from minga.store import load, save
 
     __version__: str
 
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "UserError", "__version__", "load", "save"]
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "UserError", "__version__", "load", "plan", "save"]
 
 _HOMES = {
     "LLM": "minga.engine.llm",
@@ -33,6 +36,7 @@ _HOMES = {
     "SamplingParams": "minga.engine.sampler",
     "UserError": "minga.errors",
     "load": "minga.store",
+    "plan": "minga.planner.plan",
     "save": "minga.store",
 }
 

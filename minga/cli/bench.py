@@ -17,6 +17,7 @@ BENCHES = {
     "ablation": "what each part of the training recipe gives, at equal CPU time",
     "engine": "reading and writing beside llama.cpp and transformers, memory, and what MTP drafts gain (of --model)",
     "serve": "what the server adds to the engine, to a step with a grammar, and under 64 clients (of --model)",
+    "plan": "what the planner predicts, beside published measurements and runs",
     "quant": "how far weights in few bits are from the floats, beside llama.cpp's types (of --model)",
 }
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from minga.errors import UserError
 
 COMMANDS = {
+    "plan": "what a model costs, before anything is spent",
     "data": "tokenize documents for training",
     "train": "train a model from scratch",
     "quantize": "store a model in 8 or 4 bits",

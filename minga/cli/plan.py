@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from minga.cli import in_columns
+from minga.cli.usage import watts_of_this_machine
+from minga.config.units import parse_bytes, parse_count, parse_link
 from minga.errors import UserError
 from minga.planner.setup import OPTIMIZERS, PRECISIONS, RECOMPUTE, STORED
+from minga.planner.words import count, machine_words, size, spread
 
 if TYPE_CHECKING:
-    from minga.planner.plan import Plan
+    from minga.config.hardware import Machine
+    from minga.planner.plan import Ask, Plan
 
 DESCRIPTION = """\
 Works out what a model costs to train, adapt and serve on given machines: parameters, operations, memory, time, money, energy.
@@ -46,7 +52,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
     train = parser.add_argument_group("training")
     train.add_argument("--tokens", metavar="N", help="to train on, such as 14.8t or 2e9")
-    train.add_argument("--precision", choices=PRECISIONS, help="of matrix products (default: what the device does best)")
+    train.add_argument(
+        "--precision", choices=PRECISIONS, help="of matrix products (default: what the device does best)"
+    )
     train.add_argument("--seq", type=int, metavar="T", help="tokens of a sequence (default 4096)")
     train.add_argument("--batch-tokens", metavar="N", help="of an optimizer step (default: usual for so much compute)")
     train.add_argument("--micro-batch", type=int, metavar="N", help="sequences a device computes at once")
@@ -66,11 +74,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     serve = parser.add_argument_group("serving")
     serve.add_argument("--utilization", type=float, metavar="F", help="share of the time it is busy (default 0.3)")
     serve.add_argument("--weights", choices=STORED, help="how weights are held (default: fp8 where the device has it)")
-    serve.add_argument("--cache", choices=("float32", "bf16", "fp8", "int8"), help="numbers of the cache (default bf16)")
+    serve.add_argument(
+        "--cache", choices=("float32", "bf16", "fp8", "int8"), help="numbers of the cache (default bf16)"
+    )
     serve.add_argument("--prompt", type=int, metavar="T", help="tokens of a prompt (default 2000)")
     serve.add_argument("--output", type=int, metavar="T", help="tokens of an answer (default 500)")
     serve.add_argument("--speed", type=float, metavar="TPS", help="tokens/s that each user must get at least")
-    serve.add_argument("--acceptance", type=float, metavar="F", help="of MTP's guesses (default 0.85 with MTP; 0: without)")
+    serve.add_argument(
+        "--acceptance", type=float, metavar="F", help="of MTP's guesses (default 0.85 with MTP; 0: without)"
+    )
 
     pool = parser.add_argument_group("a pool over the Internet")
     pool.add_argument("--peers", type=int, metavar="N", help="machines like --machine, joined by plain links")
@@ -79,8 +91,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
     cost = parser.add_argument_group("money, energy, carbon")
     cost.add_argument("--price", type=float, metavar="P", help="USD for a device and hour (default: a dated range)")
-    cost.add_argument("--price-per-kwh", type=float, metavar="P", help="USD (default 0.17, the world's mean)")
-    cost.add_argument("--pue", type=float, metavar="F", help="what the room draws for each watt (default 1.2; 1.1 at home)")
+    cost.add_argument(
+        "--watts", type=float, metavar="W", help="the machine draws at the wall (default: from its chips)"
+    )
+    cost.add_argument(
+        "--price-per-kwh", type=float, metavar="P", help="USD (default: of --grid, else 0.17, the world's mean)"
+    )
+    cost.add_argument(
+        "--pue", type=float, metavar="F", help="what the room draws for each watt (default 1.2; 1.1 at home)"
+    )
     cost.add_argument("--grid", metavar="COUNTRY", help="whose power it is, such as FRA or Chile (default: the world)")
 
     ask = parser.add_argument_group("the other way round")
@@ -95,8 +114,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="one JSON document on stdout")
     out.add_argument("--html", metavar="FILE", help="also a page with pictures")
-    out.add_argument("--explain", metavar="NAME", help="formula, inputs and source of a number, such as train.gpu_hours")
-    out.add_argument("--compare", nargs=2, metavar="MODEL@MACHINE", help="two plans side by side; either half may be left out")
+    out.add_argument(
+        "--explain", metavar="NAME", help="formula, inputs and source of a number, such as train.gpu_hours"
+    )
+    out.add_argument(
+        "--compare", nargs=2, metavar="MODEL@MACHINE", help="two plans side by side; either half may be left out"
+    )
     out.add_argument("--calibrate", action="store_true", help="measure this machine first (two minutes), and keep that")
     out.add_argument("--refresh-prices", action="store_true", help="take today's from gpuhunt, if it is installed")
     parser.set_defaults(run=run)
@@ -104,11 +127,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from minga.planner.inverse import best_plan, fitting_table, smallest_table
     from minga.planner.plan import plan
     from minga.planner.table import compare, explain, table
 
     if args.refresh_prices:
+        from datetime import date
+
         from minga.planner.prices import refresh
 
         _note(f"prices: {refresh(date.today())}")
@@ -116,32 +140,31 @@ def run(args: argparse.Namespace) -> int:
         from minga.recipes.calibrate import calibrate
 
         _note(f"measured: {calibrate(note=_note)}")
+        if not (args.config or args.fits or args.compare or _goals(args)):
+            return 0
     ask = _ask(args)
-    here = None if args.machine is None else machine(args.machine)
-    if args.fits:
-        return _show(args, *fitting_table(args.fits, here or this_machine()[0], ask))
     if args.compare:
-        plans = [_of_pair(args, ask, text) for text in args.compare]
+        plans = [_half(args, ask, text) for text in args.compare]
         return _show(args, compare(plans), {"plans": [each.document() for each in plans]})
     if args.smallest:
-        return _show(args, *smallest_table(_named(args), ask, days=args.days or 30.0))
-    if here is None:
-        here, coefficients = this_machine()
-        ask = replace(ask, coefficients=coefficients)
-    goals = {name: getattr(args, name) for name in GOALS if getattr(args, name) is not None}
+        return _smallest(args, ask)
+    machine, ask = _where(args, args.machine, ask)
+    if args.fits:
+        return _fits(args, machine, ask)
+    goals = _goals(args)
+    if goals and args.config is not None:
+        raise UserError(f"--{next(iter(goals))} chooses the model (plan). leave --config out, or give --tokens instead")
     if goals:
-        if args.config is not None:
-            raise UserError(f"--{next(iter(goals))} chooses the model (plan). leave --config out, or give --tokens instead")
-        found = best_plan(here, ask, **goals)
+        from minga.planner.inverse import best_plan
+
+        found = best_plan(machine, ask, **goals)
     else:
-        found = plan(_named(args), here, ask=ask)
+        found = plan(_named(args), machine, ask=ask)
     if args.html:
         from minga.recipes.plan_page import write_plan_page
 
-        _note(f"page: {write_plan_page(found, Path(args.html))}")
-    if args.explain:
-        return _show(args, explain(found, args.explain), found.document())
-    return _show(args, table(found), found.document())
+        _note(f"page: {write_plan_page(found, args.html)}")
+    return _show(args, explain(found, args.explain) if args.explain else table(found), found.document())
 
 
 def _show(args: argparse.Namespace, text: str, document: Mapping[str, Any]) -> int:
@@ -149,35 +172,100 @@ def _show(args: argparse.Namespace, text: str, document: Mapping[str, Any]) -> i
     return 0
 
 
-def _named(args: argparse.Namespace) -> Any:
-    """The model of --config. A .gguf file is opened for its header."""
-    if args.config is None:
-        raise UserError("which model? (plan). give --config MODEL, or --hours, --budget, --memory or --loss to have it chosen")
-    return _read(args.config)
-
-
-def _read(name: str) -> Any:
-    if name.endswith(".gguf"):
-        from minga.checkpoint.gguf import config_from_gguf  # opens torch, which only such files need
-
-        return config_from_gguf(Path(name))
-    return name
-
-
-def _of_pair(args: argparse.Namespace, ask: Ask, text: str) -> Plan:
-    """MODEL@MACHINE; what is left out is what --config and --machine say."""
-    model, at, where = text.partition("@")
-    name = _read(model) if model else _named(args)
-    return plan(name, where or args.machine or this_machine()[0], ask=ask)
-
-
 def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _goals(args: argparse.Namespace) -> dict[str, float]:
+    goals = {name: getattr(args, name) for name in ("hours", "budget", "loss") if getattr(args, name) is not None}
+    return goals | ({} if args.memory is None else {"memory": float(parse_bytes(args.memory, "--memory"))})
+
+
+def _where(args: argparse.Namespace, name: str | None, ask: Ask) -> tuple[Machine, Ask]:
+    """The machine that is meant; for this one, with what it was measured to do."""
+    if name is not None and name != "this":
+        from minga.config.hardware import machine
+
+        return machine(name), ask
+    from minga.recipes.here import this_machine
+
+    found, coefficients = this_machine()
+    if ask.watts is None and found.device.kind == "cpu":
+        ask = replace(ask, watts=watts_of_this_machine())
+    return found, replace(ask, coefficients=coefficients)
+
+
+def _named(args: argparse.Namespace) -> Any:
+    if args.config is None:
+        raise UserError("there is no model to plan (--config). name one, or give --hours, --budget, --memory or --loss")
+    return _model(args.config)
+
+
+def _model(name: str) -> Any:
+    """What `plan` takes. Of a .gguf file the header is read, which needs torch and so a second."""
+    if not name.endswith(".gguf"):
+        return name
+    from minga.checkpoint.gguf import config_from_gguf, open_gguf
+
+    return config_from_gguf(open_gguf(name))
+
+
+def _half(args: argparse.Namespace, ask: Ask, text: str) -> Plan:
+    """MODEL@MACHINE of --compare; what is left out is what --config and --machine say."""
+    from minga.planner.plan import plan
+
+    model, _, where = text.partition("@")
+    machine, ask = _where(args, where or args.machine, ask)
+    return plan(_model(model) if model else _named(args), machine, ask=ask)
+
+
+def _smallest(args: argparse.Namespace, ask: Ask) -> int:
+    from minga.planner.inverse import smallest
+    from minga.planner.plan import architecture
+
+    name, model = architecture(_named(args))
+    days = 30.0 if args.days is None else args.days
+    found = smallest(model, ask, days=days)
+    rows: list[tuple[str, ...]] = [("machine", "USD an hour", "days", "USD in all")]
+    for each in found:
+        spans = ("-" if value is None else spread(value) for value in (each.days, each.money))
+        rows.append((machine_words(each.machine), spread(each.price), *spans))
+    what = "serve it" if ask.tokens is None else f"train it on {count(ask.tokens)} tokens in {days:g} days"
+    text = f"the fewest of each device that {what}: {name}\n\n{in_columns(rows, num_texts=1)}"
+    document = [
+        asdict(each) | {"machine": machine_words(each.machine), "devices": each.machine.count} for each in found
+    ]
+    return _show(args, text, {"model": name, "machines": document})
+
+
+def _fits(args: argparse.Namespace, machine: Machine, ask: Ask) -> int:
+    """Each checkpoint in each format: bytes with the cache of one request, and whether that fits a device."""
+    from minga.planner.memory import fitting
+    from minga.planner.plan import architecture
+
+    available, context = machine.device.memory, ask.prompt + ask.output
+    if args.memory is not None:
+        available = float(parse_bytes(args.memory, "--memory"))
+    models, rows = [], []
+    for path in args.fits:
+        try:
+            _, model = architecture(_model(path))
+        except UserError as error:
+            _note(f"left out: {error}")
+            continue
+        found = fitting(model, available, context=context, cache=ask.cache)
+        models.append({"model": path, "formats": {name: {"bytes": n, "verdict": said} for name, n, said in found}})
+        rows.append((path, *(f"{size(n)} {said}" for _, n, said in found)))
+    if not models:
+        raise UserError("none of these is a model (--fits). name folders with a config.json, or .gguf files")
+    text = in_columns([("model", *models[0]["formats"]), *rows], num_texts=1)
+    where = f"in {size(available)}, with a context of {context:,} tokens: green fits, amber barely, red not"
+    return _show(args, f"{text}\n\n{where}", {"available": available, "context": context, "models": models})
+
+
 def _ask(args: argparse.Namespace) -> Ask:
-    from minga.planner.models import read_model
-    from minga.planner.plan import Ask
+    from minga.planner.cost import measured_watts
+    from minga.planner.plan import Ask, architecture
 
     fixed = {
         "shard": args.shard, "tp": args.tp, "pp": args.pp, "ep": args.ep, "recompute": args.recompute,
@@ -191,11 +279,11 @@ def _ask(args: argparse.Namespace) -> Ask:
     if args.stored and not args.lora:
         raise UserError("--stored says how frozen weights are held (plan). it goes with --lora RANK")
     given = {
-        "tokens": amount(args.tokens, "--tokens"),
-        "batch_tokens": amount(args.batch_tokens, "--batch-tokens"),
+        "tokens": _count(args, "tokens"),
+        "batch_tokens": _count(args, "batch_tokens"),
         "seq_len": args.seq,
         "precision": args.precision,
-        "teacher": None if args.teacher is None else read_model(args.teacher)[1],
+        "teacher": None if args.teacher is None else architecture(_model(args.teacher))[1],
         "utilization": args.utilization,
         "weights": args.weights,
         "cache": args.cache,
@@ -204,12 +292,29 @@ def _ask(args: argparse.Namespace) -> Ask:
         "speed": args.speed,
         "acceptance": args.acceptance,
         "peers": args.peers,
-        "up": None if args.up is None else link_rate(args.up, "--up"),
-        "down": None if args.down is None else link_rate(args.down, "--down"),
+        "up": None if args.up is None else parse_link(args.up, "--up"),
+        "down": None if args.down is None else parse_link(args.down, "--down"),
         "price": args.price,
-        "price_per_kwh": args.price_per_kwh,
+        "watts": None if args.watts is None else measured_watts(args.watts),
+        "price_per_kwh": _price_per_kwh(args),
         "pue": args.pue,
         "country": args.grid,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     return Ask(fixed={name: value for name, value in fixed.items() if value is not None}, **chosen)
+
+
+def _price_per_kwh(args: argparse.Namespace) -> float | None:
+    """Given, or that of the country whose power it is, where it is published."""
+    if args.price_per_kwh is not None or args.grid is None:
+        given: float | None = args.price_per_kwh
+        return given
+    from minga.planner.prices import electricity
+
+    found = electricity(args.grid)
+    return None if found is None else found.value.typical
+
+
+def _count(args: argparse.Namespace, name: str) -> int | None:
+    text = getattr(args, name)
+    return None if text is None else parse_count(text, f"--{name.replace('_', '-')}")

@@ -99,24 +99,27 @@ def moment(text: str, flag: str, now: datetime) -> datetime:
 
 
 def rates_of(args: argparse.Namespace) -> Rates:
-    from minga.planner.cost import PRICE_PER_KWH, PUE, Rates, estimate_watts, measured_watts
-    from minga.runtime import machine
+    from minga.planner.cost import PRICE_PER_KWH, PUE, Rates, measured_watts
 
-    if args.watts is not None:
-        watts = measured_watts(args.watts)
-    else:
-        watts = estimate_watts(
-            cores=machine.cores(),
-            host_cores=os.cpu_count(),
-            cpu_limit=machine.cpu_power_limit(),
-            gpu_limit=machine.gpu_power_limit(),
-        )
     return Rates(
-        watts=watts,
+        watts=watts_of_this_machine() if args.watts is None else measured_watts(args.watts),
         price_per_kwh=PRICE_PER_KWH if args.price_per_kwh is None else args.price_per_kwh,
         machine_price_per_hour=args.machine_price_per_hour or 0.0,
         pue=PUE if args.pue is None else args.pue,
         currency=args.currency,
+    )
+
+
+def watts_of_this_machine() -> Estimate:
+    """What it draws at the wall while it works, by its chips."""
+    from minga.planner.cost import estimate_watts
+    from minga.runtime import machine
+
+    return estimate_watts(
+        cores=machine.cores(),
+        host_cores=os.cpu_count(),
+        cpu_limit=machine.cpu_power_limit(),
+        gpu_limit=machine.gpu_power_limit(),
     )
 
 

@@ -131,8 +131,12 @@ def machine(text: str) -> Machine:
     count = int(outer) * int(inner or 1)
     if not 1 <= count <= MOST_DEVICES:
         raise _no_machine(text)
-    device = find_device(name)
-    per_node = int(inner) if inner else min(count, device.per_node)
+    return of_devices(find_device(name), count, int(inner) if inner else None)
+
+
+def of_devices(device: Device, count: int, per_node: int | None = None) -> Machine:
+    """So many devices; in each node as many as it is usually sold with, unless it is said."""
+    per_node = per_node or min(count, device.per_node)
     return Machine(device, count, per_node, device.network if count > per_node else None)
 
 

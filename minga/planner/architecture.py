@@ -182,7 +182,7 @@ _ALIASES = {
     "hidden_size": ("n_embd", "d_model"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
-    "num_attention_heads": ("n_head", "num_heads", "n_heads"),
+    "num_attention_heads": ("n_head", "num_heads", "n_heads", "attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv", "kv_n_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length", "seq_length"),
     "n_routed_experts": ("num_local_experts", "num_experts", "moe_num_experts"),
@@ -217,7 +217,8 @@ class _Keys:
         """Raises `UserError` where it is missing or no whole number from `least` to `most`. A list says it layer by layer."""
         key, value = self.find(name, default)
         if value is None:
-            raise UserError(f"{name!r} is missing (config.json). a {self.family} model cannot be described without it")
+            names = " or ".join(map(repr, (name, *_ALIASES.get(name, ()))))
+            raise UserError(f"{names} is missing (config.json). a {self.family} model cannot be described without it")
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -662,6 +663,7 @@ FAMILIES: dict[str, _Family] = {
     ),
     "apertus": _with(_ATTENTION_BIAS, gated=False, activation=2, qk_norm="head"),
     "arcee": _with(_LLAMA, gated=False),
+    "biogpt": _with(_GPT2, positions=2),
     "bloom": _Family(tied=True, gated=False, expansion=4, qkv_bias=True, o_bias=True, mlp_bias=True, norm=2, read=_bloom),
     "codegen": _GPTJ,
     "cohere": _with(_COHERE, qk_norm="all", qk_norm_if="use_qk_norm"),
@@ -710,7 +712,9 @@ FAMILIES: dict[str, _Family] = {
     "helium": _Family(qkv_bias="attention_bias", mlp_bias="mlp_bias"),
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": _with(_HUNYUAN, moe="intermediate_size", defaults={"n_shared_experts": 1}),
+    "hy_v3": _with(_HUNYUAN, moe="moe_intermediate_size"),
     "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
     "jais2": _with(_LLAMA, gated=False, norm=2, defaults={"attention_bias": True, "mlp_bias": True}),
     "kimi_k2": _V3,  # DeepSeek-V3's modelling code with another name
     "llama": _LLAMA,
@@ -720,7 +724,7 @@ FAMILIES: dict[str, _Family] = {
     ),
     "minicpm3": _Family(tied=True, mla=True, mlp_bias="mlp_bias"),
     "minimax": _MINIMAX,
-    "minimax_m1": _MINIMAX,
+    "minimax_m1": _MINIMAX,  # the names of the first two in their own repositories; "minimax" is transformers' form
     "minimax_m2": _Family(qk_norm="all", moe="intermediate_size"),
     "minimax_text_01": _MINIMAX,
     "ministral": _MISTRAL,
@@ -738,6 +742,10 @@ FAMILIES: dict[str, _Family] = {
         tied=True, gated=False, qkv_bias="enable_bias", o_bias="enable_bias", mlp_bias="enable_bias", positions=2,
         defaults={"enable_bias": True}, read=_opt,
     ),
+    "persimmon": _Family(
+        gated=False, qkv_bias=True, o_bias=True, mlp_bias=True, norm=2, qk_norm="head", qk_norm_if="use_qk_norm",
+        qk_norm_bias=True, defaults={"use_qk_norm": True},
+    ),
     "phi": _Family(
         gated=False, qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True, norms=1, norm=2, qk_norm="head",
         qk_norm_if="use_qk_norm", qk_norm_bias=True,
@@ -745,6 +753,8 @@ FAMILIES: dict[str, _Family] = {
     "phi3": _MISTRAL,
     "phimoe": _with(_ATTENTION_BIAS, head_bias="lm_head_bias", norm=2, moe="intermediate_size", windows=0),
     "qwen2": _QWEN2,
+    "qwen2_5_vl_text": _QWEN2,
+    "qwen2_vl_text": _QWEN2,
     "qwen2_moe": _with(
         _QWEN2, qkv_bias="attention_bias", moe="moe_intermediate_size", shared_gate=True, defaults={"attention_bias": True}
     ),
@@ -752,6 +762,8 @@ FAMILIES: dict[str, _Family] = {
     "qwen3_moe": _with(_QWEN3, mlp_bias=False, moe="moe_intermediate_size"),
     "qwen3_5_moe_text": _with(_QWEN3_NEXT, moe="moe_intermediate_size", shared_gate=True),
     "qwen3_5_text": _QWEN3_NEXT,
+    "qwen3_vl_moe_text": _with(_QWEN3, mlp_bias=False, moe="moe_intermediate_size"),
+    "qwen3_vl_text": _QWEN3,
     "qwen3_next": _with(_QWEN3_NEXT, moe="moe_intermediate_size", shared_gate=True),
     "seed_oss": _Family(qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias"),
     "smollm3": _with(_LLAMA, tied=True, windows=0, windows_if="use_sliding_window"),
@@ -763,4 +775,7 @@ FAMILIES: dict[str, _Family] = {
         tied=True, gated=False, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", norm=2, windows=0,
         defaults={"use_bias": True},
     ),
+    "vaultgemma": _with(_GEMMA, windows=2),
+    "xglm": _with(_GPT2, positions=None),
+    "youtu": _Family(tied=True, mla=True),
 }  # fmt: skip

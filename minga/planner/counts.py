@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
 
-BYTES = {"float32": 4.0, "float16": 2.0, "bf16": 2.0, "fp8": 1.0}  # of a number in a cache; "int8" has scales besides
+BYTES = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 1}  # of a number in a cache; "int8" has scales besides
 SCALED = 64  # numbers of a row of the int8 cache that share a float16 scale
 
 
@@ -191,7 +191,7 @@ def _passed(block: Block) -> tuple[Shape, ...]:
 
 def _row(attention: Attention, number: str) -> int:
     n = attention.cached
-    return n + 2 * -(-n // SCALED) if number == "int8" else int(n * BYTES[number])
+    return n + 2 * -(-n // SCALED) if number == "int8" else n * BYTES[number]
 
 
 Keys = Callable[

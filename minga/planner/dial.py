@@ -228,9 +228,13 @@ def _best(budget: Budget, speed: MachineSpeed, corpus: Corpus) -> _Run:
     return min(runs, key=lambda run: abs(math.log(run.tokens / run.matmul_parameters / TOKENS_PER_PARAMETER)))
 
 
+def usual_batch(tokens: float) -> float:
+    """Tokens of a step of a run over so many."""
+    return BATCH_TOKENS * (tokens / BATCH_HORIZON) ** BATCH_EXPONENT
+
+
 def _batch_tokens(tokens: float, corpus: Corpus) -> float:
-    batch = BATCH_TOKENS * (tokens / BATCH_HORIZON) ** BATCH_EXPONENT
-    return max(128.0, min(batch, corpus.tokens / 8, tokens))
+    return max(128.0, min(usual_batch(tokens), corpus.tokens / 8, tokens))
 
 
 def _context(batch: float, corpus: Corpus) -> int:

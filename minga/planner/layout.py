@@ -2,9 +2,9 @@
 
     setup = choose_setup(config, machine, precision="bf16", seq_len=4096, fits=lambda setup: ...)
 
-Tensor parallelism stays inside a node, as its traffic cannot hide; pipelines, experts and data ranks go across. Of what is
-tried first, the least spread wins: ties go to fewer pipeline stages and tensor ranks. Memory is somebody else's question,
-`fits`, asked only of set-ups that would be faster than the best one found.
+Tensor parallelism stays inside a node, as its traffic cannot hide; pipelines, experts and data ranks go across. Ties go to
+fewer pipeline stages and tensor ranks. Memory is somebody else's question, `fits`, asked only of set-ups that would be
+faster than the best one found.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from itertools import product
 from minga.config.hardware import Machine
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, Model, architecture_of
-from minga.planner.setup import Setup
+from minga.planner.setup import RECOMPUTE, Setup
 from minga.planner.time import Coefficients, coefficients_of, idle_factor, step_parts, work_of
 
-LEAST_BATCH, MOST_BATCH = (
-    2**19,
-    2**24,
-)  # tokens of a step: GPT-3's smallest models (2005.14165, table 2.1), Llama 3 405B
-RECOMPUTE = ("none", "selective", "full")
+# Tokens of a step: of GPT-3's smallest models (2005.14165, table 2.1), of Llama 3 405B (2407.21783, section 3.4.1).
+LEAST_BATCH, MOST_BATCH = 2**19, 2**24
 MOST_MICRO_BATCH = 64
 
 
@@ -55,6 +52,7 @@ def choose_setup(
     recompute: str | None = None,
     micro_batch: int | None = None,
     optimizer: str = "adamw",
+    master: bool = True,
     lora_rank: int | None = None,
     stored: str = "bf16",
     mtp: bool = True,
@@ -70,8 +68,8 @@ def choose_setup(
     work, known = work_of(arch, seq_len, mtp=mtp), coefficients or coefficients_of(machine.device)
     sequences = max(1, round((batch_tokens or typical_batch(arch, tokens)) / seq_len))
     fixed = Setup(
-        seq_len=seq_len, precision=precision, optimizer=optimizer, lora_rank=lora_rank, stored=stored, mtp=mtp,
-        fused_loss=fused_loss,
+        seq_len=seq_len, precision=precision, optimizer=optimizer, master=master, lora_rank=lora_rank,
+        stored=stored, mtp=mtp, fused_loss=fused_loss,
     )  # fmt: skip
     recomputes = [recompute] if recompute else list(RECOMPUTE)
 

@@ -33,9 +33,10 @@ EIGHT_BIT = 1 + 4 / 256  # a moment in 8 bits, with a float32 for each 256 numbe
 # Of a logit in PyTorch's loss: itself in bf16, its float32 copy and the logarithm of its softmax; in the backward pass the
 # logarithm, its gradient and that in bf16. With several heads the others wait with their logarithm.
 LOGIT_BYTES, WAITING_LOGIT_BYTES = {2: 10, 4: 12}, 4
-CONTEXT_BYTES = (
-    1e9  # a CUDA context with its kernels and the libraries' work space; assumed, it depends on device and driver
-)
+# What feeds products stays in the 8 bits that they read, a float32 for each 128 numbers (DeepSeek-V3, 2412.19437, section
+# 3.3.3); residuals, queries, keys and values stay as they are.
+FED_IN_8_BITS = 1 + 4 / 128
+CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and libraries; assumed, it depends on device and driver
 NCCL_BYTES = 0.4e9  # 340 to 392 MB in NVIDIA's measured tables (ai-dynamo/aiconfigurator)
 GREEN = 0.8  # of 454 runs estimated below this share none went out of memory (Fujii et al. 2024, 2411.06465)
 
@@ -101,8 +102,9 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     weights, gradients, optimizer = (sum(parts) for parts in zip(*(_states(s, *each) for each in states), strict=True))
 
     waiting = min(s.pp - stage, s.accumulate)  # micro-batches between their forward and backward passes
-    kept = sum(x.kept(s.recompute, number) for x in layers) + number * d * last
-    again = max((x.kept("none", number) - x.kept(s.recompute, number) for x in layers), default=0.0)
+    fed = FED_IN_8_BITS if s.precision == "fp8" and s.fed_in_8_bits else number
+    kept = sum(x.kept(s.recompute, number, fed) for x in layers) + number * d * last
+    again = max((x.kept("none", number, fed) - x.kept(s.recompute, number, fed) for x in layers), default=0.0)
     backward = again + number * max((x.widest for x in layers), default=0)
     logits = 0.0
     if last and not s.fused_loss:
@@ -185,20 +187,22 @@ class _Layer(NamedTuple):
     gated: bool
     chosen: int
 
-    def kept(self, recompute: str, number: int) -> float:
-        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax."""
+    def kept(self, recompute: str, number: int, fed: float | None = None) -> float:
+        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax.
+
+        fed: bytes of a number that only feeds a matrix product or the MLP's activation, where it is another.
+        """
         if recompute == "full":
             return number * self.stream
-        values = 2 * self.stream + self.latents + self.projected + self.attended
-        values += (1 + self.gated) * self.hidden + self.chosen * self.stream  # gate and up; what experts are sent
+        wide = (1 + self.gated) * self.hidden + self.chosen * self.stream
+        values, feeding = 2 * self.stream + self.projected + self.attended, self.latents
+        feeding += wide  # gate and up; what experts are sent
         if recompute == "none":
-            values += 2 * self.stream + self.normed  # after norms
-            values += (
-                1 + self.gated
-            ) * self.hidden + self.chosen * self.stream  # after the activation; what experts give
+            feeding += 2 * self.stream + self.normed  # after norms
+            feeding += wide  # after the activation; what experts give
         else:
             values -= self.rebuilt
-        return number * values + 4 * self.heads
+        return number * values + (number if fed is None else fed) * feeding + 4 * self.heads
 
     @property
     def widest(self) -> int:

@@ -15,26 +15,30 @@ from datetime import date
 from typing import Any
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import Device, Machine, of_devices
 from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
 from minga.planner.architecture import Architecture, architecture_of
 from minga.planner.counts import cache_bytes_per_token, count_parameters, training_flops
+from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
-from minga.planner.layout import choose_setup
-from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
+from minga.planner.layout import choose_setup, typical_batch
+from minga.planner.memory import GREEN, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
+from minga.planner.scaling import Option
 from minga.planner.serving import serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
-from minga.planner.words import count, size
+from minga.planner.words import count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
+SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
 LATENCY = 0.02  # seconds one way, between cities
@@ -47,13 +51,14 @@ class Ask:
     """What a plan is asked for, beside model and machine. None: chosen or left out.
 
     tokens: of training (all else about training is ignored without it). fixed: fields of `Setup` that the user has decided.
-    price: USD of a device and hour. utilization: share of the time that a server is busy. speed: tokens/s that each of its users
+    price: USD of a device and hour. watts: what the whole machine draws at the wall, for one that is no row of the table, or that
+    was measured. utilization: share of the time that a server is busy. speed: tokens/s that each of its users
     gets at least. acceptance: share of multi-token prediction's guesses that are right.
     """
 
     tokens: float | None = None
     precision: str | None = None
-    seq_len: int = 4096
+    seq_len: int | None = None
     batch_tokens: float | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     teacher: Architecture | None = None
@@ -68,6 +73,7 @@ class Ask:
     up: float = 20e6 / 8
     down: float = 100e6 / 8
     price: float | None = None
+    watts: Estimate | None = None
     price_per_kwh: float = cost.PRICE_PER_KWH
     pue: float | None = None
     country: str | None = None
@@ -84,6 +90,8 @@ class Ask:
                 raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be 0 or more")
         if self.pue is not None and not 1 <= self.pue <= 10:
             raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            raise UserError(f"acceptance is {self.acceptance} (plan). it is a share, from 0 to 1")
         if not 0 < self.utilization <= 1:
             raise UserError(f"utilization is {self.utilization} (plan). it is a share: above 0 and at most 1")
 
@@ -106,6 +114,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     setup: Setup | None = None
     memory: Memory | None = None  # of a device in training; without training, in serving
+    front: tuple[Option, ...] = ()  # of a model that was chosen: those than which none is both quicker and better
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -171,39 +180,48 @@ def plan(
     if unknown := set(changes) - known:
         raise UserError(f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}")
     ask = replace(ask or Ask(), **changes)
-    name, arch = read_model(model) if isinstance(model, str) else ("", architecture_of(model))
+    name, arch = architecture(model)
     where = machine_named(machine) if isinstance(machine, str) else machine
-    title = f"{name or arch.family} on {_machine_words(where)}"
-    sections, notes = [_model_section(arch, ask)], list(_device_notes(where))
+    title = f"{name} on {machine_words(where)}"
+    sections, notes = [_model_section(arch, where, ask)], list(_device_notes(where))
     setup = memory = None
     if ask.tokens is not None:
         setup, memory, parts, said = _training(arch, where, ask)
         sections += parts
         notes += said
+    options = serving_options(arch, where, ask, notes)
     try:
-        serving = serve_estimate(arch, where, **_serving_options(arch, where, ask))
+        serving = serve_estimate(arch, where, **options)
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         memory = memory or serving.memory
     except UserError as error:
         notes.append(f"serving: {error}")
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
-    return Plan(title, arch, where, tuple(sections), tuple(notes), setup, memory)
+    return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory)
+
+
+def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
+    """A short name, and the model."""
+    if isinstance(model, str):
+        return read_model(model)
+    arch = architecture_of(model)
+    return arch.family, arch
 
 
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def _model_section(a: Architecture, ask: Ask) -> Section:
-    counts = count_parameters(a)
+def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
+    counts, seq_len = count_parameters(a), _seq_len(ask, machine)
     inputs = {"layers": a.num_layers, "hidden_size": a.hidden_size, "vocab_size": a.vocab_size, "family": a.family}
     parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
     source = "exact: sum over the matrices of the config"
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
     lora = ask.fixed.get("lora_rank") is not None
     recompute = ask.fixed.get("recompute") or "none"
-    flops = training_flops(a, ask.seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
-    square = training_flops(a, ask.seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
     what = "forward 2 x active matrices + attention over a causal sequence; backward twice that"
     if lora:
         what = "forward, and backward through frozen weights: 2 x forward + the low-rank pairs"
@@ -220,10 +238,10 @@ def _model_section(a: Architecture, ask: Ask) -> Section:
             "flops_per_token",
             flops,
             "FLOP",
-            f"training a token of {ask.seq_len:,}",
+            f"training a token of {seq_len:,}",
             what,
             {
-                "seq_len": ask.seq_len,
+                "seq_len": seq_len,
                 "mtp": mtp,
                 "recompute": recompute,
                 "six_n": 6 * counts.active,
@@ -247,28 +265,79 @@ def _model_section(a: Architecture, ask: Ask) -> Section:
 # ---------------------------------------------------------------------------------------------- training
 
 
+def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
+    """The fastest set-up that fits into memory with room to spare; else that just fits. Raises `UserError` if there is none.
+
+    Without other wishes a processor trains as `minga train` does: Muon, no copy of the weights, small batches.
+    """
+    device, at_hand = machine.device, machine.device.kind == "cpu"
+    batch, fixed = ask.batch_tokens, dict(ask.fixed)
+    tokens, seq_len = ask.tokens or 20.0 * count_parameters(a).active, _seq_len(ask, machine)
+    if batch is None:
+        batch = usual_batch(tokens) if at_hand else typical_batch(a, tokens)
+        batch = min(batch, max(seq_len, tokens / LEAST_STEPS))
+    if at_hand:
+        fixed = {"optimizer": "muon", "fused_loss": True, "master": False} | fixed
+    precision = ask.precision or ("int8" if at_hand and "int8" in device.flops else _precision(device))
+
+    def chosen(*verdicts: str) -> Setup:
+        return choose_setup(
+            a,
+            machine,
+            precision=precision,
+            seq_len=seq_len,
+            batch_tokens=batch,
+            fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
+            coefficients=ask.coefficients,
+            **fixed,
+        )
+
+    try:
+        return chosen("green")
+    except UserError:
+        return chosen("green", "amber")
+
+
+def what_would(a: Architecture, machine: Machine, ask: Ask) -> list[str]:
+    """Up to three changes with which a training that does not fit does, each in words; what changes least comes first."""
+    devices = [of_devices(machine.device, machine.count * 2**n, machine.per_node) for n in range(1, 15)]
+    changes: list[tuple[str, Machine, dict[str, Any]]] = [
+        ("8-bit optimizer states (--optimizer adamw8bit)", machine, {"optimizer": "adamw8bit"}),
+        ("LoRA (--lora 16)", machine, {"lora_rank": 16}),
+        ("LoRA over int4 weights (--lora 16 --stored int4)", machine, {"lora_rank": 16, "stored": "int4"}),
+        *((f"{each.count:,} devices", each, {}) for each in devices if each.nodes == 1 or each.network),
+    ]
+    found: list[str] = []
+    for words, where, change in changes:
+        if len(found) == 3 or (found and found[-1].endswith("devices")):
+            break
+        if change.keys() & ask.fixed.keys():
+            continue
+        try:
+            lay_out(a, where, replace(ask, fixed={**ask.fixed, **change}))
+        except UserError:
+            continue
+        found.append(words)
+    return found
+
+
 def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memory, list[Section], list[str]]:
     assert ask.tokens is not None
     device, notes = machine.device, []
-    precision = ask.precision or _precision(device)
-    if precision == "fp8" and "fp8" not in device.flops:
+    try:
+        setup = lay_out(a, machine, ask)
+    except UserError as error:
+        ways = what_would(a, machine, ask)
+        raise UserError(
+            f"{str(error).split('). ')[0]}). what would: {'; '.join(ways)}" if ways else str(error)
+        ) from None
+    if setup.precision == "fp8" and "fp8" not in device.flops:
         notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
-    setup = choose_setup(
-        a,
-        machine,
-        precision=precision,
-        seq_len=ask.seq_len,
-        tokens=ask.tokens,
-        batch_tokens=ask.batch_tokens,
-        fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) == "green",
-        coefficients=ask.coefficients,
-        **ask.fixed,
-    )
     memory = training_memory(a, setup)
     run = run_time(a, setup, machine, ask.tokens, coefficients=ask.coefficients)
     per_token = training_flops(
         a,
-        ask.seq_len,
+        setup.seq_len,
         mtp=bool(a.mtp) and setup.mtp,
         lora=setup.lora_rank is not None,
         teacher=ask.teacher,
@@ -297,8 +366,10 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     ]
     drawing = tuple(memory_bar(parts, device.memory))
     if fits != "green":
-        ways = "; ".join(words for _, words in ways_to_fit(a, setup, device.memory))
-        notes.append(f"memory is {fits}: {ways or 'no change makes it fit'}")
+        better = "; or ".join(words for _, words in ways_to_fit(a, setup, GREEN * device.memory))
+        notes.append(
+            f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
+        )
     sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
     sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
     return setup, memory, sections, notes
@@ -352,15 +423,24 @@ def _training_facts(
         {"flops_per_second": rate, "peak": peak},
         f"peak: {device.sources.get('flops', 'measured')}",
     )
-    lost = "a step's seconds x steps, and what runs lose to restarts, evaluation, checkpoints"
+    inputs = {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices}
+    yield Fact(
+        "train.step_hours",
+        run.computing,
+        "",
+        "device-hours of the steps alone",
+        "a step's seconds x steps x devices: what a report means that gives hours for a number of tokens, as DeepSeek-V3's",
+        inputs,
+        fitted,
+    )
     yield Fact(
         "train.gpu_hours",
         run.gpu_hours,
-        "device-hours",
-        "device-hours",
-        lost,
-        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
-        f"{fitted}; losses: published runs (benchmarks/published/runs.csv)",
+        "",
+        "device-hours, as runs are billed",
+        "the steps', x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
+        {"step_hours": run.computing},
+        "published runs: benchmarks/published/runs.csv, docs/plan.md",
     )
     yield Fact(
         "train.days",
@@ -378,16 +458,19 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
     kwh = None
-    if device.watts is not None:
-        watts = cost.training_watts(device.watts)
-        kwh = cost.energy(hours, watts, pue=pue)
+    if ask.watts is not None or device.watts is not None:
+        if ask.watts is not None:
+            watts, node = ask.watts / machine.count, Estimate.exactly(1.0)
+        else:
+            watts, node = cost.training_watts(device.watts or 0.0), cost.NODE_OVERHEAD
+        kwh = cost.energy(hours, watts, overhead=node, pue=pue)
         yield Fact(
             "energy_kwh",
             kwh,
             "kWh",
             "energy",
             "device-hours x power of a device x rest of the node x PUE",
-            {"device_hours": hours, "watts": watts, "node": cost.NODE_OVERHEAD, "pue": pue},
+            {"device_hours": hours, "watts": watts, "node": node, "pue": pue},
             "OLMo 3 (2605.01158) and BLOOM (2211.02001) for power; PUE: Uptime Institute 2024",
         )
         where = find_grid(ask.country)
@@ -400,7 +483,7 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
             {"kwh": kwh, "grams_per_kwh": where.grams, "year": where.year},
             where.source,
         )
-    price, said = _price(device, ask, notes)
+    price, said = device_price(device, ask, notes)
     if price is not None:
         final = cost.rent(hours, price)
         yield Fact(
@@ -434,7 +517,7 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     yield Fact("money.currency", "USD")
 
 
-def _price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:
+def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:
     """USD of a device-hour, and who says so."""
     if ask.price is not None:
         return Estimate.exactly(ask.price), "given"
@@ -451,7 +534,8 @@ def _price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None,
 # ---------------------------------------------------------------------------------------------- serving
 
 
-def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
+def serving_options(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> dict[str, Any]:
+    """What `serve_estimate` is asked. notes: what is to be said of the price goes there."""
     device = machine.device
     guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
     return {
@@ -462,7 +546,7 @@ def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, A
         "cache": ask.cache,
         "target": ask.speed,
         "acceptance": guesses or None,
-        "price": _price(device, ask, [])[0],
+        "price": device_price(device, ask, notes)[0],
     }
 
 
@@ -472,19 +556,10 @@ def _serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, A
 def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     """The machine is a peer; each computes a step of half a million tokens of its own."""
     assert ask.peers is not None
-    setup = choose_setup(
-        a,
-        machine,
-        precision=ask.precision or _precision(machine.device),
-        seq_len=ask.seq_len,
-        batch_tokens=POOL_BATCH,
-        fits=lambda setup: verdict(training_memory(a, setup).total, machine.device.memory) == "green",
-        coefficients=ask.coefficients,
-        **ask.fixed,
-    )
+    setup = lay_out(a, machine, replace(ask, batch_tokens=ask.batch_tokens or POOL_BATCH))
     step = step_time(a, setup, machine, coefficients=ask.coefficients)
     facts = [
-        Fact("pool.peers", ask.peers, "", f"peers, each {_machine_words(machine)}", "given"),
+        Fact("pool.peers", ask.peers, "", f"peers, each {machine_words(machine)}", "given"),
         Fact(
             "pool.step_seconds",
             step.total,
@@ -500,14 +575,15 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
         )
         words = f"{name}, every {method.every} steps" if method.every > 1 else f"{name}, every step"
         inputs = {"H": method.every, "bytes_a_number": method.number, "up": ask.up, "down": ask.down}
+        waits = "waiting / (waiting + computing)"
         facts += [
             Fact(f"pool.{name}.bytes_up", found.bytes_up, "bytes", "", "parameters x bytes a number", inputs, method.source),
             Fact(f"pool.{name}.step_up", found.step_up, "bytes", f"{words}: bytes a step", "bytes / H", inputs, method.source),
             Fact(f"pool.{name}.needed_up", found.needed_up, "bytes/s", "  uplink that loses 5 %", "", inputs, method.source),
-            Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", "waiting / (waiting + computing)", inputs, method.source),
+            Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", waits, inputs, method.source),
         ]  # fmt: skip
     drawing = []
-    rate = step.tokens_per_second.typical * training_flops(a, ask.seq_len, mtp=setup.mtp) / machine.count
+    rate = step.tokens_per_second.typical * training_flops(a, setup.seq_len, mtp=setup.mtp) / machine.count
     for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
         drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
@@ -520,16 +596,12 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
 # ---------------------------------------------------------------------------------------------- words
 
 
+def _seq_len(ask: Ask, machine: Machine) -> int:
+    return ask.seq_len or (OWN_SEQ_LEN if machine.device.kind == "cpu" else SEQ_LEN)
+
+
 def _precision(device: Device) -> str:
     return "bf16" if {"bf16", "fp16"} & device.flops.keys() else "float32"
-
-
-def _machine_words(machine: Machine) -> str:
-    name = machine.device.name
-    if machine.count == 1:
-        return name
-    nodes = f" ({machine.nodes:,} nodes of {machine.per_node})" if machine.nodes > 1 else ""
-    return f"{machine.count:,} x {name}{nodes}"
 
 
 def _device_notes(machine: Machine) -> Iterator[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from minga.config.hardware import Machine
+from minga.planner.estimate import Estimate
+
 _COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " B"), (1e6, " M"))
 _SIZES = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
@@ -55,6 +58,7 @@ _WORDS: dict[str, Callable[[float], str]] = {
     "FLOP/s": lambda value: _operations(value) + "/s",
     "s": duration,
     "h": lambda value: duration(3600 * value),
+    "days": lambda value: duration(86400 * value),
     "share": lambda value: f"{100 * value:.3g} %",
     "USD": money,
 }
@@ -74,3 +78,18 @@ def between(low: float, high: float, unit: str) -> str:
     elif first[2] == last[2]:
         a = first[0]
     return f"{a} - {b}"
+
+
+def spread(value: Estimate, unit: str = "") -> str:
+    """The typical value, and in brackets the range, where there is one."""
+    if value.low == value.high:
+        return in_unit(value.typical, unit)
+    return f"{in_unit(value.typical, unit)} ({between(value.low, value.high, unit)})"
+
+
+def machine_words(machine: Machine) -> str:
+    name = machine.device.name
+    if machine.count == 1:
+        return name
+    nodes = f" ({machine.nodes:,} nodes of {machine.per_node})" if machine.nodes > 1 else ""
+    return f"{machine.count:,} x {name}{nodes}"

@@ -1,6 +1,6 @@
 """Measures what the planner needs to know of this machine: its products, its memory, and a few short training steps.
 
-    calibrate()           # a minute or two; kept in the user's configuration, and found there by `minga.recipes.here`
+calibrate()           # a minute or two; kept in the user's configuration, and found there by `minga.recipes.here`
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ def _stored(name: str, cores: int) -> tuple[Machine, Coefficients] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is no calibration of this version: {error!r}. measure again: minga plan --calibrate") from None
+        raise UserError(
+            f"{path} is no calibration of this version: {error!r}. measure again: minga plan --calibrate"
+        ) from None
 
 
 def _best(work: Any) -> float:

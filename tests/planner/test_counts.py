@@ -190,10 +190,10 @@ def test_guesses_gain_more_where_no_experts_wake():
     assert speculation_limit(dense, 0.0) < 1
 
 
-# Configs: the config.json of that name on Hugging Face, keys without influence left out. Totals: the parameters that its
-# page counts in the safetensors files (a second copy of a tied head, MTP modules, correction biases, scales and vision
-# towers taken off), or the rounded number of its card; `active` as the card or paper has it, of which some leave out one
-# or both tables. Read 2026-11-25.
+# Configs: the config.json of that name on Hugging Face, keys without influence left out. Totals by source: "files", the
+# parameters in the published files as their pages and indexes count them (a second copy of a tied head, MTP modules and
+# correction biases taken off), looked up 2026-11-25; "card", the rounded number of the model's card or paper; "counted",
+# by transformers' own class, not by others: kept so that it stays. active: of the card or paper; some leave out tables.
 PUBLISHED = [json.loads(line) for line in (Path(__file__).parent / "published_models.jsonl").read_text().splitlines()]
 BY_NAME = {row["model"]: row["config"] for row in PUBLISHED}
 
@@ -201,16 +201,14 @@ BY_NAME = {row["model"]: row["config"] for row in PUBLISHED}
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row["model"])
 def test_published_parameters(row):
     counts, arch = count_parameters(row["config"]), architecture_of(row["config"])
-    assert counts.total == pytest.approx(row["total"], rel=1e-3)
-    if row["total"] % 1_000_000:  # not rounded: to the last digit
-        assert counts.total == row["total"]
+    assert counts.total == pytest.approx(row["total"], rel=1e-3 if row["source"] == "card" else 0)
     if "active" in row:
         left_out = row["tables_left_out"] * arch.vocab_size * arch.hidden_size
         assert counts.active - left_out == pytest.approx(row["active"], rel=0.025)  # cards round, mostly down
 
 
 def test_published_parameters_are_many():
-    assert len(PUBLISHED) >= 70
+    assert Counter(row["source"] for row in PUBLISHED) == {"files": 46, "card": 3, "counted": 27}
     assert len({row["config"]["model_type"] for row in PUBLISHED}) >= 35
 
 
