@@ -60,18 +60,18 @@ KINDS = {  # of a step's parts, by what the device is busy with
     "data": "network",
     "bubble": "pipeline idle",
 }
-TILES = (  # a fact, and what it is called where its label says too much or too little for a tile
-    ("params.total", ""),
-    ("params.active", ""),
+TILES = (  # a fact, and what it is called where its label says too much or too little for a tile (None: its label)
+    ("params.total", None),
+    ("params.active", None),
     ("scaling.loss", "loss, predicted (nats a token)"),
     ("train.tokens", "tokens to train on"),
     ("train.days", "time to train"),
-    ("train.gpu_hours", " "),
+    ("train.gpu_hours", ""),
     ("money.final_run", "rent of the run"),
     ("energy_kwh", "energy"),
-    ("carbon_kg", ""),
+    ("carbon_kg", None),
     ("train.tokens_per_second", "read in training"),
-    ("train.mfu", ""),
+    ("train.mfu", None),
     ("serve.prefill.tokens_per_second", "of prompts, in serving"),
     ("serve.decode.tokens_per_second", "written in serving"),
     ("serve.per_user", "written for one user"),
@@ -109,7 +109,7 @@ def _tiles(plan: Plan) -> Iterator[tuple[str, ...]]:
     facts = {fact.name: fact for fact in plan.facts}
     for name, label in TILES:
         if (fact := facts.get(name)) is not None:
-            label = label or fact.label
+            label = fact.label if label is None else label
             if fact.unit in LONG_UNITS:  # a tile is narrow
                 fact, label = replace(fact, unit=""), f"{fact.unit} {label}".rstrip()
             yield (label, *cells(fact))
