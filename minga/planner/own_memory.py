@@ -17,15 +17,16 @@ from minga.planner.counts import cache_bytes_per_token, count_parameters
 from minga.planner.memory import EIGHT_BIT, WEIGHT_BYTES, Memory
 
 TRAIN_PROCESS = 421e6  # Python, torch and all that a run imports
-SERVE_PROCESS = 306e6  # the same of a server, which imports less
+SERVE_PROCESS = 306e6  # the same of a server, which imports less, after its first request
+FIRST_REQUEST = 24e6  # of that: not there yet while the model is opened
 SAMPLE = 23e6  # the engine that writes a few lines at an evaluation
-HOLES = 0.2  # between tensors that live for different times: 0 to 0.3 of the heap at 2,048 to 8,192 tokens
+HOLES = 0.2  # of the heap, between tensors that live for different times: 0 to 0.3 in training, 0 to 0.6 as weights are rounded
 OWN_PAGES = 32 * 2**20  # bytes from which a tensor has pages of its own and gives them back (REUSED in kernels.cpp)
 LOSS_CHUNK = 2**22  # logits in memory at a time (kernels/cross_entropy.py)
 PACKED = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 4}  # bytes of a number as the kernels pack it for a product
 PREFILL = 512  # tokens of all prompts that the engine reads at once (engine/runner.py)
 PAGE = 64  # tokens of the cache that are handed out together
-ROUNDING = 3.5  # float32 copies of a matrix while it is rounded
+ROUNDING = 3.0  # float32 copies of a matrix while it is rounded
 
 
 def own_training_memory(config: TrainConfig, *, mtp: bool = True) -> Memory:
@@ -88,7 +89,12 @@ def own_serving_memory(
     else:
         rounded = WEIGHT_BYTES[quant] * total
         weights = rounded * 17 / 16 + 4 * 2**20  # in one piece with large pages
-        opening = float_file + stacked + rounded + ROUNDING * 4 * _largest_matrix(c)
+        opening = float_file + stacked + rounded + ROUNDING * 4 * _largest_matrix(c) - FIRST_REQUEST
+        piece = (
+            4.0 * c.n_routed_experts * c.hidden_size * c.moe_intermediate_size
+        )  # downs; gates and ups take two of it
+        heap = rounded + stacked * ((piece < OWN_PAGES) / 3 + (2 * piece < OWN_PAGES) * 2 / 3)
+        opening += HOLES * heap
     kept = max(64e6, 4.0 * c.max_position_embeddings * row) if prefix_memory is None else prefix_memory
     pages = -(-context // PAGE) * PAGE * row * min(running, max_running)
     stays = min(kept, pages)  # of the requests before
