@@ -114,7 +114,7 @@ def test_headline_numbers(v3_plan, tmp_path):
     facts = {fact.name: fact for fact in v3_plan.facts}
     assert tiles["time to train"] == cells(facts["train.days"])
     assert tiles["rent of the run"] == cells(facts["money.final_run"])
-    assert tiles["device-hours"] == cells(replace(facts["train.gpu_hours"], unit=""))
+    assert tiles["tokens/s read in training"] == cells(replace(facts["train.tokens_per_second"], unit=""))
     value, small = tiles["memory of a device in training"]
     assert value == cells(facts["memory.device_bytes"])[0] and small.endswith(v3_plan.value("memory.verdict"))
 
