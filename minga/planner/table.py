@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from minga.planner.words import between, in_unit, number, size
 if TYPE_CHECKING:
     from minga.planner.plan import Plan
 
-BAR = 56
+BAR, TEXT = 56, 64  # characters of a bar of memory, and of a line of words
 _SHADES = "█▓▒░▚╱·"
 
 
@@ -30,13 +31,15 @@ def table(plan: Plan) -> str:
         middle = max(
             (len(value) for fact, (value, _) in zip(facts, written, strict=True) if _is_number(fact)), default=0
         )
-        lines += [
-            f"  {fact.label:{wide}}  {value:{'>' if _is_number(fact) else '<'}{middle}}  {spread}".rstrip()
-            for fact, (value, spread) in zip(facts, written, strict=True)
-        ]
+        for fact, (value, spread) in zip(facts, written, strict=True):
+            first, *more = [f"{value:>{middle}}  {spread}"] if _is_number(fact) else textwrap.wrap(value, TEXT) or [""]
+            lines.append(f"  {fact.label:{wide}}  {first}".rstrip())
+            lines += [f"  {'':{wide}}  {line}" for line in more]
         lines += [f"  {line}" for line in section.drawing]
     if plan.notes:
-        lines += ["", *(f"! {note}" for note in plan.notes)]
+        lines.append("")
+    for note in plan.notes:
+        lines += textwrap.wrap(note, 110, initial_indent="! ", subsequent_indent="  ", break_long_words=False)
     return "\n".join(lines)
 
 
