@@ -60,24 +60,23 @@ KINDS = {  # of a step's parts, by what the device is busy with
     "data": "network",
     "bubble": "pipeline idle",
 }
-TILES = (  # a fact, and what it is called where its label says too much or too little for a tile
-    ("params.total", ""),
-    ("params.active", ""),
+TILES = (  # a fact, and what it is called where its label says too much or too little for a tile (None: its label)
+    ("params.total", None),
+    ("params.active", None),
     ("scaling.loss", "loss, predicted (nats a token)"),
     ("train.tokens", "tokens to train on"),
     ("train.days", "time to train"),
-    ("train.gpu_hours", " "),
+    ("train.gpu_hours", None),
     ("money.final_run", "rent of the run"),
     ("energy_kwh", "energy"),
-    ("carbon_kg", ""),
+    ("carbon_kg", None),
     ("train.tokens_per_second", "read in training"),
-    ("train.mfu", ""),
+    ("train.mfu", None),
     ("serve.prefill.tokens_per_second", "of prompts, in serving"),
     ("serve.decode.tokens_per_second", "written in serving"),
     ("serve.per_user", "written for one user"),
     ("serve.cost_per_million.blended", "a million tokens served"),
 )
-LONG_UNITS = ("tokens/s", "device-hours")
 PICTURED = {"memory.device_bytes", "best.model"}  # the text drawings of their sections are figures here
 TIMES = (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0))
 BAR, MARKS = 46, 34  # height of a stacked bar, and of the marks above it
@@ -109,9 +108,9 @@ def _tiles(plan: Plan) -> Iterator[tuple[str, ...]]:
     facts = {fact.name: fact for fact in plan.facts}
     for name, label in TILES:
         if (fact := facts.get(name)) is not None:
-            label = label or fact.label
-            if fact.unit in LONG_UNITS:  # a tile is narrow
-                fact, label = replace(fact, unit=""), f"{fact.unit} {label}".rstrip()
+            label = fact.label if label is None else label
+            if fact.unit == "tokens/s":  # a tile is narrow
+                fact, label = replace(fact, unit=""), f"tokens/s {label}"
             yield (label, *cells(fact))
         if name == "train.gpu_hours" and plan.memory is not None:
             available = plan.machine.device.memory
@@ -175,7 +174,7 @@ def _step(plan: Plan) -> str:
         return ""
     parts = [(name, KINDS.get(name, name), value) for name, value in fact.inputs.items() if name != "tokens"]
     value, spread = cells(fact)
-    return _stack(f"Time of {fact.label}", parts, "s", f"{value}, {spread}")
+    return _stack(f"Time of {fact.label}", parts, "s", f"{value} ({spread})" if spread else value)
 
 
 def _stack(
@@ -211,7 +210,7 @@ def _stack(
         )
     keys = "".join(
         f'<li class="{_colour(kinds, kind)}">{escape(kind)} '
-        f"<span><b>{in_unit(value, unit)}</b> {in_unit(value / total, 'share')}</span></li>"
+        f"<span><b>{in_unit(value, unit)}</b> {_percent(value / total)}</span></li>"
         for kind, value in sums.items()
     )
     spoken = ", ".join(f"{kind} {in_unit(value, unit)}" for kind, value in sums.items())
@@ -222,6 +221,10 @@ def _stack(
         height=top + BAR + 8,
         below=f'<ul class="parts">{keys}</ul><p class="note">{escape(said)}</p>',
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "&lt; 1 %"
 
 
 def _colour(kinds: Sequence[str], kind: str) -> str:
