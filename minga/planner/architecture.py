@@ -675,17 +675,21 @@ def _compressions(k: _Keys, layers: int) -> list[tuple[str, int]]:
     """
     named, ratios = k.each("layer_types", layers), k.each("compress_ratios", layers)
     if named is None and ratios is None:
-        raise UserError("'compress_ratios' is missing (config.json). a deepseek_v4 model cannot be described without it")
+        raise UserError(
+            "'compress_ratios' is missing (config.json). a deepseek_v4 model cannot be described without it"
+        )
     kinds: list[Any] = named or []
     if named is None:
         for ratio in k.numbers("compress_ratios") or ():
             if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio not in _RATIOS:
-                raise UserError(f"a ratio of {ratio!r:.60} is not known (compress_ratios). known: {', '.join(map(str, _RATIOS))}")
+                raise UserError(
+                    f"a ratio of {ratio!r:.60} is not known (compress_ratios). known: {', '.join(map(str, _RATIOS))}"
+                )
             kinds.append(_RATIOS[ratio])
     rates = k.part("compress_rates")
     known = {kind: ratio and rates.size(kind, ratio) for ratio, kind in _RATIOS.items()}
     for kind in kinds:
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise UserError(f"a layer of type {kind!r:.60} is not known (layer_types). known: {', '.join(known)}")
     all_layers = layers + k.size("num_nextn_predict_layers", 0, least=0, most=MAX_LAYERS)
     kinds = [*kinds, *[_RATIOS[0]] * all_layers][:all_layers]
@@ -697,7 +701,9 @@ def _shared_key(k: _Keys, D: int, kind: str, ratio: int) -> Attention:
     H, K, query = k.size("num_attention_heads"), k.size("head_dim"), k.size("q_lora_rank")
     groups, rank = k.size("o_groups"), k.size("o_lora_rank")
     if H % groups:
-        raise UserError(f"o_groups {groups} does not divide num_attention_heads {H} (config.json). groups must be equal")
+        raise UserError(
+            f"o_groups {groups} does not divide num_attention_heads {H} (config.json). groups must be equal"
+        )
     x = Attention(
         heads=H,
         kv_heads=1,

@@ -118,7 +118,6 @@ def forward_flops(model: Model, context: float, *, absorbed: bool = False, mtp: 
     and values; its projections cost the same. `mtp`: with the MTP modules, each of which runs the head once more.
     """
 
-
     def keys(limit: float, _: bool, ratio: int) -> float:
         return min(context if ratio == 1 else context // ratio, limit)
 

@@ -316,6 +316,7 @@ def test_the_text_part_of_a_multimodal_config() -> None:
         ("deepseek_v4", {**_V4, "compress_ratios": [0, 0, 4, 16, 4]}, "16"),
         ("deepseek_v4", {**_V4, "compress_ratios": [0, 0, 4]}, "compress_ratios"),
         ("deepseek_v4", {**_V4, "layer_types": ["full_attention"] * 5}, "full_attention"),
+        ("deepseek_v4", {**_V4, "layer_types": [["full_attention"]] * 5}, "layer_types"),
         ("deepseek_v4", {**_V4, "compress_ratios": [0] * 5, "o_groups": 4}, "o_groups"),
         ("deepseek_v4", {**_V4, "compress_ratios": [0] * 5, "n_shared_experts": 2}, "n_shared_experts"),
     ],
