@@ -18,7 +18,7 @@ from minga.planner.counts import cache_bytes, count_parameters, training_flops
 from minga.planner.dial import TOKENS_PER_PARAMETER
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import WEIGHT_BYTES
-from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serving_options
+from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serve
 from minga.planner.scaling import (
     Option,
     best_for_compute,
@@ -30,7 +30,6 @@ from minga.planner.scaling import (
     model_for,
     models,
 )
-from minga.planner.serving import serve_estimate
 from minga.planner.time import run_time
 from minga.planner.words import count, duration, size
 
@@ -246,7 +245,7 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         machine = of_devices(device, number)
         try:
             if ask.tokens is None:
-                serve_estimate(model, machine, **serving_options(model, machine, ask, []))
+                serve(model, machine, ask, [])
                 yield Fitting(machine, price * number, None, None)
                 return
             setup = lay_out(model, machine, ask)

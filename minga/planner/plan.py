@@ -30,7 +30,7 @@ from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
 from minga.planner.scaling import Option
-from minga.planner.serving import serve_estimate
+from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
@@ -39,6 +39,7 @@ from minga.planner.words import count, machine_words, size
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
+USER_SPEED = 20.0  # tokens/s; DeepSeek gives its users 20 to 22 (open-infra-index, day 6)
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
 LATENCY = 0.02  # seconds one way, between cities
@@ -190,9 +191,8 @@ def plan(
         setup, memory, parts, said = _training(arch, where, ask)
         sections += parts
         notes += said
-    options = serving_options(arch, where, ask, notes)
     try:
-        serving = serve_estimate(arch, where, **options)
+        serving = serve(arch, where, ask, notes)
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         memory = memory or serving.memory
     except UserError as error:
@@ -536,7 +536,7 @@ def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate |
 
 
 def serving_options(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> dict[str, Any]:
-    """What `serve_estimate` is asked. notes: what is to be said of the price goes there."""
+    """What `serve_estimate` is asked, but for the users' speed. notes: what is to be said of the price goes there."""
     device = machine.device
     guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
     return {
@@ -545,10 +545,23 @@ def serving_options(a: Architecture, machine: Machine, ask: Ask, notes: list[str
         "output_tokens": ask.output,
         "weights": ask.weights or ("fp8" if "fp8" in device.flops else "bf16" if "bf16" in device.flops else "int8"),
         "cache": ask.cache,
-        "target": ask.speed,
         "acceptance": guesses or None,
         "price": device_price(device, ask, notes)[0],
     }
+
+
+def serve(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> Serving:
+    """What the machine serves: to users who each get `ask.speed`, without a wish `USER_SPEED` where the machine can.
+
+    Raises `UserError` for what does not fit.
+    """
+    options = serving_options(a, machine, ask, notes)
+    try:
+        return serve_estimate(a, machine, target=ask.speed or USER_SPEED, **options)
+    except UserError:
+        if ask.speed is not None:
+            raise
+        return serve_estimate(a, machine, **options)
 
 
 # ---------------------------------------------------------------------------------------------- a pool

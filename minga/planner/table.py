@@ -13,7 +13,7 @@ from minga.planner.words import between, in_unit, number, size
 if TYPE_CHECKING:
     from minga.planner.plan import Plan
 
-BAR, TEXT = 56, 64  # characters of a bar of memory, and of a line of words
+BAR, TEXT, NOTE = 56, 64, 110  # characters of a bar of memory, of a line of words, and of a note
 _SHADES = "█▓▒░▚╱·"
 
 
@@ -32,14 +32,16 @@ def table(plan: Plan) -> str:
             (len(value) for fact, (value, _) in zip(facts, written, strict=True) if _is_number(fact)), default=0
         )
         for fact, (value, spread) in zip(facts, written, strict=True):
-            first, *more = [f"{value:>{middle}}  {spread}"] if _is_number(fact) else textwrap.wrap(value, TEXT) or [""]
+            first, *more = [f"{value:>{middle}}  {spread}"] if _is_number(fact) else _lines(value, TEXT)
             lines.append(f"  {fact.label:{wide}}  {first}".rstrip())
             lines += [f"  {'':{wide}}  {line}" for line in more]
         lines += [f"  {line}" for line in section.drawing]
     if plan.notes:
         lines.append("")
     for note in plan.notes:
-        lines += textwrap.wrap(note, 110, initial_indent="! ", subsequent_indent="  ", break_long_words=False)
+        lines += textwrap.wrap(
+            note, 110, initial_indent="! ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
@@ -134,3 +136,7 @@ def _wrapped(parts: Iterable[str], width: int = 100) -> list[str]:
             lines.append("")
         lines[-1] += ("   " if lines[-1] else "") + part
     return lines
+
+
+def _lines(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]

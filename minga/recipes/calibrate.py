@@ -40,7 +40,9 @@ def calibrate(*, seconds: float = SECONDS, note: Callable[[str], None] = lambda 
     card = runtime.nvidia_card() if torch.cuda.is_available() else None
     name, cores = card or runtime.cpu()[0] or "CPU", runtime.cores()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * cores:
-        note("this machine is busy with other work: what is measured now will be too slow. better measure again when it is idle")
+        note(
+            "this machine is busy with other work: what is measured now will be too slow. better measure again when it is idle"
+        )
     device = find_device(card) if card else measured_cpu(name, cores)
     machine, precision = Machine(device), "bf16" if card else "int8" if "int8" in device.flops else "float32"
     note(f"{device.name}: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {kind}" for kind, rate in device.flops.items()))
