@@ -18,7 +18,7 @@ from minga.errors import UserError
 from minga.planner.cost import rent
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import GREEN, Memory, verdict
-from minga.planner.plan import Plan, device_price, lay_out, serving_options
+from minga.planner.plan import Plan, device_price, lay_out, serve, serving_options
 from minga.planner.scaling import Option
 from minga.planner.serving import serve_estimate
 from minga.planner.table import cells, input_words
@@ -412,15 +412,13 @@ def _serving(plan: Plan) -> Iterator[str]:
     batch = next((fact for fact in plan.facts if fact.name == "serve.batch"), None)
     if batch is None:
         return
-    options = serving_options(plan.model, plan.machine, plan.ask, [])
-    served = serve_estimate(plan.model, plan.machine, **options)
+    served = serve(plan.model, plan.machine, plan.ask, [])
     yield _memory("serving", served.memory, plan.machine.device.memory)
     fits = int(batch.inputs.get("fit", served.decode.batch))
     sizes = sorted({4**n for n in range(fits.bit_length() // 2 + 1) if 4**n <= fits} | {fits, served.decode.batch})
     if len(sizes) < 2:
         return
-    held = options | {
-        "target": None,
+    held = serving_options(plan.model, plan.machine, plan.ask, []) | {
         "devices": served.decode.devices,
         "parallel": None if served.decode.parallel == "one" else served.decode.parallel,
     }
