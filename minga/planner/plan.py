@@ -39,6 +39,8 @@ from minga.planner.words import count, machine_words, size
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
+ACCOUNTING = "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)"
+SERVED = "weights of a copy, and the cache of its sequences"
 USER_SPEED = 20.0  # tokens/s; DeepSeek gives its users 20 to 22 (open-infra-index, day 6)
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
@@ -194,9 +196,11 @@ def plan(
     try:
         serving = serve(arch, where, ask, notes)
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
-        memory = memory or serving.memory
+        if memory is None:
+            memory = serving.memory
+            sections.append(_memory_section(memory, where.device, "serving", SERVED))
     except UserError as error:
-        notes.append(f"serving: {error}")
+        notes.append(str(error))
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
     return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory, ask=ask)
@@ -345,35 +349,34 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     )
     training = Section("training", tuple(_training_facts(a, machine, ask, setup, run, per_token)))
     fits = verdict(memory.total, device.memory)
-    parts = {name: value for name, value in asdict(memory).items() if value}
-    facts = [
-        Fact(
-            "memory.device_bytes",
-            memory.total,
-            "bytes",
-            f"of {size(device.memory)}: {fits}",
-            "weights + gradients + optimizer + activations + logits + buffers + runtime, on the fullest device",
-            parts,
-            "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)",
-        ),
-        *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
-        Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
-        Fact(
-            "memory.verdict",
-            fits,
-            formula="green below 80 %, amber to 100 %, red above",
-            source="Fujii et al. 2024 (2411.06465)",
-        ),
-    ]
-    drawing = tuple(memory_bar(parts, device.memory))
     if fits != "green":
         better = "; or ".join(words for _, words in ways_to_fit(a, setup, GREEN * device.memory))
         notes.append(
             f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
         )
-    sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
+    sections = [training, _memory_section(memory, device, "training", ACCOUNTING)]
     sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
     return setup, memory, sections, notes
+
+
+def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> Section:
+    parts, fits = {name: value for name, value in asdict(memory).items() if value}, verdict(memory.total, device.memory)
+    rule = "green below 80 %, amber to 100 %, red above"
+    facts = (
+        Fact(
+            "memory.device_bytes",
+            memory.total,
+            "bytes",
+            f"of {size(device.memory)}: {fits}",
+            f"{' + '.join(parts)}, on the fullest device",
+            parts,
+            source,
+        ),
+        *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
+        Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
+        Fact("memory.verdict", fits, formula=rule, source="Fujii et al. 2024 (2411.06465)"),
+    )
+    return Section(f"memory of a device in {doing}", facts, tuple(memory_bar(parts, device.memory)))
 
 
 def _training_facts(
