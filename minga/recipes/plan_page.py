@@ -18,7 +18,7 @@ from minga.errors import UserError
 from minga.planner.cost import rent
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import GREEN, Memory, verdict
-from minga.planner.plan import Plan, device_price, lay_out, serving_options
+from minga.planner.plan import Plan, device_price, lay_out, serve, serving_options
 from minga.planner.scaling import Option
 from minga.planner.serving import serve_estimate
 from minga.planner.table import cells, input_words
@@ -357,9 +357,10 @@ def _front(plan: Plan) -> str:
     options = [option for option in plan.front if option.seconds is not None]
     if len(options) < 2:
         return ""
-    name, factor = _time_unit(max(_days(option) for option in options))
+    own = _own(plan, options)
+    options.sort(key=_days)
+    name, factor = _time_unit(_days(options[-1]))
     largest = max(option.parameters for option in options)
-    active, tokens = plan.value("params.active"), plan.ask.tokens
     points = [
         _Point(
             Estimate.exactly(factor * _days(option)),
@@ -367,7 +368,7 @@ def _front(plan: Plan) -> str:
             count(option.parameters),
             f"{count(option.parameters)} active, {count(option.tokens)} tokens: "
             f"{duration(86400 * _days(option))}, loss {option.loss.typical:.3f}",
-            option.parameters == active and option.tokens == tokens,
+            option is own,
             3 + 5 * math.sqrt(option.parameters / largest),
         )
         for option in options
@@ -376,6 +377,18 @@ def _front(plan: Plan) -> str:
         "Models than which none ends lower sooner. Points are as large as their active parameters; ranges are left out."
     )
     return _points(f"Loss (nats a token) against time ({name})", points, "active parameters", note, log_y=False)
+
+
+def _own(plan: Plan, options: list[Option]) -> Option | None:
+    """The option that the plan has taken; in its place in `options`, with the plan's tokens, which are worked out anew."""
+    tokens, loss = plan.ask.tokens, plan.value("scaling.loss")
+    same = [option for option in options if option.parameters == plan.value("params.active")]
+    if not same or tokens is None or loss is None:
+        return None
+    found = min(same, key=lambda option: abs(option.tokens - tokens))
+    own = replace(found, tokens=tokens, seconds=plan.seconds, loss=loss)
+    options[options.index(found)] = own
+    return own
 
 
 def _days(option: Option) -> float:
@@ -399,15 +412,13 @@ def _serving(plan: Plan) -> Iterator[str]:
     batch = next((fact for fact in plan.facts if fact.name == "serve.batch"), None)
     if batch is None:
         return
-    options = serving_options(plan.model, plan.machine, plan.ask, [])
-    served = serve_estimate(plan.model, plan.machine, **options)
+    served = serve(plan.model, plan.machine, plan.ask, [])
     yield _memory("serving", served.memory, plan.machine.device.memory)
     fits = int(batch.inputs.get("fit", served.decode.batch))
     sizes = sorted({4**n for n in range(fits.bit_length() // 2 + 1) if 4**n <= fits} | {fits, served.decode.batch})
     if len(sizes) < 2:
         return
-    held = options | {
-        "target": None,
+    held = serving_options(plan.model, plan.machine, plan.ask, []) | {
         "devices": served.decode.devices,
         "parallel": None if served.decode.parallel == "one" else served.decode.parallel,
     }

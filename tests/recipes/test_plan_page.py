@@ -182,7 +182,12 @@ def test_the_models_that_were_near(chosen_plan, tmp_path):
     assert len(found) == len(chosen_plan.front)
     assert all(a[1] < b[1] for a, b in pairwise(found))  # later is lower
     (own,) = re.findall(r'<circle class="held".*?<title>([^<]*)', figure)
-    assert own.startswith(cells(next(fact for fact in chosen_plan.facts if fact.name == "params.active"))[0])
+    facts = {fact.name: fact for fact in chosen_plan.facts}
+    days, loss = cells(facts["train.days"])[0], f"{facts['scaling.loss'].value.typical:.3f}"
+    assert (
+        own
+        == f"{cells(facts['params.active'])[0]} active, {cells(facts['train.tokens'])[0]} tokens: {days}, loss {loss}"
+    )
     assert "also worth it" not in page  # the picture says it
 
 
