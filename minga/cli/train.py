@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from minga.config.units import parse_count
 from minga.errors import UserError
-from minga.planner.dial import Budget, Choice, Plan, check_budget
+from minga.planner.dial import Budget, Choice, Decisions, check_budget
+from minga.runtime.machine import memory
 from minga.runtime.sinks import check_sinks
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 examples:
   minga train --data shards --out runs/mine --hours 1                  everything is chosen for this machine and text
-  minga train --data shards --out runs/mine --hours 1 --dry-run        shows each choice, its formula and its source
+  minga train --data shards --out runs/mine --hours 1 --dry-run        shows each choice and why, memory, energy and money
   minga train --data shards --out runs/mine --tokens 100m --size 10m   so many tokens, so many active parameters
   minga train --data shards --out runs/tiny --preset tiny --steps 20
   minga train --data shards --out runs/mine --hours 1 --set batch_size=32 --set model.num_hidden_layers=6
@@ -50,7 +51,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--size", metavar="N", help="active parameters, such as 10m (default: best for the time or tokens)"
     )
     pinned.add_argument("--preset", metavar="NAME", help="architecture: tiny, laptop (with --steps the default), small")
-    parser.add_argument("--dry-run", action="store_true", help="measure, print what would be chosen and why, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of this run, and stop")
+    parser.add_argument("--force", action="store_true", help="run also what memory does not seem to hold")
     parser.add_argument(
         "--log",
         action="append",
@@ -73,18 +75,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     check_sinks(args.log)
+    free = memory()[1]  # before torch is loaded, which is part of what a run takes
     if not (args.out or args.dry_run):
         raise UserError("there is no folder to write to (train). give --out DIR")
     plan = _plan(args)
     config = make_config(args, plan)
     if args.dry_run:
-        return _show(plan, config, as_json=args.json)
+        return _show(args, plan, config, free)
+    if free is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not args.force:
+        _check_memory(args, config, free)
     if plan is not None and plan.seconds:
-        print(_table(plan), file=sys.stderr, flush=True)
+        _note(_table(plan))
     from minga.recipes.pretrain import pretrain
 
-    note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    result = pretrain(config, note=note, plan=plan, sinks=args.log)
+    result = pretrain(config, note=_note, plan=plan, sinks=args.log)
     if int(os.environ.get("RANK", "0")):  # of several processes the first speaks
         return 0
     if args.json:
@@ -103,16 +107,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace) -> Plan | None:
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _plan(args: argparse.Namespace) -> Decisions | None:
     """The one dial's choices: made now, or for a run that goes on those it was begun with. None with `--steps`."""
     from minga.config import PRESETS
 
     if args.preset is not None and args.preset not in PRESETS:
         raise UserError(f"preset {args.preset!r} is not known (--preset). {_known(args.preset, list(PRESETS))}")
     if args.steps is not None:
-        if args.dry_run or args.size:
-            flag = "--dry-run" if args.dry_run else "--size"
-            raise UserError(f"with --steps nothing is chosen ({flag}). say how long by --hours H or --tokens N instead")
+        if args.size:
+            raise UserError("with --steps nothing is chosen (--size). say how long by --hours H or --tokens N instead")
         return None
     asked = {"tokens": _count(args, "tokens"), "size": _count(args, "size"), "preset": args.preset}
     check_budget(Budget(args.hours, asked["tokens"], asked["size"]))
@@ -129,7 +136,7 @@ def _plan(args: argparse.Namespace) -> Plan | None:
             raise UserError(
                 f"this run was begun with another {', '.join(changed)} ({args.out}). use the same, or another --out"
             )
-        return Plan(asked, tuple(Choice(**choice) for choice in begun["choices"]))
+        return Decisions(asked, tuple(Choice(**choice) for choice in begun["choices"]))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "without --steps the run is chosen for one process, and here are several (train). "
@@ -143,18 +150,53 @@ def _count(args: argparse.Namespace, name: str) -> int | None:
     return None if text is None else parse_count(text, f"--{name}")
 
 
-def _show(plan: Plan | None, config: TrainConfig, *, as_json: bool) -> int:
-    assert plan is not None
-    if as_json:
-        from minga.recipes.pretrain import as_dict
+def _show(args: argparse.Namespace, plan: Decisions | None, config: TrainConfig, free: int | None) -> int:
+    """The plan of the run: what was chosen and why, what it takes."""
+    from minga.cli.usage import watts_of_this_machine
+    from minga.data.shards import open_shards
+    from minga.planner.table import table
+    from minga.recipes.dry_run import plan_of_run
+    from minga.recipes.pretrain import as_dict, fit_to_tokenizer
 
-        print(json.dumps({**dataclasses.asdict(plan), "config": as_dict(config)}))
+    shards = open_shards(config.data)
+    config = fit_to_tokenizer(config, shards)
+    ways = [] if free is None else _ways(args, config, free)
+    made = plan_of_run(config, shards, free=free, watts=watts_of_this_machine(), ways=ways)
+    if args.json:
+        chosen = {} if plan is None else dataclasses.asdict(plan)
+        print(json.dumps({**chosen, "config": as_dict(config), **made.document(), "changes": ways}))
     else:
-        print(_table(plan))
+        print("\n\n".join([*([] if plan is None else [_table(plan)]), table(made)]))
     return 0
 
 
-def _table(plan: Plan) -> str:
+def _check_memory(args: argparse.Namespace, config: TrainConfig, free: int) -> None:
+    """Says it where memory is scarce. Raises `UserError`, with what would fit, where the run does not."""
+    from minga.data.shards import open_shards
+    from minga.planner.own_plan import check_fits
+    from minga.recipes.pretrain import fit_to_tokenizer
+
+    config = fit_to_tokenizer(config, open_shards(config.data))
+    said = check_fits(config, free, lambda: _ways(args, config, free))
+    if said is not None:
+        _note(said)
+
+
+def _ways(args: argparse.Namespace, config: TrainConfig, free: int) -> list[str]:
+    """Flags to add with which the run would fit."""
+    from minga.config import PRESETS
+    from minga.planner.own_plan import ways_to_train
+    from minga.store import checkpoint_steps
+
+    presets = {}
+    if args.steps is not None and not any(item.startswith("model.") for item in args.set):
+        size = config.model.vocab_size
+        presets = {name: preset().replace(vocab_size=size) for name, preset in PRESETS.items()}
+    begun = bool(args.out) and Path(args.out).is_dir() and bool(checkpoint_steps(Path(args.out)))
+    return [flags for _, flags in ways_to_train(config, free, presets=presets, resuming=begun)]
+
+
+def _table(plan: Decisions) -> str:
     """A line a choice: what, how much, by which formula, and who says so."""
     rows = [(choice.name, str(choice.value), choice.formula, choice.source) for choice in plan.choices]
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -163,7 +205,7 @@ def _table(plan: Plan) -> str:
     )
 
 
-def make_config(args: argparse.Namespace, plan: Plan | None) -> TrainConfig:
+def make_config(args: argparse.Namespace, plan: Decisions | None) -> TrainConfig:
     """The run's settings: the dial's, and above them flags and `--set`.
 
     Raises `UserError`, with the nearest name, for an unknown one.

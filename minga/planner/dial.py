@@ -91,7 +91,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decisions:
     """What the command line hands to a run: the decisions, what they were made from, and the seconds that took."""
 
     asked: dict[str, Any]

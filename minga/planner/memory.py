@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
 from minga.planner.counts import cache_bytes
@@ -250,7 +250,8 @@ def _layer(d: int, block: Block) -> _Layer:
 # ---------------------------------------------------------------------------------------------- what makes it fit
 
 
-Change = tuple[float, str, Callable[[Setup], Setup]]  # how much it costs, in words, and itself
+S = TypeVar("S")  # how something is set up
+Change = tuple[float, str, Callable[[S], S]]  # how much it costs, in words, and itself
 
 
 def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -> list[tuple[Setup, str]]:
@@ -260,21 +261,34 @@ def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -
     Cheap is what changes neither the result nor the time, then what costs some time, then what trains less of the model,
     then a shorter sequence. None has all kinds of changes that a cheaper one has.
     """
-    if verdict(training_memory(model, setup).total, available) == "green":
+    return cheapest(setup, list(_changes(setup)), lambda s: training_memory(model, s).total, available, num=num)
+
+
+def cheapest(
+    start: S,
+    changes: Sequence[Change[S]],
+    needed: Callable[[S], float],
+    available: float,
+    *,
+    num: int = 3,
+) -> list[tuple[S, str]]:
+    """What `ways_to_fit` gives, for any kind of set-up. needed: its bytes. The first word of a change says what kind it is: of a
+    kind one is made.
+    """
+    if verdict(needed(start), available) == "green":
         return []
-    changes = list(_changes(setup))
     several = [each for size in (1, 2, 3, 4) for each in combinations(changes, size) if _differ(each)]
     several.sort(key=lambda each: (sum(cost for cost, _, _ in each), len(each)))
     for wanted in ({"green"}, {"green", "amber"}):
-        found: list[tuple[set[str], Setup, str]] = []
+        found: list[tuple[set[str], S, str]] = []
         for each in several:
             kinds = {_kind(change) for change in each}
             if any(before <= kinds for before, _, _ in found):
                 continue
-            changed = setup
+            changed = start
             for _, _, change in each:
                 changed = change(changed)
-            if verdict(training_memory(model, changed).total, available) in wanted:
+            if verdict(needed(changed), available) in wanted:
                 found.append((kinds, changed, " + ".join(words for _, words, _ in each)))
             if len(found) == num:
                 break
@@ -283,16 +297,15 @@ def ways_to_fit(model: Model, setup: Setup, available: float, *, num: int = 3) -
     return [(changed, words) for _, changed, words in found]
 
 
-def _kind(change: Change) -> str:
-    """Of a kind only one change is made: micro-batches, sharding, recomputation, LoRA .."""
+def _kind(change: Change[S]) -> str:
     return change[1].split()[0]
 
 
-def _differ(changes: Sequence[Change]) -> bool:
+def _differ(changes: Sequence[Change[S]]) -> bool:
     return len({_kind(change) for change in changes}) == len(changes)
 
 
-def _changes(s: Setup) -> Iterator[Change]:
+def _changes(s: Setup) -> Iterator[Change[Setup]]:
     """The first word of each says what kind it is."""
     if not s.fused_loss:
         yield 1, "fused loss (logits are never held)", lambda s: replace(s, fused_loss=True)

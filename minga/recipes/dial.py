@@ -13,7 +13,7 @@ from minga.config import PRESETS, TrainConfig
 from minga.data.shards import Shards
 from minga.kernels import cpu
 from minga.planner.counts import forward_flops, muon_flops
-from minga.planner.dial import Budget, Corpus, MachineSpeed, Plan, architecture, choose
+from minga.planner.dial import Budget, Corpus, Decisions, MachineSpeed, architecture, choose
 from minga.recipes.pretrain import fit_to_tokenizer, measure
 from minga.runtime.machine import memory
 
@@ -26,7 +26,7 @@ PROBE_WIDTHS = (64, 384)
 
 def plan_run(
     shards: Shards, *, hours: float | None = None, tokens: int | None = None, size: int | None = None, preset: str = ""
-) -> Plan:
+) -> Decisions:
     """Calibrates and chooses. `preset` pins the architecture. Raises `UserError` for a budget that makes no run."""
     began = time.monotonic()
     manifest = shards.manifest
@@ -40,7 +40,7 @@ def plan_run(
     choose(budget, MachineSpeed(((64, 1e9),)), corpus)  # a budget that makes no run is refused before anything is timed
     speed = calibrate(shards, min(CALIBRATION_SECONDS, CALIBRATION_SHARE * (seconds or float("inf"))))
     asked: dict[str, Any] = {"tokens": tokens, "size": size, "preset": preset or None}
-    return Plan(asked, tuple(choose(budget, speed, corpus)), time.monotonic() - began)
+    return Decisions(asked, tuple(choose(budget, speed, corpus)), time.monotonic() - began)
 
 
 def calibrate(shards: Shards, seconds: float) -> MachineSpeed:

@@ -45,6 +45,14 @@ def this_machine() -> tuple[Machine, Coefficients | None]:
     return Machine(probe(name, cores)), None
 
 
+def this_processor() -> tuple[Machine, Coefficients | None]:
+    """The same of what `minga train` and `minga serve` run on, which is not a card."""
+    machine, coefficients = this_machine()
+    if machine.device.kind == "cpu":
+        return machine, coefficients
+    return Machine(probe(runtime.cpu()[0] or "CPU", runtime.cores())), None
+
+
 def probe(name: str, cores: int) -> Device:
     """The processors of this machine, by one product and one copy with numpy."""
     import numpy as np

@@ -32,7 +32,7 @@ from minga.errors import UserError
 from minga.kernels import cpu
 from minga.model.transformer import Transformer
 from minga.planner.counts import count_parameters
-from minga.planner.dial import Plan
+from minga.planner.dial import Decisions
 from minga.recipes.evaluate import Evaluation, evaluate
 from minga.recipes.report import write_report
 from minga.recipes.watch import SAMPLE_TOKENS, Watch, data_manifest
@@ -77,7 +77,7 @@ def pretrain(
     config: TrainConfig,
     *,
     note: Callable[[str], None] = lambda line: None,
-    plan: Plan | None = None,
+    plan: Decisions | None = None,
     sinks: Sequence[str] = (),
 ) -> Result:
     """Trains, evaluates, saves and reports. Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
@@ -101,7 +101,7 @@ def _pretrain(
     parallel: Parallel,
     began_all: float,
     note: Callable[[str], None],
-    plan: Plan | None,
+    plan: Decisions | None,
     sinks: Sequence[str],
 ) -> Result:
     shards = open_shards(config.data)
@@ -239,7 +239,7 @@ def _open_run(run: Path, shards: Shards) -> Path | None:
     return _checkpoint_to_resume(run, shards)
 
 
-def _tell_origin(run: Path, shards: Shards, plan: Plan | None) -> None:
+def _tell_origin(run: Path, shards: Shards, plan: Decisions | None) -> None:
     """Keeps what a new run reads and where its settings come from."""
     write_whole(run / "data-manifest.json", data_manifest(shards))
     (run / "plan.json").unlink(missing_ok=True)  # of a run that had not come to its first checkpoint
@@ -299,9 +299,9 @@ def _resolve(
         cpu.load(note)
         budget = min(CALIBRATION_SECONDS, CALIBRATION_SHARE * whole)
         pace = measure(config, shards, seconds=budget, parallel=parallel)
-        evaluation = pace.evaluated_token * config.eval_tokens / config.eval_every if config.eval_every else 0.0
+        evaluation = pace.evaluation(config)
         left = whole - (time.monotonic() - began) - pace.evaluated_token * shards.manifest.splits["val"].num_tokens
-        steps = max(1, int(left * (1 - RESERVE) / (pace.step + evaluation)))
+        steps = pace.steps(config, left)
         note(
             f"steps = {steps}: {whole / 60:.1f} minutes, {left / 60:.1f} of them for steps of {pace.step:.3g} s, "
             f"measured on this machine, and {evaluation / (pace.step + evaluation):.0%} of that for evaluation"
@@ -338,6 +338,14 @@ class Pace:
 
     step: float
     evaluated_token: float
+
+    def evaluation(self, config: TrainConfig) -> float:
+        """Seconds of evaluating that a step brings with it."""
+        return self.evaluated_token * config.eval_tokens / config.eval_every if config.eval_every else 0.0
+
+    def steps(self, config: TrainConfig, seconds: float) -> int:
+        """That fit into so many seconds, less what is kept for samples, checkpoints and the report."""
+        return max(1, int(seconds * (1 - RESERVE) / (self.step + self.evaluation(config))))
 
 
 def measure(

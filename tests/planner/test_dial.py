@@ -17,8 +17,8 @@ from minga.planner.dial import (
     TOKENS_PER_PARAMETER,
     Budget,
     Corpus,
+    Decisions,
     MachineSpeed,
-    Plan,
     architecture,
     choose,
 )
@@ -27,15 +27,15 @@ SPEED = MachineSpeed(((128, 30e9), (384, 60e9)), memory=20 * 10**9)
 CORPUS = Corpus(tokens=10**8, vocab_size=4096, tokens_per_document=700.0)
 
 
-def plan(budget: Budget, speed: MachineSpeed = SPEED, corpus: Corpus = CORPUS) -> Plan:
-    return Plan({}, tuple(choose(budget, speed, corpus)))
+def plan(budget: Budget, speed: MachineSpeed = SPEED, corpus: Corpus = CORPUS) -> Decisions:
+    return Decisions({}, tuple(choose(budget, speed, corpus)))
 
 
-def model_of(made: Plan) -> ModelConfig:
+def model_of(made: Decisions) -> ModelConfig:
     return laptop().replace(vocab_size=CORPUS.vocab_size, **made.values("model."))
 
 
-def value(made: Plan, name: str) -> object:
+def value(made: Decisions, name: str) -> object:
     (found,) = [choice.value for choice in made.choices if choice.name == name]
     return found
 

@@ -19,7 +19,7 @@ from minga.config import TrainConfig
 from minga.data.loader import Loader
 from minga.data.shards import build_shards, open_shards
 from minga.errors import UserError
-from minga.planner.dial import Plan
+from minga.planner.dial import Decisions
 from minga.recipes import pretrain as recipe
 from minga.recipes.pretrain import pretrain
 from minga.runtime.metrics import read_metrics
@@ -157,7 +157,7 @@ def test_evaluation_and_time_already_spent_are_part_of_the_hours(
     monkeypatch.setattr(recipe, "Watch", lambda *args: pytest.fail("resolved"))
     spent = 3600 - 10 * held_out - 1700  # what is left is 1,700 s
     with pytest.raises(pytest.fail.Exception, match="resolved"):
-        pretrain(config, plan=Plan({}, (), spent))
+        pretrain(config, plan=Decisions({}, (), spent))
     assert json.loads(Path(config.out, "run.json").read_text())["steps"] == int(1700 * 0.98 / (100 + 10 * 10))
 
 
