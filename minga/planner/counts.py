@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
 
@@ -144,8 +145,10 @@ def training_flops(
     """
     a = architecture_of(model)
 
-    def keys(limit: float, chunked: bool, ratio: int) -> float:
-        return _mean_keys(seq_len, limit, chunked, ratio) if causal else min(seq_len // ratio, limit)
+    def whole(limit: float, chunked: bool, ratio: int) -> float:
+        return min(seq_len // ratio, limit)
+
+    keys = partial(_mean_keys, seq_len) if causal else whole
 
     blocks = _all_blocks(a, mtp)
     forward = _flops(a, keys, False, mtp)
@@ -207,6 +210,11 @@ def _row(n: int, number: str) -> int:
 
 
 # That a token sees: given the most that it may, whether its window is a chunk, how many tokens are one
+def attention_multiplications(attention: Attention, seq_len: int) -> float:
+    """Of a token with earlier ones, on average over a causal sequence."""
+    return _core(attention, partial(_mean_keys, seq_len), False)
+
+
 Keys = Callable[[float, bool, int], float]
 
 

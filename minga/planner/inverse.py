@@ -31,7 +31,7 @@ from minga.planner.scaling import (
     models,
 )
 from minga.planner.time import run_time
-from minga.planner.words import count, duration, size
+from minga.planner.words import count, duration, machine_words, size
 
 VOCABULARIES = ((1e17, 4096), (1e20, 32768), (math.inf, 129280))  # FLOPs of a run below which so many tokens are enough
 LINES = 8  # of the models that were near
@@ -201,7 +201,8 @@ def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], f
     ]
     lead = ["also worth it, quickest first:"] if drawing else []
     section = Section(title, (shape, *facts), (*lead, *drawing))
-    return replace(made, sections=(section, *made.sections), front=front)
+    name = f"a model of {count(count_parameters(model).active)} active parameters on {machine_words(made.machine)}"
+    return replace(made, title=name, sections=(section, *made.sections), front=front)
 
 
 # ---------------------------------------------------------------------------------------------- machines
@@ -237,7 +238,7 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         return
     number = 1
     if ask.tokens is not None:  # what no set-up can beat says where to begin
-        work = training_flops(model, ask.seq_len or SEQ_LEN, lora="lora_rank" in ask.fixed) * ask.tokens
+        work = training_flops(model, ask.seq_len or SEQ_LEN, lora=ask.fixed.get("lora_rank") or 0) * ask.tokens
         number = 2 ** math.ceil(
             math.log2(max(1.0, work / (REACH * device.rate(ask.precision or "bf16") * days * 86400)))
         )

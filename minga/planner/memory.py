@@ -177,6 +177,7 @@ class _Layer(NamedTuple):
     expert_sides: int
     largest: int  # matrix
     stream: int  # d
+    streams: int  # residual ones, all kept where attention and MLP begin
     latents: int  # of latent attention, before their norms
     normed: int  # latents, or queries and keys, after norms of their own
     projected: int  # queries, keys and values
@@ -193,9 +194,9 @@ class _Layer(NamedTuple):
         fed: bytes of a number that only feeds a matrix product or the MLP's activation, where it is another.
         """
         if recompute == "full":
-            return number * self.stream
+            return number * self.streams * self.stream
         wide = (1 + self.gated) * self.hidden + self.chosen * self.stream
-        values, feeding = 2 * self.stream + self.projected + self.attended, self.latents
+        values, feeding = 2 * self.streams * self.stream + self.projected + self.attended, self.latents
         feeding += wide  # gate and up; what experts are sent
         if recompute == "none":
             feeding += 2 * self.stream + self.normed  # after norms
@@ -211,14 +212,14 @@ class _Layer(NamedTuple):
 
 
 def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
-    layers = [_layer(a.hidden_size, block) for count, block in a.blocks for _ in range(count)]
+    layers = [_layer(a, block) for count, block in a.blocks for _ in range(count)]
     for block in a.mtp if mtp else ():
-        layer = _layer(a.hidden_size, block)
+        layer = _layer(a, block)
         layers.append(layer._replace(dense=layer.dense + numbers([a.mtp_join]) + 3 * a.hidden_size))
     return layers
 
 
-def _layer(d: int, block: Block) -> _Layer:
+def _layer(a: Architecture, block: Block) -> _Layer:
     x, f = block.attention, block.feed_forward
     shapes = x.matrices + f.matrices
     queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
@@ -234,7 +235,8 @@ def _layer(d: int, block: Block) -> _Layer:
         sides=sum(map(sum, shapes)),
         expert_sides=f.experts * sum(map(sum, f.expert)),
         largest=max(rows * columns for rows, columns in shapes + f.expert),
-        stream=d,
+        stream=a.hidden_size,
+        streams=a.streams,
         latents=latents,
         normed=normed,
         projected=queries + keys + own_values,
@@ -369,7 +371,7 @@ def serving_memory(
     stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
     of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
     tokens = min(chunk, batch * context)
-    running = max(x.kept("none", 2) - 2 * x.stream for x in layers)  # of one block at a time
+    running = max(x.kept("none", 2) - 2 * x.streams * x.stream for x in layers)  # of one block at a time
     return Memory(
         weights=stored * size,
         activations=tokens * running / tp,

@@ -223,7 +223,7 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
     source = "exact: sum over the matrices of the config"
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
-    lora = ask.fixed.get("lora_rank") is not None
+    lora = ask.fixed.get("lora_rank") or 0
     recompute = ask.fixed.get("recompute") or "none"
     flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
     square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
@@ -344,7 +344,7 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
         a,
         setup.seq_len,
         mtp=bool(a.mtp) and setup.mtp,
-        lora=setup.lora_rank is not None,
+        lora=setup.lora_rank or 0,
         teacher=ask.teacher,
     )
     training = Section("training", tuple(_training_facts(a, machine, ask, setup, run, per_token)))

@@ -25,7 +25,7 @@ from typing import Any
 from minga.config.hardware import Device, Machine
 from minga.errors import UserError
 from minga.planner.architecture import Block, FeedForward, Model, architecture_of, numbers
-from minga.planner.counts import muon_flops
+from minga.planner.counts import attention_multiplications, muon_flops
 from minga.planner.estimate import Estimate
 from minga.planner.setup import Setup
 
@@ -194,7 +194,7 @@ def work_of(model: Model, seq_len: int, *, mtp: bool = True) -> Work:
         dense=sum(c * _multiplications(block) for c, block in blocks) + extra * numbers([a.mtp_join]),
         head=numbers(a.head),
         routed=sum(c * f.chosen * numbers(f.expert) for c, f in mlps),
-        scores=sum(c * _scores(block, seq_len) for c, block in blocks),
+        scores=sum(c * attention_multiplications(block.attention, seq_len) for c, block in blocks),
         moved=sum(c * _moved(block, a.hidden_size) for c, block in blocks),
         copied=sum(c * _copied(f, a.hidden_size) for c, f in mlps),
         tables=(1 if a.tied else 2) * a.vocab_size * a.hidden_size,
@@ -267,15 +267,7 @@ _UPDATE = {"adamw": 4 + 2 * 12, "adamw8bit": 4 + 2 * 6, "muon": 4 + 2 * 8}
 
 def _multiplications(block: Block) -> int:
     """Of a token with the matrices that every token passes."""
-    return numbers(block.attention.matrices + block.feed_forward.matrices + block.feed_forward.router)
-
-
-def _scores(block: Block, seq_len: int) -> float:
-    """Multiplications of a token with earlier ones, scores and sums, the mean over a causal sequence."""
-    a, keys = block.attention, seq_len / 2
-    if a.window is not None and a.window < seq_len:
-        keys = a.window * (1 - a.window / (2 * seq_len))
-    return a.heads * (a.qk_dim + a.v_dim) * keys
+    return numbers(block.attention.matrices + block.feed_forward.matrices + block.feed_forward.router + block.mixers)
 
 
 def _moved(block: Block, D: int) -> int:
