@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
+from functools import partial
 from typing import Any
 
 from minga.config import ModelConfig
@@ -20,7 +21,7 @@ from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
 from minga.planner.architecture import Architecture, architecture_of
-from minga.planner.counts import cache_bytes_per_token, count_parameters, training_flops
+from minga.planner.counts import cache_bytes, cache_bytes_per_token, count_parameters, training_flops
 from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
@@ -37,6 +38,7 @@ from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time,
 from minga.planner.words import count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+LONG = 32_768  # tokens of a long text
 LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
 ACCOUNTING = "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)"
@@ -45,6 +47,21 @@ USER_SPEED = 20.0  # tokens/s; DeepSeek gives its users 20 to 22 (open-infra-ind
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
 LATENCY = 0.02  # seconds one way, between cities
+# Fields of `Setup` that can be decided by who asks; the others follow.
+FIXABLE = (
+    "shard",
+    "tp",
+    "pp",
+    "ep",
+    "recompute",
+    "micro_batch",
+    "optimizer",
+    "master",
+    "lora_rank",
+    "stored",
+    "mtp",
+    "fused_loss",
+)
 PARALLEL = {"dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "of them expert"}
 HOME_PUE = Estimate(1.0, 1.1, 1.3)  # the losses of a power supply, and some cooling
 
@@ -91,6 +108,8 @@ class Ask:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1e6:
                 raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be 0 or more")
+        if unknown := set(self.fixed) - set(FIXABLE):
+            raise UserError(f"{sorted(unknown)[0]!r} cannot be fixed (plan). what can: {', '.join(FIXABLE)}")
         if self.pue is not None and not 1 <= self.pue <= 10:
             raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
         if self.acceptance is not None and not 0 <= self.acceptance <= 1:
@@ -175,15 +194,19 @@ def plan(
     ask: Ask | None = None,
     **changes: Any,
 ) -> Plan:
-    """What `model` costs on `machine`; `changes` are fields of `Ask`, such as tokens=1e12.
+    """What `model` costs on `machine`; `changes` are fields of `Ask`, such as tokens=1e12, or of `FIXABLE`, such as lora_rank=16.
 
     model: a config, the dictionary of a public config.json, a path to one or to a model, or a preset's name. machine: "8xH100".
     Raises `UserError` for what is impossible, and for a training that fits no set-up of the machine.
     """
+    ask = ask or Ask()
+    fixed = {name: changes.pop(name) for name in FIXABLE if name in changes}
     known = {f.name for f in fields(Ask)}
     if unknown := set(changes) - known:
-        raise UserError(f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}")
-    ask = replace(ask or Ask(), **changes)
+        raise UserError(
+            f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}, {', '.join(FIXABLE)}"
+        )
+    ask = replace(ask, **{"fixed": {**ask.fixed, **fixed}, **changes})
     name, arch = architecture(model)
     where = machine_named(machine) if isinstance(machine, str) else machine
     title = f"{name} on {machine_words(where)}"
@@ -223,6 +246,7 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
     source = "exact: sum over the matrices of the config"
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
+    context = min(a.max_positions or LONG, LONG)
     lora = ask.fixed.get("lora_rank") or 0
     recompute = ask.fixed.get("recompute") or "none"
     flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
@@ -263,6 +287,15 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             {"numbers": cache_bytes_per_token(a, number="fp8"), "cache": ask.cache},
             source,
         ),
+        Fact(
+            "kv_bytes_at_context",
+            cache_bytes(a, context, number=ask.cache),
+            "bytes",
+            f"cache of {context:,} tokens",
+            "that of a token x tokens, but for windows, compressed entries and linear attention, which keep less",
+            {"context": context, "cache": ask.cache},
+            source,
+        ),
     ]
     return Section("model", tuple(facts))
 
@@ -292,7 +325,7 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
             precision=precision,
             seq_len=seq_len,
             batch_tokens=batch,
-            fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
+            fits=lambda setup: verdict(_memory(a, setup, ask).total, device.memory) in verdicts,
             coefficients=ask.coefficients,
             **fixed,
         )
@@ -303,9 +336,19 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
         return chosen("green", "amber")
 
 
+def _memory(a: Architecture, setup: Setup, ask: Ask) -> Memory:
+    """With the weights of a teacher, in 16 bits, cut and spread as the student's are."""
+    memory = training_memory(a, setup)
+    if ask.teacher is None:
+        return memory
+    ranks = setup.tp * setup.pp * (setup.dp if setup.shard == 3 else setup.ep)
+    return replace(memory, weights=memory.weights + 2 * count_parameters(ask.teacher).total / ranks)
+
+
 def what_would(a: Architecture, machine: Machine, ask: Ask) -> list[str]:
     """Up to three changes with which a training that does not fit does, each in words; what changes least comes first."""
-    devices = [of_devices(machine.device, machine.count * 2**n, machine.per_node) for n in range(1, 15)]
+    per_node = None if machine.nodes == 1 else machine.per_node
+    devices = [of_devices(machine.device, machine.count * 2**n, per_node) for n in range(1, 15)]
     changes: list[tuple[str, Machine, dict[str, Any]]] = [
         ("8-bit optimizer states (--optimizer adamw8bit)", machine, {"optimizer": "adamw8bit"}),
         ("LoRA (--lora 16)", machine, {"lora_rank": 16}),
@@ -338,15 +381,12 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
         ) from None
     if setup.precision == "fp8" and "fp8" not in device.flops:
         notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
-    memory = training_memory(a, setup)
+    memory = _memory(a, setup, ask)
     run = run_time(a, setup, machine, ask.tokens, coefficients=ask.coefficients)
-    per_token = training_flops(
-        a,
-        setup.seq_len,
-        mtp=bool(a.mtp) and setup.mtp,
-        lora=setup.lora_rank or 0,
-        teacher=ask.teacher,
-    )
+    flops = partial(training_flops, a, setup.seq_len, mtp=bool(a.mtp) and setup.mtp, lora=setup.lora_rank or 0)
+    per_token = flops(teacher=ask.teacher)
+    if ask.teacher is not None:  # as if its products took as long as the student's
+        run = run.slower(per_token / flops())
     training = Section("training", tuple(_training_facts(a, machine, ask, setup, run, per_token)))
     fits = verdict(memory.total, device.memory)
     if fits != "green":

@@ -99,6 +99,12 @@ class RunTime:
     step: StepTime
     computing: Estimate  # GPU-hours of the steps alone: what a report means that gives hours for a number of tokens
 
+    def slower(self, factor: float) -> RunTime:
+        """The same run, each step taking so many times as long."""
+        parts = {name: seconds * factor for name, seconds in self.step.parts.items()}
+        step = StepTime(parts, self.step.total * factor, self.step.tokens)
+        return RunTime(self.gpu_hours * factor, self.days * factor, self.steps, step, self.computing * factor)
+
 
 def step_time(model: Model, setup: Setup, machine: Machine, *, coefficients: Coefficients | None = None) -> StepTime:
     """coefficients: of a calibration; without, the shipped ones of the device's family.

@@ -27,6 +27,14 @@ CPU = Machine(
 )
 
 
+def qwen() -> dict[str, object]:
+    """Qwen2.5-32B."""
+    return {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+        "num_attention_heads": 40, "num_key_value_heads": 8,
+    }  # fmt: skip
+
+
 def test_the_document_has_what_other_programs_rely_on() -> None:
     document = minga.plan(v3(), "2048xH800", tokens=14.8e12, precision="fp8").document()
     assert document["params"]["total"] == 671_026_404_352 and document["params"]["active"] == 37_552_282_624
@@ -113,9 +121,11 @@ def test_a_processor_trains_as_our_own_command_does() -> None:
 
 def test_lora_and_a_teacher() -> None:
     full, lora = (plan(v2_lite(), "8xH100", tokens=1e9, fixed=fixed) for fixed in ({}, {"lora_rank": 16}))
-    taught = plan(v2_lite(), "8xH100", tokens=1e9, teacher=architecture_of(v3()))
+    taught = plan(v2_lite(), "8xH100", tokens=1e9, teacher=architecture_of(qwen()))
     assert lora.flops < 0.75 * full.flops < taught.flops  # type: ignore[operator]
     assert lora.memory.optimizer < 0.2 * full.memory.optimizer  # type: ignore[union-attr]
+    assert taught.memory.weights > full.memory.weights and taught.seconds.typical > 1.5 * full.seconds.typical  # type: ignore[union-attr]
+    assert plan(v2_lite(), "8xH100", tokens=1e9, lora_rank=16).document() == lora.document()
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
@@ -148,6 +158,7 @@ def test_amber_is_said_with_what_would_make_it_green() -> None:
         ({"country": "Atlantis"}, "no country"),
         ({"peers": 0}, "peers is 0"),
         ({"tokns": 1}, "'tokns' is nothing to ask for"),
+        ({"fixed": {"dp": 3}}, "'dp' cannot be fixed"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, object], words: str) -> None:
