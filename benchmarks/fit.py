@@ -19,7 +19,6 @@ import csv
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -215,38 +214,37 @@ def runs(fits: Mapping[str, Terms], *, only: str = "") -> list[Run]:
 
 def _setup(r: Mapping[str, str], fits: Mapping[str, Terms]) -> tuple[Setup, Machine]:
     """What is published, and for the rest what the planner chooses. Some runs were planned closer to the edge of the memory
-    than we advise: if nothing fits in that part, all of it may be used.
+    than we advise: where nothing fits in that part, all of it may be used.
     """
     arch, device, count = architecture_of(models()[r["name"]]), find_device(r["device"]), int(r["devices"])
     network = float(r["network"]) if r["network"] else device.network
     machine = Machine(device, count, min(count, device.per_node), network)
-    rooms = [math.inf] if r["recompute"] else [GREEN * device.memory, device.memory]
-    for room in rooms:
-        try:
-            setup = choose_setup(
-                arch,
-                machine,
-                precision=r["precision"],
-                seq_len=int(r["seq_len"]),
-                fits=lambda setup, room=room: training_memory(arch, setup).total <= room,
-                tokens=float(r["tokens"]),
-                batch_tokens=float(r["batch_tokens"]) if r["batch_tokens"] else None,
-                recompute=r["recompute"] or None,
-                coefficients=Coefficients(fits[family_of(device.name)]),
-                **{key: int(r[key]) if r[key] else None for key in ("tp", "pp", "ep")},
-            )
-            return setup, machine
-        except UserError:
-            if room is rooms[-1]:
-                raise
-    raise AssertionError
+
+    def choose(room: float) -> Setup:
+        return choose_setup(
+            arch,
+            machine,
+            precision=r["precision"],
+            seq_len=int(r["seq_len"]),
+            fits=lambda setup: training_memory(arch, setup).total <= room,
+            tokens=float(r["tokens"]),
+            batch_tokens=float(r["batch_tokens"]) if r["batch_tokens"] else None,
+            coefficients=Coefficients(fits[family_of(device.name)]),
+            **{key: int(r[key]) if r[key] else None for key in ("tp", "pp", "ep")},
+        )
+
+    try:
+        return choose(GREEN * device.memory), machine
+    except UserError:
+        return choose(device.memory), machine
 
 
 def overhead(published: Iterable[Run], fits: Mapping[str, Terms]) -> dict[str, float]:
     """What runs are billed beyond the hours of their steps as predicted, from those that are to be fitted."""
     ratios = [run.gpu_hours / run.step_hours(fits) for run in published if run.use == "fit" and run.figure == "bill"]
     low, high = middle(ratios)
-    return {"low": low, "typical": statistics.median(ratios), "high": high, "runs": len(ratios)}
+    factors = {"low": low, "typical": statistics.median(ratios), "high": high}
+    return {name: round(factor, 3) for name, factor in factors.items()} | {"runs": len(ratios)}
 
 
 def run_error(run: Run, fits: Mapping[str, Terms], factors: Mapping[str, float]) -> tuple[float, bool]:

@@ -9,7 +9,9 @@
   plan/runs/held-out                median error of the GPU-hours of published runs that were not fitted
   plan/serving-day, plan/serving    see benchmarks/plan_serving.py
 
-Nothing is measured on this machine: the rows are in benchmarks/published, their fit in benchmarks/fit.py.
+  plan/memory/train, plan/memory/serve  peak of memory of our own commands, three sizes each: the worst of them
+
+Only the last two measure on this machine. The other rows are in benchmarks/published, their fit in benchmarks/fit.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from functools import cache
 
 import common
 import fit
+import plan_memory
 import plan_serving
 from common import Row, row
 
@@ -119,7 +122,9 @@ def _errors(id: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    return common.measure_rows("plan", ROWS, parser, parser.parse_args())
+    args = parser.parse_args()
+    rows = {**ROWS, **plan_memory.rows(quick=args.quick, threads=args.threads)}
+    return common.measure_rows("plan", rows, parser, args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +52,10 @@ class Attention:
     chunked: bool = False  # the window does not slide: positions are cut into chunks as long as it
     top: int | None = None  # keys that an indexer chooses for a token (DeepSeek sparse attention)
     indexed: int = 0  # multiplications of that indexer for each key of the whole context
+    compression: int | None = None  # beside its window a token sees an entry for each so many tokens; of these, `top`
+    compressed: int = 0  # numbers of such an entry in the cache
     state: int = 0  # numbers that a sequence keeps, whatever its length
-    mixing: int = 0  # multiplications of a token with that state
+    mixing: int = 0  # multiplications of a token with that state, in place of keys
 
     @property
     def vectors(self) -> tuple[int, ...]:
@@ -100,10 +102,13 @@ class Block:
     attention: Attention
     feed_forward: FeedForward
     norms: tuple[int, ...]
+    mixers: tuple[Shape, ...] = ()  # of hyper-connections: what is read from the residual streams, how they are mixed
+    mixer_biases: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
-        return self.attention.parameters + self.feed_forward.parameters + sum(self.norms)
+        mixers = numbers(self.mixers) + sum(self.mixer_biases)
+        return self.attention.parameters + self.feed_forward.parameters + sum(self.norms) + mixers
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,9 @@ class Architecture:
     positions: int = 0  # learned position embeddings: rows
     embedding_size: int = 0  # width of the tables where it is not D (OPT-350m)
     head_biases: tuple[int, ...] = ()
+    streams: int = 1  # residual streams of D each (hyper-connections, 2409.19606)
+    mixers: tuple[Shape, ...] = ()  # join them before the last norm; each MTP module has its own
+    mixer_biases: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -144,7 +152,9 @@ class Architecture:
 
     @property
     def mtp_join(self) -> Shape:
-        """Each MTP module joins the hidden state with the next token's embedding; three norms of D stand around."""
+        """Each MTP module joins the hidden state with the next token's embedding; three norms of D stand around. Of several
+        streams each is multiplied with the first half, the embedding once with the other.
+        """
         return self.hidden_size, 2 * self.hidden_size
 
 
@@ -195,6 +205,8 @@ _ALIASES = {
     "sliding_window_pattern": ("_sliding_window_pattern", "global_attn_every_n_layers"),
     "attention_bias": ("use_qkv_bias", "qkv_bias"),
     "use_qk_norm": ("qk_layernorm",),
+    "compressed_sparse_attention": ("compress_rate_csa",),
+    "heavily_compressed_attention": ("compress_rate_hca",),
 }
 
 
@@ -298,24 +310,15 @@ def _read(config: Mapping[str, Any], name: str) -> Architecture:
     return (family.read or _decoder)(_Keys(config, name, family.defaults), family)
 
 
-def _decoder(
-    k: _Keys, f: _Family, linear: Attention | None = None, linear_layers: Container[int] = (), **changes: Any
-) -> Architecture:
-    """Tables, blocks, head. `linear`: the attention of `linear_layers`. `changes`: fields of the architecture."""
+def _decoder(k: _Keys, f: _Family, mix: list[Attention] | None = None, **changes: Any) -> Architecture:
+    """Tables, blocks, head. `mix`: the attention of each layer. `changes`: fields of the architecture."""
     D, layers = k.size("hidden_size"), k.size("num_hidden_layers", most=MAX_LAYERS)
     norm = (D,) * f.norm
     experts = _experts(k, f, D) if f.moe and k.size("n_routed_experts", least=0) else None
     sparse = _sparse(k, layers) if experts else [False] * layers
     dense = experts if experts and all(sparse) else _mlp(k, f, D)
-    mix = _attentions(k, f, D, layers)
-    blocks = [
-        Block(
-            linear if linear and i in linear_layers else mix[i],
-            experts if experts and sparse[i] else dense,
-            norm * f.norms,
-        )
-        for i in range(layers)
-    ]
+    mix = mix or _attentions(k, f, D, layers)
+    blocks = [Block(mix[i], experts if experts and sparse[i] else dense, norm * f.norms) for i in range(layers)]
     modules = k.size("num_nextn_predict_layers", 0, least=0, most=MAX_LAYERS) if f.mtp else 0
     V, longest = k.size("vocab_size"), k.get("max_position_embeddings")
     arch = Architecture(
@@ -334,7 +337,7 @@ def _decoder(
 
 
 def _attentions(k: _Keys, f: _Family, D: int, layers: int) -> list[Attention]:
-    """Of each layer, linear ones aside."""
+    """Of each layer."""
     plain = _latent(k, D) if f.mla else _grouped(k, f, D)
     if f.indexer:
         full, shared = _indexed(k, plain, D)
@@ -605,7 +608,8 @@ def _minimax(k: _Keys, f: _Family) -> Architecture:
         state=H * K * K,
         mixing=2 * H * K * K,  # the state's update, and its product with the query
     )
-    return _decoder(k, f, linear, [i for i, kind in enumerate(kinds) if kind == "linear_attention"])
+    plain = _attentions(k, f, D, layers)
+    return _decoder(k, f, [linear if kind == "linear_attention" else x for kind, x in zip(kinds, plain, strict=True)])
 
 
 def _qwen3_next(k: _Keys, f: _Family) -> Architecture:
@@ -628,7 +632,110 @@ def _qwen3_next(k: _Keys, f: _Family) -> Architecture:
         state=values * K * V + mixed * (width - 1),
         mixing=3 * values * K * V + mixed * width,  # what the key recalls, the update, what the query recalls
     )
-    return _decoder(k, f, linear, [i for i, kind in enumerate(kinds) if kind == "linear_attention"])
+    plain = _attentions(k, f, D, layers)
+    return _decoder(k, f, [linear if kind == "linear_attention" else x for kind, x in zip(kinds, plain, strict=True)])
+
+
+_RATIOS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+
+
+def _deepseek_v4(k: _Keys, f: _Family) -> Architecture:
+    """DeepSeek-V4 (2606.19348), section 2. Every layer has one key that is its value too, for all heads, of the last tokens.
+    Most have entries beside them, each compressed from 4 tokens (of which an indexer chooses) or from 128 (all are seen).
+    Hyper-connections keep several residual streams.
+
+    What is not counted: the table of the hash routers (a buffer), and the products of small weights with the streams
+    ((n + 2) n D multiplications twice a layer, a thousandth). MTP modules are those of DeepSeek's own code, which
+    transformers does not build: a block as the others with the ratio that `compress_ratios` ends with.
+    """
+    D, layers, n = k.size("hidden_size"), k.size("num_hidden_layers", most=MAX_LAYERS), k.size("hc_mult")
+    k.size("n_shared_experts", most=1)  # the modelling code has exactly one
+    kinds = _compressions(k, layers)
+    mix = {kind: _shared_key(k, D, *kind) for kind in set(kinds)}
+    rows = (n + 2) * n  # weights to read a stream, to write it, to mix all with all
+    mixed: dict[str, Any] = {"mixers": ((rows, n * D),) * 2, "mixer_biases": (rows, 3) * 2}
+    k = _Keys({**k.config, "mlp_layer_types": None, "first_k_dense_replace": 0}, k.family, k.defaults)  # no dense layer
+    arch = _decoder(k, f, [mix[kind] for kind in kinds[:layers]])
+    return dataclasses.replace(
+        arch,
+        blocks=tuple((count, dataclasses.replace(block, **mixed)) for count, block in arch.blocks),
+        mtp=tuple(
+            dataclasses.replace(block, attention=mix[kind], **mixed)
+            for block, kind in zip(arch.mtp, kinds[layers:], strict=True)
+        ),
+        streams=n,
+        mixers=((n, n * D),),
+        mixer_biases=(n, 1),
+    )
+
+
+def _compressions(k: _Keys, layers: int) -> list[tuple[str, int]]:
+    """Of each layer and MTP module, the kind of attention and how many tokens are one entry. DeepSeek's config has
+    `compress_ratios`; transformers' has `layer_types` and `compress_rates`, without the modules.
+    """
+    named, ratios = k.each("layer_types", layers), k.each("compress_ratios", layers)
+    if named is None and ratios is None:
+        raise UserError(
+            "'compress_ratios' is missing (config.json). a deepseek_v4 model cannot be described without it"
+        )
+    kinds: list[Any] = named or []
+    if named is None:
+        for ratio in k.numbers("compress_ratios") or ():
+            if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio not in _RATIOS:
+                raise UserError(
+                    f"a ratio of {ratio!r:.60} is not known (compress_ratios). known: {', '.join(map(str, _RATIOS))}"
+                )
+            kinds.append(_RATIOS[ratio])
+    rates = k.part("compress_rates")
+    known = {kind: ratio and rates.size(kind, ratio) for ratio, kind in _RATIOS.items()}
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in known:
+            raise UserError(f"a layer of type {kind!r:.60} is not known (layer_types). known: {', '.join(known)}")
+    all_layers = layers + k.size("num_nextn_predict_layers", 0, least=0, most=MAX_LAYERS)
+    kinds = [*kinds, *[_RATIOS[0]] * all_layers][:all_layers]
+    return [(kind, known[kind]) for kind in kinds]
+
+
+def _shared_key(k: _Keys, D: int, kind: str, ratio: int) -> Attention:
+    """Queries from a latent, one key that is also the value, an output projection through g groups of heads."""
+    H, K, query = k.size("num_attention_heads"), k.size("head_dim"), k.size("q_lora_rank")
+    groups, rank = k.size("o_groups"), k.size("o_lora_rank")
+    if H % groups:
+        raise UserError(
+            f"o_groups {groups} does not divide num_attention_heads {H} (config.json). groups must be equal"
+        )
+    x = Attention(
+        heads=H,
+        kv_heads=1,
+        qk_dim=K,
+        v_dim=K,
+        matrices=((query, D), (H * K, query), (K, D), *((rank, H * K // groups),) * groups, (D, groups * rank)),
+        biases=(H,),  # sinks
+        norms=(query, K),
+        cached=K,
+        ups=((H * K, query),),
+        window=k.size("sliding_window"),
+    )
+    if not ratio:
+        return x
+    # An entry is a weighted mean over its tokens. Under an indexer, of its and the last entry's, in two projections; and the
+    # indexer compresses keys of its own. Values and weights of tokens without an entry yet are kept, in float32.
+    indexed = kind == _RATIOS[4]
+    series, h, d = (2, k.size("index_n_heads"), k.size("index_head_dim")) if indexed else (1, 0, 0)
+    widths = (K, d) if indexed else (K,)
+    x = dataclasses.replace(
+        x,
+        matrices=(*x.matrices, *((series * w, D) for w in widths for _ in ("value", "weight"))),
+        biases=(*x.biases, *(ratio * series * w for w in widths)),  # weights by position
+        norms=(*x.norms, *widths),
+        compression=ratio,
+        compressed=sum(widths),
+        state=2 * series * ratio * series * sum(widths),
+    )
+    if not indexed:
+        return x
+    indexer = ((h * d, query), (h, D))
+    return dataclasses.replace(x, matrices=x.matrices + indexer, top=k.size("index_topk"), indexed=h * d)
 
 
 # ------------------------------------------------------------------------------------------------------- the families
@@ -673,6 +780,7 @@ FAMILIES: dict[str, _Family] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _V3,
     "deepseek_v32": _with(_V3, indexer=True),
+    "deepseek_v4": _with(_V3, mla=False, read=_deepseek_v4),
     "dots1": _with(_ATTENTION_BIAS, qk_norm="head", moe="moe_intermediate_size", windows=0),
     "ernie4_5": _ERNIE,
     "ernie4_5_moe": _with(_ERNIE, head_bias="use_bias", moe="moe_intermediate_size"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
 
@@ -29,6 +30,7 @@ class ParameterCounts:
     shared_experts: int
     router: int
     norms: int
+    streams: int  # what hyper-connections read, write and mix residual streams with
     mtp: int  # multi-token prediction modules, which share embedding and head with the model
     active: int  # of `total`, those that one token passes: all but the routed experts it does not choose
 
@@ -50,6 +52,7 @@ def count_parameters(model: Model) -> ParameterCounts:
         attention, feed_forward = block.attention, block.feed_forward
         parts["attention"] += count * (numbers(attention.matrices) + sum(attention.biases))
         parts["norms"] += count * (sum(block.norms) + sum(attention.norms))
+        parts["streams"] += count * (numbers(block.mixers) + sum(block.mixer_biases))
         mlp = "shared_experts" if feed_forward.experts else "dense"
         parts[mlp] += count * (numbers(feed_forward.matrices) + sum(feed_forward.biases))
         parts["router"] += count * (numbers(feed_forward.router) + sum(feed_forward.router_biases))
@@ -58,6 +61,7 @@ def count_parameters(model: Model) -> ParameterCounts:
     parts["embedding"] = a.embedding + numbers(a.projections[:1])
     parts["head"] = numbers(a.head[a.tied :]) + sum(a.head_biases)
     parts["norms"] += sum(a.norms)
+    parts["streams"] += numbers(a.mixers) + sum(a.mixer_biases)
     parts["active"] = sum(parts.values()) - unchosen
     parts["mtp"] = sum(_module(a, block) for block in a.mtp)
     return ParameterCounts(**parts)
@@ -65,18 +69,24 @@ def count_parameters(model: Model) -> ParameterCounts:
 
 def cache_bytes_per_token(model: Model, *, number: str = "bf16", mtp: bool = False) -> int:
     """What one token leaves in the attention cache, its rows in "float32", "bf16", "float16", "fp8" or "int8" (a float16
-    scale for every 64 numbers of a row), in layers with a window too: `cache_bytes` knows when these are full. `mtp`: with
-    the layers of the MTP modules, which cache too.
+    scale for every 64 numbers of a row), in layers with a window too: `cache_bytes` knows when these are full. Of an entry
+    compressed from several tokens, its share. `mtp`: with the layers of the MTP modules, which cache too.
     """
-    return sum(count * _row(block.attention, number) for count, block in _all_blocks(architecture_of(model), mtp))
+    blocks = [(count, block.attention) for count, block in _all_blocks(architecture_of(model), mtp)]
+    return sum(n * (_row(x.cached, number) - -_row(x.compressed, number) // (x.compression or 1)) for n, x in blocks)
 
 
 def cache_bytes(model: Model, context: int, *, number: str = "bf16", mtp: bool = False) -> int:
     """Of a whole sequence of `context` tokens: a window keeps no more than its tokens, a linear attention its state,
-    in float32, whatever the length.
+    in float32, whatever the length; so does what compresses tokens to entries, beside these.
     """
     blocks = [(count, block.attention) for count, block in _all_blocks(architecture_of(model), mtp)]
-    return sum(n * (min(context, x.window or context) * _row(x, number) + 4 * x.state) for n, x in blocks)
+
+    def rows(x: Attention) -> int:
+        entries = context // x.compression * _row(x.compressed, number) if x.compression else 0
+        return min(context, x.window or context) * _row(x.cached, number) + entries
+
+    return sum(n * (rows(x) + 4 * x.state) for n, x in blocks)
 
 
 def parameters_read(model: Model, tokens: float, *, mtp: bool = False) -> float:
@@ -108,7 +118,11 @@ def forward_flops(model: Model, context: float, *, absorbed: bool = False, mtp: 
     either; `training_flops` is exact for all. `absorbed`: the form that decoding uses, which reads latents instead of keys
     and values; its projections cost the same. `mtp`: with the MTP modules, each of which runs the head once more.
     """
-    return _flops(architecture_of(model), lambda limit, _: min(context, limit), absorbed, mtp)
+
+    def keys(limit: float, _: bool, ratio: int) -> float:
+        return min(context if ratio == 1 else context // ratio, limit)
+
+    return _flops(architecture_of(model), keys, absorbed, mtp)
 
 
 def training_flops(
@@ -131,8 +145,10 @@ def training_flops(
     """
     a = architecture_of(model)
 
-    def keys(limit: float, chunked: bool) -> float:
-        return _mean_keys(seq_len, limit, chunked) if causal else min(seq_len, limit)
+    def whole(limit: float, chunked: bool, ratio: int) -> float:
+        return min(seq_len // ratio, limit)
+
+    keys = partial(_mean_keys, seq_len) if causal else whole
 
     blocks = _all_blocks(a, mtp)
     forward = _flops(a, keys, False, mtp)
@@ -173,8 +189,8 @@ def _all_blocks(a: Architecture, mtp: bool) -> list[tuple[int, Block]]:
 
 
 def _module(a: Architecture, block: Block) -> int:
-    """An MTP module: two norms before the join, the join itself, a block, a norm after it."""
-    return 3 * a.hidden_size + numbers([a.mtp_join]) + block.parameters
+    """An MTP module: two norms before the join, the join itself, a block, a norm after it; what joins streams."""
+    return 3 * a.hidden_size + numbers([a.mtp_join, *a.mixers]) + sum(a.mixer_biases) + block.parameters
 
 
 def _asleep(block: Block, tokens: float) -> float:
@@ -186,44 +202,51 @@ def _asleep(block: Block, tokens: float) -> float:
 def _passed(block: Block) -> tuple[Shape, ...]:
     """The matrices that a token is multiplied with."""
     f = block.feed_forward
-    return block.attention.matrices + f.matrices + f.router + f.chosen * f.expert
+    return block.attention.matrices + f.matrices + f.router + f.chosen * f.expert + block.mixers
 
 
-def _row(attention: Attention, number: str) -> int:
-    n = attention.cached
+def _row(n: int, number: str) -> int:
     return n + 2 * -(-n // SCALED) if number == "int8" else n * BYTES[number]
 
 
-Keys = Callable[
-    [float, bool], float
-]  # that a token sees, given the most that it may, and whether its window is a chunk
+# That a token sees: given the most that it may, whether its window is a chunk, how many tokens are one
+def attention_multiplications(attention: Attention, seq_len: int) -> float:
+    """Of a token with earlier ones, on average over a causal sequence."""
+    return _core(attention, partial(_mean_keys, seq_len), False)
+
+
+Keys = Callable[[float, bool, int], float]
 
 
 def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:
     """Multiplications of one token with other tokens: scores and weighted sum, an indexer's scores, a linear state."""
     x = attention
-    if x.state:
+    if x.mixing:
         return x.mixing
     each = x.heads * (2 * x.latent + x.rope if absorbed and x.latent else x.qk_dim + x.v_dim)
-    indexing = x.indexed * keys(math.inf, False) if x.indexed else 0
-    return each * keys(min(x.window or math.inf, x.top or math.inf), x.chunked) + indexing
+    window, top, ratio = x.window or math.inf, x.top or math.inf, x.compression or 1
+    indexing = x.indexed * keys(math.inf, False, ratio) if x.indexed else 0
+    if x.compression is not None:
+        return each * (keys(window, False, 1) + keys(top, False, ratio)) + indexing
+    return each * keys(min(window, top), x.chunked, 1) + indexing
 
 
-def _mean_keys(seq_len: int, limit: float, chunked: bool) -> float:
-    """Of token t = 1..S of a causal sequence, min(t, w) keys, w (1 - (w - 1) / 2S) on average; in chunks of w, those of
-    its own up to it.
+def _mean_keys(seq_len: int, limit: float, chunked: bool, ratio: int) -> float:
+    """Of token t = 1..S of a causal sequence, min(floor(t / r), w) keys on average; in chunks of w, those of its own up to
+    it.
     """
-    S, w = seq_len, min(seq_len, limit)
+    S, w = seq_len, min(seq_len // ratio, limit)
     if chunked:
         whole, rest = divmod(S, w)
         return (whole * w * (w + 1) / 2 + rest * (rest + 1) / 2) / S
-    return w * (1 - (w - 1) / (2 * S))
+    return w * (1 - (ratio * (w + 1) - 2) / (2 * S))
 
 
 def _flops(a: Architecture, keys: Keys, absorbed: bool, mtp: bool) -> float:
     head = numbers(a.head)
-    products: float = numbers(a.projections[:1]) + head
+    products: float = numbers(a.projections[:1]) + numbers(a.mixers) + head
     products += sum(n * (numbers(_passed(b)) + _core(b.attention, keys, absorbed)) for n, b in _all_blocks(a, mtp))
     if mtp:
-        products += len(a.mtp) * (numbers([a.mtp_join]) + head)
+        join = numbers([a.mtp_join]) * (1 + a.streams) / 2
+        products += len(a.mtp) * (join + numbers(a.mixers) + head)
     return 2 * products

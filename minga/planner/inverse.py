@@ -15,25 +15,27 @@ from minga.config.hardware import Device, Machine, devices, of_devices
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, architecture_of
 from minga.planner.counts import cache_bytes, count_parameters, training_flops
+from minga.planner.dial import TOKENS_PER_PARAMETER
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import WEIGHT_BYTES
-from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serving_options
+from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serve
 from minga.planner.scaling import (
-    Within,
+    Option,
     best_for_compute,
     best_within,
     expansion,
+    facts_of,
     for_loss,
     law_for,
     model_for,
     models,
 )
-from minga.planner.serving import serve_estimate
 from minga.planner.time import run_time
-from minga.planner.words import count, duration, size
+from minga.planner.words import count, duration, machine_words, size
 
 VOCABULARIES = ((1e17, 4096), (1e20, 32768), (math.inf, 129280))  # FLOPs of a run below which so many tokens are enough
 LINES = 8  # of the models that were near
+SMALLEST_COMPUTE = 2.4e17  # 6 x 79 M parameters x 0.5 B tokens: where the runs of the law with experts begin
 NEAR = 12.0  # how far from the law's best size a model may be and still be tried, as a factor
 REACH = 0.5  # of its peak that no machine goes beyond in training: where a search may begin
 MOST_DEVICES = 2**17
@@ -78,9 +80,23 @@ def best_plan(
         limit_bytes=memory,
         candidates=_near(compute),
     )
-    best = found.best
+    small = compute < SMALLEST_COMPUTE
+    best = _by_ratio(found.options) if small else found.best
     made = plan(best.model, machine, ask=replace(ask, tokens=best.tokens))
-    return _with(made, f"best model for {duration(seconds)} of the machine", best.model, found.facts, found)
+    for _ in range(3):  # the search laid each model out for one guess at its tokens
+        assert made.seconds is not None
+        if abs(made.seconds.typical / seconds - 1) < 0.005:
+            break
+        best = replace(best, tokens=best.tokens * seconds / made.seconds.typical)
+        made = plan(best.model, machine, ask=replace(ask, tokens=best.tokens))
+    if small:
+        facts = tuple(_ratio_facts(best))
+    else:
+        experts = expansion(best.model)
+        facts = facts_of(replace(best, loss=law_for(experts).loss(best.parameters, best.tokens, experts=experts)))
+    return _with(
+        made, f"best model for {duration(seconds)} of the machine", best.model, facts, () if small else found.front
+    )
 
 
 def _for_loss(machine: Machine, ask: Ask, loss: float) -> Plan:
@@ -126,6 +142,26 @@ def _seconds_of(machine: Machine, ask: Ask) -> Callable[[ModelConfig, float], Es
     return seconds
 
 
+def _by_ratio(options: tuple[Option, ...]) -> Option:
+    return min(
+        options, key=lambda option: abs(math.log(option.tokens / _multiplied(option.model) / TOKENS_PER_PARAMETER))
+    )
+
+
+def _multiplied(model: ModelConfig) -> int:
+    """Active parameters but for the embedding, which is looked up."""
+    counts = count_parameters(model)
+    return counts.active - counts.embedding
+
+
+def _ratio_facts(best: Option) -> Iterator[Fact]:
+    inputs = {"tokens": best.tokens, "multiplied_parameters": _multiplied(best.model)}
+    source = "measured at this scale (docs/log.md): the laws were fitted to runs a thousand times as long"
+    rule = f"nearest to {TOKENS_PER_PARAMETER:g} tokens a multiplied parameter"
+    yield Fact("scaling.parameters", best.parameters, "", "active parameters", rule, inputs, source)
+    yield Fact("scaling.tokens", best.tokens, "", "tokens", "what there is time for", inputs, source)
+
+
 def _served(model: ModelConfig, ask: Ask) -> float:
     """Bytes of a copy that answers one request."""
     weights = WEIGHT_BYTES[ask.weights or "bf16"] * count_parameters(model).total
@@ -135,7 +171,10 @@ def _served(model: ModelConfig, ask: Ask) -> float:
 def _near(compute: float) -> list[ModelConfig]:
     """The models that a law may find best for so many FLOPs or for less."""
     grid = models(vocab_size=_vocabulary(compute))
-    wanted = best_for_compute(compute, experts=expansion(grid[-1])).parameters
+    if compute < SMALLEST_COMPUTE:
+        wanted = math.sqrt(compute / 6 / TOKENS_PER_PARAMETER)
+    else:
+        wanted = best_for_compute(compute, experts=expansion(grid[-1])).parameters
     near = [model for model in grid if wanted / NEAR <= count_parameters(model).active <= wanted * NEAR / 4]
     return near or [min(grid, key=lambda model: abs(math.log(count_parameters(model).active / wanted)))]
 
@@ -144,7 +183,7 @@ def _vocabulary(compute: float) -> int:
     return next(entries for most, entries in VOCABULARIES if compute < most)
 
 
-def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], found: Within | None = None) -> Plan:
+def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], front: tuple[Option, ...] = ()) -> Plan:
     """The plan behind a section that says which model it is of, and why."""
     names = ("hidden_size", "num_hidden_layers", "n_routed_experts", "num_experts_per_tok", "vocab_size")
     words = (
@@ -154,7 +193,6 @@ def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], f
     shape = Fact(
         "best.model", words, "", "shape", "between DeepSeek's published models", {n: getattr(model, n) for n in names}
     )
-    front = () if found is None else found.front
     drawing = [
         f"{count(option.parameters):>7} active, {count(option.tokens):>7} tokens, {duration(option.seconds.typical):>9}: "
         f"loss {option.loss.typical:.3f}"
@@ -163,7 +201,8 @@ def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], f
     ]
     lead = ["also worth it, quickest first:"] if drawing else []
     section = Section(title, (shape, *facts), (*lead, *drawing))
-    return replace(made, sections=(section, *made.sections), front=front)
+    name = f"a model of {count(count_parameters(model).active)} active parameters on {machine_words(made.machine)}"
+    return replace(made, title=name, sections=(section, *made.sections), front=front)
 
 
 # ---------------------------------------------------------------------------------------------- machines
@@ -199,7 +238,7 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         return
     number = 1
     if ask.tokens is not None:  # what no set-up can beat says where to begin
-        work = training_flops(model, ask.seq_len or SEQ_LEN, lora="lora_rank" in ask.fixed) * ask.tokens
+        work = training_flops(model, ask.seq_len or SEQ_LEN, lora=ask.fixed.get("lora_rank") or 0) * ask.tokens
         number = 2 ** math.ceil(
             math.log2(max(1.0, work / (REACH * device.rate(ask.precision or "bf16") * days * 86400)))
         )
@@ -207,7 +246,7 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         machine = of_devices(device, number)
         try:
             if ask.tokens is None:
-                serve_estimate(model, machine, **serving_options(model, machine, ask))
+                serve(model, machine, ask, [])
                 yield Fitting(machine, price * number, None, None)
                 return
             setup = lay_out(model, machine, ask)

@@ -2,9 +2,9 @@
 
     setup = choose_setup(config, machine, precision="bf16", seq_len=4096, fits=lambda setup: ...)
 
-Tensor parallelism stays inside a node, as its traffic cannot hide; pipelines, experts and data ranks go across. Of what is
-tried first, the least spread wins: ties go to fewer pipeline stages and tensor ranks. Memory is somebody else's question,
-`fits`, asked only of set-ups that would be faster than the best one found.
+Tensor parallelism stays inside a node, as its traffic cannot hide; pipelines, experts and data ranks go across. Ties go to
+fewer pipeline stages and tensor ranks. Memory is somebody else's question, `fits`, asked only of set-ups that would be
+faster than the best one found.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from itertools import product
 from minga.config.hardware import Machine
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, Model, architecture_of
-from minga.planner.setup import Setup
+from minga.planner.setup import RECOMPUTE, Setup
 from minga.planner.time import Coefficients, coefficients_of, idle_factor, step_parts, work_of
 
-LEAST_BATCH, MOST_BATCH = (
-    2**19,
-    2**24,
-)  # tokens of a step: GPT-3's smallest models (2005.14165, table 2.1), Llama 3 405B
-RECOMPUTE = ("none", "selective", "full")
+# Tokens of a step: of GPT-3's smallest models (2005.14165, table 2.1), of Llama 3 405B (2407.21783, section 3.4.1).
+LEAST_BATCH, MOST_BATCH = 2**19, 2**24
 MOST_MICRO_BATCH = 64
 
 

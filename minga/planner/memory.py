@@ -33,9 +33,10 @@ EIGHT_BIT = 1 + 4 / 256  # a moment in 8 bits, with a float32 for each 256 numbe
 # Of a logit in PyTorch's loss: itself in bf16, its float32 copy and the logarithm of its softmax; in the backward pass the
 # logarithm, its gradient and that in bf16. With several heads the others wait with their logarithm.
 LOGIT_BYTES, WAITING_LOGIT_BYTES = {2: 10, 4: 12}, 4
-CONTEXT_BYTES = (
-    1e9  # a CUDA context with its kernels and the libraries' work space; assumed, it depends on device and driver
-)
+# What feeds products stays in the 8 bits that they read, a float32 for each 128 numbers (DeepSeek-V3, 2412.19437, section
+# 3.3.3); residuals, queries, keys and values stay as they are.
+FED_IN_8_BITS = 1 + 4 / 128
+CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and libraries; assumed, it depends on device and driver
 NCCL_BYTES = 0.4e9  # 340 to 392 MB in NVIDIA's measured tables (ai-dynamo/aiconfigurator)
 GREEN = 0.8  # of 454 runs estimated below this share none went out of memory (Fujii et al. 2024, 2411.06465)
 
@@ -101,8 +102,9 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     weights, gradients, optimizer = (sum(parts) for parts in zip(*(_states(s, *each) for each in states), strict=True))
 
     waiting = min(s.pp - stage, s.accumulate)  # micro-batches between their forward and backward passes
-    kept = sum(x.kept(s.recompute, number) for x in layers) + number * d * last
-    again = max((x.kept("none", number) - x.kept(s.recompute, number) for x in layers), default=0.0)
+    fed = FED_IN_8_BITS if s.precision == "fp8" and s.fed_in_8_bits else number
+    kept = sum(x.kept(s.recompute, number, fed) for x in layers) + number * d * last
+    again = max((x.kept("none", number, fed) - x.kept(s.recompute, number, fed) for x in layers), default=0.0)
     backward = again + number * max((x.widest for x in layers), default=0)
     logits = 0.0
     if last and not s.fused_loss:
@@ -175,6 +177,7 @@ class _Layer(NamedTuple):
     expert_sides: int
     largest: int  # matrix
     stream: int  # d
+    streams: int  # residual ones, all kept where attention and MLP begin
     latents: int  # of latent attention, before their norms
     normed: int  # latents, or queries and keys, after norms of their own
     projected: int  # queries, keys and values
@@ -185,20 +188,22 @@ class _Layer(NamedTuple):
     gated: bool
     chosen: int
 
-    def kept(self, recompute: str, number: int) -> float:
-        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax."""
+    def kept(self, recompute: str, number: int, fed: float | None = None) -> float:
+        """Bytes a token leaves for the backward pass, with `number` bytes each and a float32 a head for the softmax.
+
+        fed: bytes of a number that only feeds a matrix product or the MLP's activation, where it is another.
+        """
         if recompute == "full":
-            return number * self.stream
-        values = 2 * self.stream + self.latents + self.projected + self.attended
-        values += (1 + self.gated) * self.hidden + self.chosen * self.stream  # gate and up; what experts are sent
+            return number * self.streams * self.stream
+        wide = (1 + self.gated) * self.hidden + self.chosen * self.stream
+        values, feeding = 2 * self.streams * self.stream + self.projected + self.attended, self.latents
+        feeding += wide  # gate and up; what experts are sent
         if recompute == "none":
-            values += 2 * self.stream + self.normed  # after norms
-            values += (
-                1 + self.gated
-            ) * self.hidden + self.chosen * self.stream  # after the activation; what experts give
+            feeding += 2 * self.stream + self.normed  # after norms
+            feeding += wide  # after the activation; what experts give
         else:
             values -= self.rebuilt
-        return number * values + 4 * self.heads
+        return number * values + (number if fed is None else fed) * feeding + 4 * self.heads
 
     @property
     def widest(self) -> int:
@@ -207,14 +212,14 @@ class _Layer(NamedTuple):
 
 
 def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
-    layers = [_layer(a.hidden_size, block) for count, block in a.blocks for _ in range(count)]
+    layers = [_layer(a, block) for count, block in a.blocks for _ in range(count)]
     for block in a.mtp if mtp else ():
-        layer = _layer(a.hidden_size, block)
+        layer = _layer(a, block)
         layers.append(layer._replace(dense=layer.dense + numbers([a.mtp_join]) + 3 * a.hidden_size))
     return layers
 
 
-def _layer(d: int, block: Block) -> _Layer:
+def _layer(a: Architecture, block: Block) -> _Layer:
     x, f = block.attention, block.feed_forward
     shapes = x.matrices + f.matrices
     queries, values = x.heads * x.qk_dim, x.heads * x.v_dim
@@ -230,7 +235,8 @@ def _layer(d: int, block: Block) -> _Layer:
         sides=sum(map(sum, shapes)),
         expert_sides=f.experts * sum(map(sum, f.expert)),
         largest=max(rows * columns for rows, columns in shapes + f.expert),
-        stream=d,
+        stream=a.hidden_size,
+        streams=a.streams,
         latents=latents,
         normed=normed,
         projected=queries + keys + own_values,
@@ -365,7 +371,7 @@ def serving_memory(
     stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
     of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
     tokens = min(chunk, batch * context)
-    running = max(x.kept("none", 2) - 2 * x.stream for x in layers)  # of one block at a time
+    running = max(x.kept("none", 2) - 2 * x.streams * x.stream for x in layers)  # of one block at a time
     return Memory(
         weights=stored * size,
         activations=tokens * running / tp,

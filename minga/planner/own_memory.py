@@ -17,9 +17,10 @@ from minga.planner.counts import cache_bytes_per_token, count_parameters
 from minga.planner.memory import EIGHT_BIT, WEIGHT_BYTES, Memory
 
 TRAIN_PROCESS = 421e6  # Python, torch and all that a run imports
-SERVE_PROCESS = 306e6  # the same of a server, which imports less
+SERVE_PROCESS = 306e6  # the same of a server, which imports less, after its first request
+FIRST_REQUEST = 24e6  # of that: not there yet while the model is opened
 SAMPLE = 23e6  # the engine that writes a few lines at an evaluation
-HOLES = 0.2  # between tensors that live for different times: 0 to 0.3 of the heap at 2,048 to 8,192 tokens
+HOLES = 0.2  # of the heap, between tensors that live for different times: 0 to 0.3 in training, 0 to 0.6 as weights are rounded
 OWN_PAGES = 32 * 2**20  # bytes from which a tensor has pages of its own and gives them back (REUSED in kernels.cpp)
 LOSS_CHUNK = 2**22  # logits in memory at a time (kernels/cross_entropy.py)
 PACKED = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 4}  # bytes of a number as the kernels pack it for a product
@@ -27,7 +28,7 @@ PREFILL = 512  # tokens of all prompts that the engine reads at once (engine/run
 WEIGHTS_SHARE = 0.8  # of free memory: a file that is larger stays on the disk, as far as memory does not hold it
 CACHE_SHARE = 1 / 4  # of what is free then, for the cache, unless one context takes more
 PAGE = 64  # tokens of the cache that are handed out together
-ROUNDING = 3.5  # float32 copies of a matrix while it is rounded
+ROUNDING = 3.0  # float32 copies of a matrix while it is rounded
 
 
 def own_training_memory(config: TrainConfig, *, mtp: bool = True) -> Memory:
@@ -94,7 +95,7 @@ def own_serving_memory(
     else:
         rounded = WEIGHT_BYTES[quant] * total
         weights = rounded * 17 / 16 + 4 * 2**20  # in one piece with large pages
-        opening = float_file + stacked + rounded + ROUNDING * 4 * _largest_matrix(c)
+        opening = float_file + _rounding(c, quant) - FIRST_REQUEST
         if file_bytes is not None:
             opening = file_bytes + float_file  # widened, then rounded one by one
     kept = max(64e6, 4.0 * c.max_position_embeddings * row) if prefix_memory is None else prefix_memory
@@ -117,9 +118,16 @@ def own_serving_weights(model: ModelConfig, *, quant: str | None, file_bytes: fl
     if quant is None:
         held = stacked if file_bytes is None else file_bytes * 17 / 16
         return held, held
-    rounded = WEIGHT_BYTES[quant] * numbers / 4
-    opening = numbers if file_bytes is not None else stacked + rounded + ROUNDING * 4 * _largest_matrix(model)
-    return opening, rounded * 17 / 16
+    after = WEIGHT_BYTES[quant] * numbers / 4 * 17 / 16
+    return (_rounding(model, quant) if file_bytes is None else numbers), after
+
+
+def _rounding(c: ModelConfig, quant: str) -> float:
+    """Bytes beside the file while the weights of a float32 model are rounded."""
+    rounded, stacked = WEIGHT_BYTES[quant] * count_parameters(c).total_with_mtp, 4.0 * _expert_numbers(c)
+    piece = 4.0 * c.n_routed_experts * c.hidden_size * c.moe_intermediate_size  # downs; gates and ups take two of it
+    heap = rounded + stacked * ((piece < OWN_PAGES) / 3 + (2 * piece < OWN_PAGES) * 2 / 3)
+    return stacked + rounded + ROUNDING * 4 * _largest_matrix(c) + HOLES * heap
 
 
 # ---------------------------------------------------------------------------------------------- widths, in numbers a token

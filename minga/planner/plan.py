@@ -12,35 +12,56 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
+from functools import partial
 from typing import Any
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import Device, Machine, of_devices
 from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
 from minga.planner.architecture import Architecture, architecture_of
-from minga.planner.counts import cache_bytes_per_token, count_parameters, training_flops
+from minga.planner.counts import cache_bytes, cache_bytes_per_token, count_parameters, training_flops
 from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
-from minga.planner.layout import choose_setup
-from minga.planner.memory import Memory, training_memory, verdict, ways_to_fit
+from minga.planner.layout import choose_setup, typical_batch
+from minga.planner.memory import GREEN, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
 from minga.planner.scaling import Option
-from minga.planner.serving import serve_estimate
+from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
 from minga.planner.words import count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
+LONG = 32_768  # tokens of a long text
+LEAST_STEPS = 200  # of a run: below, a batch as large as is usual would leave too few updates
 SEQ_LEN, OWN_SEQ_LEN = 4096, 1024  # tokens of a sequence, of accelerators and of processors
+ACCOUNTING = "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)"
+SERVED = "weights of a copy, and the cache of its sequences"
+USER_SPEED = 20.0  # tokens/s; DeepSeek gives its users 20 to 22 (open-infra-index, day 6)
 ACCEPTANCE = 0.85  # of the first guess: 85 to 90 % (DeepSeek-V3, 2412.19437, section 5.4.3)
 POOL_BATCH = 2**19  # tokens of a peer's step
 LATENCY = 0.02  # seconds one way, between cities
+# Fields of `Setup` that can be decided by who asks; the others follow.
+FIXABLE = (
+    "shard",
+    "tp",
+    "pp",
+    "ep",
+    "recompute",
+    "micro_batch",
+    "optimizer",
+    "master",
+    "lora_rank",
+    "stored",
+    "mtp",
+    "fused_loss",
+)
 PARALLEL = {"dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "of them expert"}
 HOME_PUE = Estimate(1.0, 1.1, 1.3)  # the losses of a power supply, and some cooling
 
@@ -87,8 +108,12 @@ class Ask:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1e6:
                 raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be 0 or more")
+        if unknown := set(self.fixed) - set(FIXABLE):
+            raise UserError(f"{sorted(unknown)[0]!r} cannot be fixed (plan). what can: {', '.join(FIXABLE)}")
         if self.pue is not None and not 1 <= self.pue <= 10:
             raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            raise UserError(f"acceptance is {self.acceptance} (plan). it is a share, from 0 to 1")
         if not 0 < self.utilization <= 1:
             raise UserError(f"utilization is {self.utilization} (plan). it is a share: above 0 and at most 1")
 
@@ -112,6 +137,7 @@ class Plan:
     setup: Setup | None = None
     memory: Memory | None = None  # of a device in training; without training, in serving
     front: tuple[Option, ...] = ()  # of a model that was chosen: those than which none is both quicker and better
+    ask: Ask = Ask()  # what it answers
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -168,15 +194,19 @@ def plan(
     ask: Ask | None = None,
     **changes: Any,
 ) -> Plan:
-    """What `model` costs on `machine`; `changes` are fields of `Ask`, such as tokens=1e12.
+    """What `model` costs on `machine`; `changes` are fields of `Ask`, such as tokens=1e12, or of `FIXABLE`, such as lora_rank=16.
 
     model: a config, the dictionary of a public config.json, a path to one or to a model, or a preset's name. machine: "8xH100".
     Raises `UserError` for what is impossible, and for a training that fits no set-up of the machine.
     """
+    ask = ask or Ask()
+    fixed = {name: changes.pop(name) for name in FIXABLE if name in changes}
     known = {f.name for f in fields(Ask)}
     if unknown := set(changes) - known:
-        raise UserError(f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}")
-    ask = replace(ask or Ask(), **changes)
+        raise UserError(
+            f"{sorted(unknown)[0]!r} is nothing to ask for (plan). known: {', '.join(sorted(known))}, {', '.join(FIXABLE)}"
+        )
+    ask = replace(ask, **{"fixed": {**ask.fixed, **fixed}, **changes})
     name, arch = architecture(model)
     where = machine_named(machine) if isinstance(machine, str) else machine
     title = f"{name} on {machine_words(where)}"
@@ -187,14 +217,16 @@ def plan(
         sections += parts
         notes += said
     try:
-        serving = serve_estimate(arch, where, **serving_options(arch, where, ask))
+        serving = serve(arch, where, ask, notes)
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
-        memory = memory or serving.memory
+        if memory is None:
+            memory = serving.memory
+            sections.append(_memory_section(memory, where.device, "serving", SERVED))
     except UserError as error:
-        notes.append(f"serving: {error}")
+        notes.append(str(error))
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
-    return Plan(title, arch, where, tuple(sections), tuple(notes), setup, memory)
+    return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory, ask=ask)
 
 
 def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
@@ -214,7 +246,8 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     parts = {f.name: getattr(counts, f.name) for f in fields(counts) if getattr(counts, f.name)}
     source = "exact: sum over the matrices of the config"
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
-    lora = ask.fixed.get("lora_rank") is not None
+    context = min(a.max_positions or LONG, LONG)
+    lora = ask.fixed.get("lora_rank") or 0
     recompute = ask.fixed.get("recompute") or "none"
     flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
     square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
@@ -254,6 +287,15 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             {"numbers": cache_bytes_per_token(a, number="fp8"), "cache": ask.cache},
             source,
         ),
+        Fact(
+            "kv_bytes_at_context",
+            cache_bytes(a, context, number=ask.cache),
+            "bytes",
+            f"cache of {context:,} tokens",
+            "that of a token x tokens, but for windows, compressed entries and linear attention, which keep less",
+            {"context": context, "cache": ask.cache},
+            source,
+        ),
     ]
     return Section("model", tuple(facts))
 
@@ -268,8 +310,11 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
     """
     device, at_hand = machine.device, machine.device.kind == "cpu"
     batch, fixed = ask.batch_tokens, dict(ask.fixed)
+    tokens, seq_len = ask.tokens or 20.0 * count_parameters(a).active, _seq_len(ask, machine)
+    if batch is None:
+        batch = usual_batch(tokens) if at_hand else typical_batch(a, tokens)
+        batch = min(batch, max(seq_len, tokens / LEAST_STEPS))
     if at_hand:
-        batch = batch or usual_batch(ask.tokens or 20 * count_parameters(a).active)
         fixed = {"optimizer": "muon", "fused_loss": True, "master": False} | fixed
     precision = ask.precision or ("int8" if at_hand and "int8" in device.flops else _precision(device))
 
@@ -278,10 +323,9 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
             a,
             machine,
             precision=precision,
-            seq_len=_seq_len(ask, machine),
-            tokens=ask.tokens,
+            seq_len=seq_len,
             batch_tokens=batch,
-            fits=lambda setup: verdict(training_memory(a, setup).total, device.memory) in verdicts,
+            fits=lambda setup: verdict(_memory(a, setup, ask).total, device.memory) in verdicts,
             coefficients=ask.coefficients,
             **fixed,
         )
@@ -292,50 +336,87 @@ def lay_out(a: Architecture, machine: Machine, ask: Ask) -> Setup:
         return chosen("green", "amber")
 
 
+def _memory(a: Architecture, setup: Setup, ask: Ask) -> Memory:
+    """With the weights of a teacher, in 16 bits, cut and spread as the student's are."""
+    memory = training_memory(a, setup)
+    if ask.teacher is None:
+        return memory
+    ranks = setup.tp * setup.pp * (setup.dp if setup.shard == 3 else setup.ep)
+    return replace(memory, weights=memory.weights + 2 * count_parameters(ask.teacher).total / ranks)
+
+
+def what_would(a: Architecture, machine: Machine, ask: Ask) -> list[str]:
+    """Up to three changes with which a training that does not fit does, each in words; what changes least comes first."""
+    per_node = None if machine.nodes == 1 else machine.per_node
+    devices = [of_devices(machine.device, machine.count * 2**n, per_node) for n in range(1, 15)]
+    changes: list[tuple[str, Machine, dict[str, Any]]] = [
+        ("8-bit optimizer states (--optimizer adamw8bit)", machine, {"optimizer": "adamw8bit"}),
+        ("LoRA (--lora 16)", machine, {"lora_rank": 16}),
+        ("LoRA over int4 weights (--lora 16 --stored int4)", machine, {"lora_rank": 16, "stored": "int4"}),
+        *((f"{each.count:,} devices", each, {}) for each in devices if each.nodes == 1 or each.network),
+    ]
+    found: list[str] = []
+    for words, where, change in changes:
+        if len(found) == 3 or (found and found[-1].endswith("devices")):
+            break
+        if change.keys() & ask.fixed.keys():
+            continue
+        try:
+            lay_out(a, where, replace(ask, fixed={**ask.fixed, **change}))
+        except UserError:
+            continue
+        found.append(words)
+    return found
+
+
 def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memory, list[Section], list[str]]:
     assert ask.tokens is not None
     device, notes = machine.device, []
-    setup = lay_out(a, machine, ask)
+    try:
+        setup = lay_out(a, machine, ask)
+    except UserError as error:
+        ways = what_would(a, machine, ask)
+        raise UserError(
+            f"{str(error).split('). ')[0]}). what would: {'; '.join(ways)}" if ways else str(error)
+        ) from None
     if setup.precision == "fp8" and "fp8" not in device.flops:
         notes.append(f"{device.name} has no fp8 units: products are computed in bf16")
-    memory = training_memory(a, setup)
+    memory = _memory(a, setup, ask)
     run = run_time(a, setup, machine, ask.tokens, coefficients=ask.coefficients)
-    per_token = training_flops(
-        a,
-        setup.seq_len,
-        mtp=bool(a.mtp) and setup.mtp,
-        lora=setup.lora_rank is not None,
-        teacher=ask.teacher,
-    )
+    flops = partial(training_flops, a, setup.seq_len, mtp=bool(a.mtp) and setup.mtp, lora=setup.lora_rank or 0)
+    per_token = flops(teacher=ask.teacher)
+    if ask.teacher is not None:  # as if its products took as long as the student's
+        run = run.slower(per_token / flops())
     training = Section("training", tuple(_training_facts(a, machine, ask, setup, run, per_token)))
     fits = verdict(memory.total, device.memory)
-    parts = {name: value for name, value in asdict(memory).items() if value}
-    facts = [
+    if fits != "green":
+        better = "; or ".join(words for _, words in ways_to_fit(a, setup, GREEN * device.memory))
+        notes.append(
+            f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
+        )
+    sections = [training, _memory_section(memory, device, "training", ACCOUNTING)]
+    sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
+    return setup, memory, sections, notes
+
+
+def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> Section:
+    parts, fits = {name: value for name, value in asdict(memory).items() if value}, verdict(memory.total, device.memory)
+    rule = "green below 80 %, amber to 100 %, red above"
+    facts = (
         Fact(
             "memory.device_bytes",
             memory.total,
             "bytes",
             f"of {size(device.memory)}: {fits}",
-            "weights + gradients + optimizer + activations + logits + buffers + runtime, on the fullest device",
+            f"{' + '.join(parts)}, on the fullest device",
             parts,
-            "Megatron's and ZeRO's accounting (1910.02054), activations after Korthikanti et al. 2022 (2205.05198)",
+            source,
         ),
         *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
         Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
-        Fact(
-            "memory.verdict",
-            fits,
-            formula="green below 80 %, amber to 100 %, red above",
-            source="Fujii et al. 2024 (2411.06465)",
-        ),
-    ]
-    drawing = tuple(memory_bar(parts, device.memory))
-    if fits != "green":
-        ways = "; ".join(words for _, words in ways_to_fit(a, setup, device.memory))
-        notes.append(f"memory is {fits}: {ways or 'no change makes it fit'}")
-    sections = [training, Section("memory of a device in training", tuple(facts), drawing)]
-    sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
-    return setup, memory, sections, notes
+        Fact("memory.verdict", fits, formula=rule, source="Fujii et al. 2024 (2411.06465)"),
+    )
+    return Section(f"memory of a device in {doing}", facts, tuple(memory_bar(parts, device.memory)))
 
 
 def _training_facts(
@@ -386,15 +467,24 @@ def _training_facts(
         {"flops_per_second": rate, "peak": peak},
         f"peak: {device.sources.get('flops', 'measured')}",
     )
-    lost = "a step's seconds x steps, and what runs lose to restarts, evaluation, checkpoints"
+    inputs = {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices}
+    yield Fact(
+        "train.step_hours",
+        run.computing,
+        "",
+        "device-hours of the steps alone",
+        "a step's seconds x steps x devices: what a report means that gives hours for a number of tokens, as DeepSeek-V3's",
+        inputs,
+        fitted,
+    )
     yield Fact(
         "train.gpu_hours",
         run.gpu_hours,
-        "device-hours",
-        "device-hours",
-        lost,
-        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
-        f"{fitted}; losses: published runs (benchmarks/published/runs.csv)",
+        "",
+        "device-hours, as runs are billed",
+        "the steps', x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
+        {"step_hours": run.computing},
+        "published runs: benchmarks/published/runs.csv, docs/plan.md",
     )
     yield Fact(
         "train.days",
@@ -488,7 +578,8 @@ def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate |
 # ---------------------------------------------------------------------------------------------- serving
 
 
-def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, Any]:
+def serving_options(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> dict[str, Any]:
+    """What `serve_estimate` is asked, but for the users' speed. notes: what is to be said of the price goes there."""
     device = machine.device
     guesses = ask.acceptance if ask.acceptance is not None else ACCEPTANCE if a.mtp else None
     return {
@@ -497,10 +588,23 @@ def serving_options(a: Architecture, machine: Machine, ask: Ask) -> dict[str, An
         "output_tokens": ask.output,
         "weights": ask.weights or ("fp8" if "fp8" in device.flops else "bf16" if "bf16" in device.flops else "int8"),
         "cache": ask.cache,
-        "target": ask.speed,
         "acceptance": guesses or None,
-        "price": device_price(device, ask, [])[0],
+        "price": device_price(device, ask, notes)[0],
     }
+
+
+def serve(a: Architecture, machine: Machine, ask: Ask, notes: list[str]) -> Serving:
+    """What the machine serves: to users who each get `ask.speed`, without a wish `USER_SPEED` where the machine can.
+
+    Raises `UserError` for what does not fit.
+    """
+    options = serving_options(a, machine, ask, notes)
+    try:
+        return serve_estimate(a, machine, target=ask.speed or USER_SPEED, **options)
+    except UserError:
+        if ask.speed is not None:
+            raise
+        return serve_estimate(a, machine, **options)
 
 
 # ---------------------------------------------------------------------------------------------- a pool

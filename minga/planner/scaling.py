@@ -390,7 +390,7 @@ def _best_by_powers(flops: float, law: Powers) -> Optimum:
     D = law.at("tokens", flops)
     N = law.at("parameters", flops) if "parameters" in law.coefficients else law.at("model_flops", flops) / 6
     loss, given, cited = law.loss(flops), {"flops": flops}, law.cite(flops=flops)
-    found: list[tuple[str, float | Estimate, str]] = [("parameters", N, "parameters"), ("tokens", D, "tokens")]
+    found: list[tuple[str, float | Estimate, str]] = [("parameters", N, ""), ("tokens", D, "")]
     found += [(name, law.at(name, flops), unit) for name, unit in (("learning_rate", ""), ("batch_tokens", "tokens"))]
     found += [] if loss is None else [("loss", loss, "nats")]
     facts = [Fact(f"scaling.{name}", value, unit, _LABELS[name], law.form, given, cited) for name, value, unit in found]
@@ -411,8 +411,7 @@ def _for_service(
 
 def _sizes(law: Surface, N: float, D: float, unique: float | None) -> Iterator[Fact]:
     def fact(name: str, value: float, formula: str, source: str = law.cite(parameters=N, tokens=D)) -> Fact:
-        unit, inputs = {"epochs": ""}.get(name, name), {"parameters": N, "tokens": D}
-        return Fact(f"scaling.{name}", value, unit, _LABELS[name], formula, inputs, source)
+        return Fact(f"scaling.{name}", value, "", _LABELS[name], formula, {"parameters": N, "tokens": D}, source)
 
     yield fact("parameters", N, f"active for a token; loss is {law.form}")
     yield fact("tokens", D, f"{D / N:.3g} a parameter")
@@ -634,7 +633,7 @@ def best_within(
     if not options:
         raise UserError("there is no time to train any model in (plan). give more hours, money or machines")
     best = min(options, key=lambda option: option.loss.typical)
-    return Within(best, tuple(options), tuple(_front(options + sooner)), _facts_of(best, law, unique))
+    return Within(best, tuple(options), tuple(_front(options + sooner)), facts_of(best, law, unique))
 
 
 def best_for_memory(
@@ -720,7 +719,8 @@ def _typical(seconds: Estimate | None) -> float:
     return seconds.typical if seconds is not None else 0.0
 
 
-def _facts_of(best: Option, law: Surface | None, unique: float | None) -> tuple[Fact, ...]:
+def facts_of(best: Option, law: Surface | None = None, unique: float | None = None) -> tuple[Fact, ...]:
+    """Size, tokens and loss of a model, with their law."""
     law = law or law_for(expansion(best.model))
     N, D = best.parameters, best.tokens
     return (*_sizes(law, N, D, unique), _loss_fact(law, best.loss, N, D))

@@ -619,12 +619,12 @@ def _why(copies: list[_Copy], tokens: float, target: float | None, batch: int | 
     """Why nothing serves."""
     if not copies:
         return "the link between devices is not known (serving). give it, or take devices=1"
-    best = max(copies, key=lambda copy: copy.sequences(tokens))
+    best = max(copies, key=lambda copy: (copy.sequences(tokens), copy.devices))
     fits = best.sequences(tokens)
     have = f"{best.machine.device.memory / 1e9:,.0f} GB"
     if not fits:
         return (
-            f"one sequence does not fit (serving): {best.held / 1e9:,.1f} GB of weights on each of {best.devices} devices "
+            f"one sequence does not fit (serving): {best.held / 1e9:,.3g} GB of weights on each of {best.devices} devices "
             f"of {have}, and {best.cache(tokens) / 1e9:,.2f} GB of cache. more devices, or weights of fewer bits"
         )
     if batch is not None and batch > fits:

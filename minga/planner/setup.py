@@ -16,6 +16,8 @@ class Setup:
 
     precision: what matrix products are computed in. With float32 everything is; with bf16, fp8 or int8 there is a float32 copy of
     each trained weight for the optimizer (`master`; without it weights, gradients and moments are bf16 alone).
+    fed_in_8_bits: with fp8, what feeds products waits for the backward pass in 8 bits, as in Transformer Engine and DeepSeek-V3;
+    in torchao's float8 it keeps its 16.
     shard: what is spread over data-parallel ranks: 0 nothing (DDP), 1 optimizer states, 2 gradients too, 3 weights too (FSDP).
     recompute: activations computed again in the backward pass. selective: norms, activations of the MLPs and up-projections;
     full: everything but each block's input.
@@ -32,6 +34,7 @@ class Setup:
     ep: int = 1
     shard: int = 0
     precision: str = "bf16"
+    fed_in_8_bits: bool = True
     optimizer: str = "adamw"
     master: bool = True
     recompute: str = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from minga.planner.words import between, in_unit, number, size
 if TYPE_CHECKING:
     from minga.planner.plan import Plan
 
-BAR = 56
+BAR, TEXT, NOTE = 56, 64, 110  # characters of a bar of memory, of a line of words, and of a note
 _SHADES = "█▓▒░▚╱·"
 
 
@@ -26,15 +27,21 @@ def table(plan: Plan) -> str:
         if not facts:
             continue
         lines += ["", section.title]
-        cells = [_cells(fact) for fact in facts]
-        middle = max((len(value) for fact, (value, _) in zip(facts, cells, strict=True) if _is_number(fact)), default=0)
-        lines += [
-            f"  {fact.label:{wide}}  {value:{'>' if _is_number(fact) else '<'}{middle}}  {spread}".rstrip()
-            for fact, (value, spread) in zip(facts, cells, strict=True)
-        ]
+        written = [cells(fact) for fact in facts]
+        middle = max(
+            (len(value) for fact, (value, _) in zip(facts, written, strict=True) if _is_number(fact)), default=0
+        )
+        for fact, (value, spread) in zip(facts, written, strict=True):
+            first, *more = [f"{value:>{middle}}  {spread}"] if _is_number(fact) else _lines(value, TEXT)
+            lines.append(f"  {fact.label:{wide}}  {first}".rstrip())
+            lines += [f"  {'':{wide}}  {line}" for line in more]
         lines += [f"  {line}" for line in section.drawing]
     if plan.notes:
-        lines += ["", *(f"! {note}" for note in plan.notes)]
+        lines.append("")
+    for note in plan.notes:
+        lines += textwrap.wrap(
+            note, 110, initial_indent="! ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
@@ -59,7 +66,7 @@ def compare(plans: Sequence[Plan]) -> str:
     for name in names:
         found = [facts.get(name) for facts in by_name]
         label = next(fact.label for fact in found if fact is not None)
-        a, b = ("-" if fact is None else _cells(fact)[0] for fact in found)
+        a, b = ("-" if fact is None else cells(fact)[0] for fact in found)
         rows.append((label, a, b, _ratio(*found)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
@@ -81,22 +88,24 @@ def explain(plan: Plan, name: str) -> str:
 
 
 def _derivation(fact: Fact) -> str:
-    value, spread = _cells(fact)
+    value, spread = cells(fact)
     lines = [f"{fact.name} = {value} {spread}".rstrip()]
     for title, text in (("formula", fact.formula), ("source", fact.source)):
         if text:
             lines.append(f"  {title:8} {text}")
-    lines += [f"  {key:8} {_input(value)}" for key, value in fact.inputs.items()]
+    lines += [f"  {key:8} {input_words(value)}" for key, value in fact.inputs.items()]
     return "\n".join(lines)
 
 
-def _input(value: object) -> str:
+def input_words(value: object) -> str:
+    """What a number was worked out from, to more digits than it is good for."""
     if isinstance(value, Estimate):
         return f"{value.typical:.6g} ({value.low:.6g} - {value.high:.6g})"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def _cells(fact: Fact) -> tuple[str, str]:
+def cells(fact: Fact) -> tuple[str, str]:
+    """The most likely value in words, and its range, if it has one."""
     value = fact.value
     if isinstance(value, str):
         return value, ""
@@ -127,3 +136,7 @@ def _wrapped(parts: Iterable[str], width: int = 100) -> list[str]:
             lines.append("")
         lines[-1] += ("   " if lines[-1] else "") + part
     return lines
+
+
+def _lines(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]

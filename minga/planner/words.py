@@ -64,6 +64,8 @@ _WORDS: dict[str, Callable[[float], str]] = {
     "days": lambda value: duration(86400 * value),
     "share": lambda value: f"{100 * value:.3g} %",
     "USD": money,
+    "kWh": lambda value: _scaled(value, ((1e6, " GWh"), (1e3, " MWh")), " kWh", 3),
+    "kg": lambda value: _scaled(value, ((1e3, " t"),), " kg", 3),
 }
 
 

@@ -5,6 +5,7 @@ calibrate()           # a minute or two; kept in the user's configuration, and f
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
@@ -30,6 +31,7 @@ SECONDS = 80.0  # for all steps
 RUNS = ((128, 8, 256), (256, 8, 256), (256, 4, 128), (384, 8, 256), (512, 4, 256))  # width, sequences, tokens of each
 VOCABULARY = 4096
 _SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstv" for vowel in "aeiou"]
+BUSY = 0.5  # of the cores, by the mean of the last minute
 _COPY = 2**28
 
 
@@ -37,6 +39,10 @@ def calibrate(*, seconds: float = SECONDS, note: Callable[[str], None] = lambda 
     """Times products, a copy and `RUNS`, and stores what follows. Returns where."""
     card = runtime.nvidia_card() if torch.cuda.is_available() else None
     name, cores = card or runtime.cpu()[0] or "CPU", runtime.cores()
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * cores:
+        note(
+            "this machine is busy with other work: what is measured now will be too slow. better measure again when it is idle"
+        )
     device = find_device(card) if card else measured_cpu(name, cores)
     machine, precision = Machine(device), "bf16" if card else "int8" if "int8" in device.flops else "float32"
     note(f"{device.name}: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {kind}" for kind, rate in device.flops.items()))

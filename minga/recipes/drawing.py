@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -33,6 +33,13 @@ class Scale:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
 
 
+class LogScale(Scale):
+    """Equal factors are equally far apart; `low` is above 0."""
+
+    def __call__(self, value: float) -> float:
+        return self.first + math.log(value / self.low) / math.log(self.high / self.low) * (self.last - self.first)
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
     rough = (high - low) / count
@@ -41,18 +48,62 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-def figure(title: str, drawn: str, *, said: str, height: float = HEIGHT, legend: Iterable[tuple[str, str]] = ()) -> str:
-    """A card with a drawing of WIDTH by `height`. said: what it shows, for those who cannot see it. legend: (name, CSS class)."""
-    keys = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind in legend)
-    return (
-        f'<figure><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(said)}">{drawn}</svg></figure>'
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two that are above 0: 1, 2 and 5 times powers of ten, or of many powers themselves alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high / low < 300 else (1,)
+    found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+    return found if len(found) > 1 else ticks(low, high, 4)
+
+
+def axes(columns: Iterable[tuple[float, str]], rows: Iterable[tuple[float, str]], *, height: float = HEIGHT) -> str:
+    """Lines across, and numbers at the left and below. Each is (where it stands on its axis, label)."""
+    lines = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+        for y, label in rows
+    )
+    return lines + "".join(
+        f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{"end" if x > WIDTH - 30 else "middle"}">{escape(label)}</text>'
+        for x, label in columns
     )
 
 
-def tiles(facts: Iterable[tuple[str, str]]) -> str:
-    """Big numbers, each (what it is, the number in words)."""
-    return "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>" for name, value in facts)
+def figure(
+    title: str,
+    drawn: str,
+    *,
+    said: str,
+    height: float = HEIGHT,
+    legend: Iterable[tuple[str, str]] = (),
+    below: str = "",
+) -> str:
+    """A card with a drawing of WIDTH by `height`. said: what it shows, for those who cannot see it. legend: (name, CSS class).
+    below: HTML, such as what is to be known about it.
+    """
+    keys = "".join(f'<span class="key {kind}">{escape(name)}</span>' for name, kind in legend)
+    return (
+        f'<figure><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(said)}">{drawn}</svg>'
+        f"{below}</figure>"
+    )
+
+
+def tiles(facts: Iterable[tuple[str, ...]]) -> str:
+    """Big numbers, each (what it is, the number in words, and what belongs below it in small letters, if anything)."""
+    return "".join(
+        f"<div><dd>{escape(value)}{''.join(f'<small>{escape(text)}</small>' for text in small if text)}</dd>"
+        f"<dt>{escape(name)}</dt></div>"
+        for name, value, *small in facts
+    )
+
+
+def tabulate(rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
+    """Cells are HTML, the first of each row its name. Nothing without rows."""
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, *cells in rows
+    )
+    return f'<table class="{kind}">{body}</table>' if body else ""
 
 
 def section(title: str, *parts: str, kind: str = "") -> str:
@@ -60,12 +111,13 @@ def section(title: str, *parts: str, kind: str = "") -> str:
     return f'<section class="{kind}"><h2>{title}</h2>{body}</section>' if body else ""
 
 
-def page(name: str, outcome: str, tiles: str, sections: Iterable[str]) -> str:
+def page(name: str, outcome: str, tiles: str, sections: Iterable[str], *, style: str = "") -> str:
+    """style: CSS of this kind of page alone."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} · Minga</title><style>{STYLE}</style></head>\n<body><main>"
+        f"<title>{escape(name)} · Minga</title><style>{STYLE}{style}</style></head>\n<body><main>"
         f"<header><p>Minga · a model of your own, on the machines you have</p><h1>{escape(name)}</h1>"
         f'<p class="outcome">{outcome}</p></header>'
         f'<dl class="tiles">{tiles}</dl>\n' + "\n".join(part for part in sections if part) + "</main></body></html>\n"
@@ -73,11 +125,12 @@ def page(name: str, outcome: str, tiles: str, sections: Iterable[str]) -> str:
 
 
 def write_page(path: Path, text: str) -> Path:
+    """A reader never sees half of it. Raises `UserError` when it cannot be written."""
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the report from a web server
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the page from a web server
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -85,9 +138,7 @@ def write_page(path: Path, text: str) -> Path:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror} (report). free some space or check the rights"
-        ) from None
+        raise UserError(f"cannot write {path}: {error.strerror} (page). free some space or check the rights") from None
     return path
 
 
@@ -109,10 +160,13 @@ h2 { margin: 30px 0 14px; font-size: 1.2rem; letter-spacing: -.01em; grid-column
 .tiles div { padding: 12px 16px; }
 dd { margin: 0; font-size: 1.25rem; white-space: nowrap;
   font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+dd small { display: block; white-space: normal; font-size: .8rem; font-weight: 400; letter-spacing: 0; line-height: 1.3;
+  color: var(--teal); }
 dt { font-size: .84rem; color: var(--soft); line-height: 1.35; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px; }
 .pair figure { margin: 0 0 18px; align-self: start; }
-figure { padding: 14px 16px; min-width: 0; }
+figure { padding: 14px 16px; min-width: 0; container-type: inline-size; }
+.note { margin: 10px 0 0; font-size: .82rem; line-height: 1.45; color: var(--soft); }
 figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: space-between; font-weight: 600;
   font-size: .95rem; margin-bottom: 10px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: .82rem; color: var(--soft); }
@@ -142,6 +196,9 @@ th { font-weight: 400; color: var(--soft); width: 45%; }
 .plan td:nth-child(2) { width: 14%; }
 small { color: var(--soft); }
 td { font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) { svg text { font-size: 18px; } } /* the drawing shrinks, its words must not */
+/* The drawing shrinks, its words must not. */
+@container (min-width: 800px) { svg text { font-size: 9px; } }
+@container (max-width: 560px) { svg text { font-size: 15px; } }
+@container (max-width: 420px) { svg text { font-size: 20px; } }
 @media print { figure, blockquote, .tiles div { break-inside: avoid; } }
 """

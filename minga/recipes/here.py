@@ -65,7 +65,7 @@ def probe(name: str, cores: int) -> Device:
 
 
 def cpu_device(name: str, cores: int, flops: Mapping[str, float], bandwidth: float, source: str) -> Device:
-    sources = dict.fromkeys(("flops", "bandwidth"), source)
+    sources, simd = dict.fromkeys(("flops", "bandwidth"), source), runtime.cpu()[1]
     limit = runtime.cpu_power_limit()
     share = min(1.0, cores / (os.cpu_count() or cores))
     return Device(
@@ -78,6 +78,7 @@ def cpu_device(name: str, cores: int, flops: Mapping[str, float], bandwidth: flo
         watts=None if limit is None else limit * share,
         achievable=dict.fromkeys(flops, 1.0),  # they were reached
         sources=sources,
+        note=", ".join(simd) if simd else "",
     )
 
 

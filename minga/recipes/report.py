@@ -29,9 +29,11 @@ from minga.recipes.drawing import (
     TOP,
     WIDTH,
     Scale,
+    axes,
     figure,
     page,
     section,
+    tabulate,
     ticks,
     tiles,
     write_page,
@@ -231,18 +233,8 @@ def _chart(title: str, series: Sequence[tuple[str, str, Points]]) -> str:
 def _axes(x: Scale, y: Scale) -> str:
     rows = ticks(y.low, y.high, 5)
     digits = max(0, -math.floor(math.log10(rows[1] - rows[0]) + 1e-9)) if len(rows) > 1 else 2
-    lines = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:,.{digits}f}</text>'
-        for v in rows
-    )
     columns = [v for v in ticks(x.low, x.high, 7) if v == round(v)]  # there is no half step
-    anchors = ("end" if x(v) > WIDTH - 30 else "middle" for v in columns)
-    labels = "".join(
-        f'<text x="{x(v):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{v:,.0f}</text>'
-        for v, anchor in zip(columns, anchors, strict=True)
-    )
-    return lines + labels
+    return axes(((x(v), f"{v:,.0f}") for v in columns), ((y(v), f"{v:,.{digits}f}") for v in rows))
 
 
 def _curve(name: str, kind: str, points: Points, x: Scale, y: Scale) -> str:
@@ -394,8 +386,7 @@ def _table(value: Any) -> str:
     if not value:
         return ""
     rows = _flat(value) if isinstance(value, dict) else [("", str(value))]
-    cells = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
-    return f"<table>{cells}</table>"
+    return tabulate((escape(name), escape(text)) for name, text in rows)
 
 
 def _skipped(run: _Run) -> Points:
@@ -407,12 +398,15 @@ def _plan(value: Any) -> str:
     """The one dial's choices: name, value, formula, source."""
     found = _mapping(value).get("choices")
     choices = [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(choice.get("name")))}</th><td>{escape(str(choice.get("value")))}</td>'
-        f"<td>{escape(str(choice.get('formula')))}<br><small>{escape(str(choice.get('source')))}</small></td></tr>"
+    rows = (
+        (
+            escape(str(choice.get("name"))),
+            escape(str(choice.get("value"))),
+            f"{escape(str(choice.get('formula')))}<br><small>{escape(str(choice.get('source')))}</small>",
+        )
         for choice in choices
     )
-    return f'<table class="plan">{rows}</table>' if rows else ""
+    return tabulate(rows, kind="plan")
 
 
 def _page(name: str, run: _Run) -> str:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from minga.config import PRESETS
 from minga.errors import UserError
@@ -59,14 +60,21 @@ _DELTA = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
 }
+_V4 = {
+    "vocab_size": 96, "hidden_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "num_key_value_heads": 1, "head_dim": 20, "qk_rope_head_dim": 4, "q_lora_rank": 18, "o_groups": 3, "o_lora_rank": 7,
+    "num_experts_per_tok": 2, "n_routed_experts": 6, "n_shared_experts": 1, "sliding_window": 16, "hc_mult": 4,
+    "index_n_heads": 2, "index_head_dim": 12, "index_topk": 3, "max_position_embeddings": 64,
+}  # fmt: skip
 _FALCON = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 _OPT = {k: v for k, v in _SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")} | {"ffn_dim": 80}
 _NESTED = {"d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": 64, "vocab_size": 96}
 
 # family -> configs, each with other switches of that family; sizes are added where the config has none of its own
 CASES: dict[str, list[dict[str, Any]]] = {
-    "afmoe": [{**_HEADS, **_NUM, "num_shared_experts": 2, "num_dense_layers": 2, "global_attn_every_n_layers": 2},
-              {**_HEADS, **_NUM, **_BIAS, "num_shared_experts": 1, "num_dense_layers": 0}],
+    "afmoe": [{**_HEADS, **_NUM, "sliding_window": 16, "num_shared_experts": 2, "num_dense_layers": 2,
+               "global_attn_every_n_layers": 2},
+              {**_HEADS, **_NUM, **_BIAS, "sliding_window": 16, "num_shared_experts": 1, "num_dense_layers": 0}],
     "apertus": [{**_BIAS}, {}],
     "arcee": [{**_HEADS, **_BIAS, "mlp_bias": True}, _HEADS],
     "biogpt": [{**_OPT, "intermediate_size": 80}],
@@ -74,10 +82,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "codegen": [{**_GPT2, "rotary_dim": 4}, {**_GPT2, "n_inner": 64, "rotary_dim": 4}],
     "cohere": [{**_BIAS, "use_qk_norm": True}, {}],
     "cohere2": [{**_HEADS, "sliding_window": 16}],
+    "dbrx": [{**_NESTED, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+              "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 2}}],
     "deepseek_v2": [{**_MLA, **_ROUTED, **_BIAS, "mlp_bias": True, "topk_method": "group_limited_greedy"},
                     {**_MLA, **_ROUTED, "q_lora_rank": None, **_TIED}],
     "deepseek_v3": [{**_MLA, **_ROUTED, **_BIAS, "num_nextn_predict_layers": 1}, {**_MLA, **_ROUTED, "q_lora_rank": None}],
     "deepseek_v32": [{**_MLA, **_ROUTED, **_INDEXER}],
+    "deepseek_v4": [{**_V4, "compress_ratios": [0, 0, 4, 128, 4, 0], "num_hash_layers": 2, "num_nextn_predict_layers": 1},
+                    {**_V4, "compress_ratios": [128, 128, 4, 128, 4], "hc_mult": 2, "mlp_bias": True, **_TIED},
+                    {**_V4, "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"] * 2
+                     + ["sliding_attention"], "compress_rates": {"compressed_sparse_attention": 2,
+                                                                 "heavily_compressed_attention": 8}}],
     "dots1": [{**_HEADS, **_ROUTED, **_BIAS, "sliding_window": 16, "max_window_layers": 2}],
     "ernie4_5": [{**_HEADS, "use_bias": True}, {**_HEADS, **_UNTIED}],
     "ernie4_5_moe": [{"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2,
@@ -85,7 +100,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
                      {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 0,
                       "moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_layer_end_index": -1}],
     "exaone4": [{**_HEADS, "sliding_window": 16, "sliding_window_pattern": 4}],
-    "exaone_moe": [{**_HEADS, **_NUM, "num_shared_experts": 1, "first_k_dense_replace": 1}],
+    "exaone_moe": [{**_HEADS, **_NUM, "sliding_window": 16, "num_shared_experts": 1, "first_k_dense_replace": 1}],
     "falcon": [_FALCON, {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
                {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}],
     "flex_olmo": [_NUM],
@@ -120,7 +135,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "llama": [{**_HEADS, **_BIAS, "mlp_bias": True}, _TIED],
     "llama4_text": [{**_HEADS, **_LOCAL, "intermediate_size_mlp": 112, "interleave_moe_layer_step": 2,
                      "attention_chunk_size": 16},
-                    {**_HEADS, **_LOCAL, **_BIAS, "intermediate_size_mlp": 112}],
+                    {**_HEADS, **_LOCAL, **_BIAS, "intermediate_size_mlp": 112, "attention_chunk_size": 16}],
     "minicpm3": [{**_MLA}],
     "minimax": [{**_HEADS, **_LOCAL},
                 {**_HEADS, **_LOCAL, "layer_types": ["linear_attention"] * 4 + ["full_attention"]}],
@@ -161,14 +176,30 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "xglm": [{"vocab_size": 96, "d_model": 48, "ffn_dim": 80, "num_layers": 3, "attention_heads": 6}],
     "youtu": [{**_MLA}],
 }  # fmt: skip
-# DBRX's class of 5.23 fails on its own config; the others have code of their own beside the weights.
-NO_CAUSAL_MODEL = {"qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text"}  # part of a larger one
-NOT_IN_TRANSFORMERS = {"dbrx", "deepseek", "kimi_k2", "minimax_m1", "minimax_text_01"}
+# Part of a larger model; code of their own beside the weights.
+NO_CAUSAL_MODEL = {"qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text"}
+NOT_IN_TRANSFORMERS = {"deepseek", "kimi_k2", "minimax_m1", "minimax_text_01"}
+
+
+OWN_NAMES = {
+    "biogpt",
+    "bloom",
+    "codegen",
+    "dbrx",
+    "deepseek_v4",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gptj",
+    "mpt",
+    "opt",
+    "xglm",
+}
 
 
 def config_of(family: str, options: dict[str, Any]) -> dict[str, Any]:
-    own_names = {"biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "opt", "xglm"}
-    return ({} if family in own_names else _SIZES) | options | {"model_type": family, "pad_token_id": 0}
+    return ({} if family in OWN_NAMES else _SIZES) | options | {"model_type": family, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(("family", "case"), [(family, i) for family in CASES for i in range(len(CASES[family]))])
@@ -179,7 +210,9 @@ def test_parameters_equal_the_transformers_model(family: str, case: int) -> None
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert count_parameters(config).total == trained
-    assert count_parameters(theirs.to_dict()).total == trained  # its own spelling, with every default written out
+    written_out = architecture_of(theirs.to_dict())  # its own spelling, every default and layer type with it
+    assert count_parameters(written_out).total == trained
+    assert written_out.blocks == architecture_of(config).blocks
 
 
 @pytest.mark.parametrize("family", sorted(NO_CAUSAL_MODEL))
@@ -195,14 +228,7 @@ def test_the_text_model_of_a_multimodal_one(family: str) -> None:
 
 def test_every_family_is_compared() -> None:
     assert set(CASES) == set(FAMILIES) - NOT_IN_TRANSFORMERS - NO_CAUSAL_MODEL
-    # the five that are not, beside a family that has the same parts
-    dbrx = {"model_type": "dbrx", "vocab_size": 96, "d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": 64}
-    dbrx |= {
-        "attn_config": {"kv_n_heads": 2},
-        "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 2},
-    }
-    mixtral = config_of("mixtral", {**_LOCAL, "num_hidden_layers": 3})
-    assert architecture_of(dbrx).blocks == architecture_of(mixtral).blocks
+    # the four that are not, beside a family that has the same parts
     v3 = {**_MLA, **_ROUTED}
     assert architecture_of(config_of("kimi_k2", v3)).blocks == architecture_of(config_of("deepseek_v3", v3)).blocks
     v1 = config_of("deepseek", {**_ROUTED, "first_k_dense_replace": 1})
@@ -286,6 +312,13 @@ def test_the_text_part_of_a_multimodal_config() -> None:
         ("gpt_neo", {"attention_types": 3}, "attention_types"),
         ("mpt", {**_NESTED, "attn_config": 3}, "attn_config"),
         ("deepseek_v32", {**_MLA, **_ROUTED, **_INDEXER, "mlp_only_layers": 3}, "mlp_only_layers"),
+        ("deepseek_v4", _V4, "compress_ratios"),
+        ("deepseek_v4", {**_V4, "compress_ratios": [0, 0, 4, 16, 4]}, "16"),
+        ("deepseek_v4", {**_V4, "compress_ratios": [0, 0, 4]}, "compress_ratios"),
+        ("deepseek_v4", {**_V4, "layer_types": ["full_attention"] * 5}, "full_attention"),
+        ("deepseek_v4", {**_V4, "layer_types": [["full_attention"]] * 5}, "layer_types"),
+        ("deepseek_v4", {**_V4, "compress_ratios": [0] * 5, "o_groups": 4}, "o_groups"),
+        ("deepseek_v4", {**_V4, "compress_ratios": [0] * 5, "n_shared_experts": 2}, "n_shared_experts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named(family: str | None, change: dict[str, Any], named: str) -> None:
@@ -299,6 +332,7 @@ _KEYS = (
     "hidden_size n_head num_hidden_layers layer_types mlp_only_layers attn_config num_experts n_group sliding_window"
 )
 _KEYS += " sliding_window_pattern attention_types text_config moe_layers head_dim num_experts_per_tok no_rope_layers"
+_KEYS += " compress_ratios compress_rates hc_mult o_groups"
 _KEYS += " attn_type_list indexer_types index_topk_freq mlp_layer_types num_nextn_predict_layers expansion_ratio"
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 _VALUES = st.recursive(
@@ -327,7 +361,10 @@ def test_a_window_caps_what_is_computed_and_kept() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 17, 40, 64])
-@pytest.mark.parametrize(("family", "case"), [("mistral", 0), ("llama4_text", 0), ("gpt_oss", 0), ("deepseek_v32", 0)])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("mistral", 0), ("llama4_text", 0), ("gpt_oss", 0), ("deepseek_v32", 0), ("deepseek_v4", 0), ("deepseek_v4", 2)],
+)
 def test_the_mean_of_a_causal_sequence_is_the_mean_over_its_tokens(family: str, case: int, seq_len: int) -> None:
     arch = architecture_of(config_of(family, CASES[family][case]))
     chunk = 16 if family == "llama4_text" else None
@@ -345,6 +382,37 @@ def test_the_mean_of_a_causal_sequence_is_the_mean_over_its_tokens(family: str, 
 
     mean = sum(at(position) for position in range(1, seq_len + 1)) / seq_len
     assert training_flops(arch, seq_len, mtp=False) == pytest.approx(3 * mean)
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_the_products_of_deepseek_v4_equal_those_of_transformers(case: int) -> None:
+    """Which computes all keys, entries and scores, and then hides what a token may not see."""
+    config = config_of("deepseek_v4", {**CASES["deepseek_v4"][case]})
+    theirs = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(theirs, experts_implementation="eager")
+    tokens, arch = 32, architecture_of(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    expected = forward_flops(arch, 0)
+    for count, block in arch.blocks:
+        x, entries = block.attention, tokens // block.attention.compression if block.attention.compression else 0
+        each = x.heads * (x.qk_dim + x.v_dim) * (tokens + entries) + x.indexed * entries
+        expected += 2 * count * (each + 2 * arch.streams**2 * arch.hidden_size)  # streams with each other, not counted
+    assert counter.get_total_flops() == tokens * expected
+
+
+def test_compressed_entries_beside_a_window() -> None:
+    arch = architecture_of(config_of("deepseek_v4", CASES["deepseek_v4"][0]))
+    assert [(n, b.attention.compression) for n, b in arch.blocks] == [(2, None), (1, 4), (1, 128), (1, 4)]
+    assert [block.attention.compression for block in arch.mtp] == [None]
+    states = 2 * (2 * (2 * 4) * 2 * (20 + 12)) + 2 * 128 * 20  # value and weight of two windows of 4, of one of 128
+    for context, window, fours, large in ((3, 3, 0, 0), (20, 16, 5, 0), (300, 16, 75, 2)):
+        numbers = 5 * window * 20 + 2 * fours * (20 + 12) + large * 20
+        assert cache_bytes(arch, context) == 2 * numbers + 4 * states
+        seen = 5 * window + 2 * min(fours, 3) + large
+        core = forward_flops(arch, context) - forward_flops(arch, 0)
+        assert core == 2 * (6 * 2 * 20 * seen + 2 * 12 * 2 * fours)
+    assert cache_bytes_per_token(arch) == 5 * 40 + 2 * 64 // 4 + 1  # 40 bytes for 128 tokens
 
 
 def test_a_linear_attention_keeps_a_state() -> None:

@@ -124,3 +124,9 @@ def test_interleaving_only_with_whole_rounds_of_micro_batches() -> None:
     setup = choose(LARGE, machine("64xH100"), tp=2, pp=8, shard=1)
     assert setup.chunks == 1 or setup.accumulate % setup.pp == 0
     assert replace(setup, chunks=1).devices == setup.devices
+
+
+def test_v3_is_laid_out_as_deepseek_did() -> None:
+    """Pipelines of 16 stages, no tensor parallelism, only what is cheap computed again (DeepSeek-V3, section 3.2)."""
+    setup = choose(v3(), machine("2048xH800"), precision="fp8", seq_len=4096, tokens=14.8e12)
+    assert (setup.tp, setup.pp, setup.dp, setup.recompute) == (1, 16, 128, "selective")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minga.config.hardware import Device, Machine, find_device, machine
+from minga.config.hardware import Device, Machine, devices, find_device, machine
 from minga.config.presets import v3
 from minga.errors import UserError
 from minga.planner.setup import Setup
@@ -25,12 +25,10 @@ from minga.planner.time import (
     coefficients_of,
     ideal_times,
     least_squares,
-    load_coefficients,
     run_time,
     shares_of,
     shipped,
     step_time,
-    store_coefficients,
     work_of,
 )
 
@@ -88,7 +86,7 @@ def test_more_work_takes_longer(setup: Setup, device: Device) -> None:
     base = seconds(setup, device)
     assert seconds(replace(setup, accumulate=2 * setup.accumulate), device) > base
     assert seconds(replace(setup, micro_batch=2 * setup.micro_batch), device) > base
-    assert seconds(replace(setup, seq_len=2 * setup.seq_len), device) > 2 * base * 0.5
+    assert seconds(replace(setup, seq_len=2 * setup.seq_len), device) > base
     assert seconds(setup, device, LLAMA | {"num_hidden_layers": 64}) > base
     assert seconds(setup, device, LLAMA | {"intermediate_size": 16384}) > base
     if setup.recompute != "full":
@@ -162,7 +160,19 @@ def test_nodes_without_a_known_network_are_refused() -> None:
 
 
 def test_the_shipped_coefficients_are_what_the_rows_say() -> None:
-    assert json.loads(SHIPPED.read_text()) == fit.document()
+    said, found = json.loads(SHIPPED.read_text()), fit.document()
+    assert said["runs"] == pytest.approx(found["runs"], rel=5e-3)
+    assert said["families"].keys() == found["families"].keys()
+    for name, family in found["families"].items():
+        assert said["families"][name]["source"] == family["source"]
+        assert said["families"][name]["terms"] == pytest.approx(family["terms"], rel=5e-3, abs=1e-7)
+        for kind in ("dense", "sparse"):
+            assert said["families"][name][kind] == pytest.approx(family[kind], rel=5e-3)
+
+
+def test_families_are_of_devices_in_the_table() -> None:
+    members = [name for family in FAMILIES.values() for name in family]
+    assert set(FAMILIES) <= set(members) <= set(devices()) and len(members) == len(set(members))
 
 
 def test_shipped_coefficients_are_physical() -> None:
@@ -251,14 +261,7 @@ def test_calibration_moves_a_term_that_the_steps_determine() -> None:
     assert found.terms["attention"] < 0.75 * start.terms["attention"]
 
 
-def test_coefficients_are_stored_and_found_again(tmp_path: Path) -> None:
-    found = calibrate(measured(1.5, [Setup(seq_len=2048)], find_device("H100")))
-    store_coefficients(found, tmp_path / "own.json")
-    assert load_coefficients(tmp_path / "own.json") == found
-    for text in ("", "{}", '{"terms": {"linear": "much"}}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match="holds no coefficients"):
-            load_coefficients(tmp_path / "bad.json")
+def test_nothing_measured_calibrates_nothing() -> None:
     with pytest.raises(UserError, match="no measured step"):
         calibrate([])
 
