@@ -75,4 +75,9 @@ def test_a_broken_calibration_is_said(home: Path, text: str) -> None:
 
 def test_how_our_own_runs_are_laid_out() -> None:
     setup = recipe.own_setup(TrainConfig(steps=1, batch_size=4, accumulate=3, seq_len=128, precision="int8"))
-    assert (setup.step_tokens, setup.optimizer, setup.precision, setup.fused_loss) == (4 * 3 * 128, "muon", "int8", True)
+    assert (setup.step_tokens, setup.optimizer, setup.precision, setup.fused_loss) == (
+        4 * 3 * 128,
+        "muon",
+        "int8",
+        True,
+    )
