@@ -28,7 +28,8 @@ from minga.recipes.watch import peak
 from minga.runtime import machine as runtime
 
 SECONDS = 80.0  # for all steps
-RUNS = ((128, 8, 256), (256, 8, 256), (256, 4, 128), (384, 8, 256), (512, 4, 256))  # width, sequences, tokens of each
+# Width, sequences, tokens of each: sizes, batches and contexts that tell the terms of a step apart.
+RUNS = ((64, 8, 256), (128, 4, 1024), (256, 8, 256), (256, 4, 128), (384, 8, 256), (512, 4, 512))
 VOCABULARY = 4096
 _SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstv" for vowel in "aeiou"]
 BUSY = 0.5  # of the cores, by the mean of the last minute

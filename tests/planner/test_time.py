@@ -98,7 +98,7 @@ def test_a_longer_sequence_costs_more_a_token(setup: Setup, device: Device) -> N
     longer = replace(setup, seq_len=2 * setup.seq_len)
     assert seconds(longer, device) / longer.step_tokens > 0.5 * seconds(setup, device) / setup.step_tokens
     work, twice = (work_of(LLAMA, s.seq_len) for s in (setup, longer))
-    assert twice.scores == 2 * work.scores
+    assert twice.scores == pytest.approx(2 * work.scores, rel=0.01)
 
 
 @given(LAYOUTS, DEVICES)
