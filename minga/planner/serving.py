@@ -41,22 +41,34 @@ BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1 + 2 / 64, "int4": 4.
 # What matrices of each are multiplied in: four-bit integers are only storage.
 PRODUCTS = {"float32": "float32", "bf16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "bf16", "fp4": "fp4"}
 
-BANDWIDTH_SHARE = 0.8  # of the memory's rate that kernels reach (NVIDIA aiconfigurator; InferSim)
-LINK_SHARE = 0.8  # likewise of links (InferSim)
-ACHIEVABLE = {
-    "fp4": 0.5
-}  # of the peak that the best matrix product reaches, where a device's own figure is not known ...
-ANY_ACHIEVABLE = 0.75  # ... and of any other number format: 0.68 to 0.87 (stas00/ml-engineering, MAMF)
-ATTENTION_SHARE = (
-    0.6  # of the bf16 peak that attention kernels reach (FlashMLA and FlashAttention 3 on Hopper: 0.65 to 0.75)
-)
-UNPACK = {"apple": 0.5}  # of the bandwidth that weights of four bits are read with ...
-ANY_UNPACK = 0.8  # ... on other devices
-# How often a matrix product's input and output cross the memory, in bf16: also for norms, activations, quantisation; of experts
-# for gathering, sorting and adding up rows, and for waiting where some experts get more of them.
-PASSES, EXPERT_PASSES = 2.5, 14.0
+LINK_SHARE = 0.8  # of a link's rate that collectives reach (InferSim)
+# Of the peak, what the best matrix product reaches where a device's own figure is not known: of fp4, and of any other format,
+# 0.68 to 0.87 (stas00/ml-engineering, MAMF).
+ACHIEVABLE, ANY_ACHIEVABLE = {"fp4": 0.5}, 0.75
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What an engine's kernels reach of a device's figures."""
+
+    bandwidth: float = 0.8  # NVIDIA aiconfigurator; InferSim
+    products: float = 1.0  # of the best matrix product
+    attention: float = 0.6  # of the bf16 peak; FlashMLA and FlashAttention 3 on Hopper: 0.65 to 0.75
+    unpack: float = 0.8  # of the bandwidth, weights of four bits
+    launch: float = 50e-6  # seconds a layer
+    # How often a matrix product's input and output cross the memory, in bf16: also for norms, activations, quantisation; of
+    # experts for gathering, sorting and adding up rows, and for waiting where some experts get more of them.
+    passes: float = 2.5
+    expert_passes: float = 14.0
+
+
+# Those of processors are of our own engine, set on model B of `minga bench engine` on two cores (docs/log.md); its products of
+# four-bit weights are those of 8 bits, and their peak was measured on large matrices.
+KERNELS = {
+    "apple": Kernels(unpack=0.5),
+    "cpu": Kernels(bandwidth=0.9, products=0.55, attention=1.0, unpack=0.75, launch=5e-6),
+}
 MEMORY_SHARE = 0.9  # of a device's memory, for weights and cache (vLLM and TensorRT-LLM default)
-LAUNCH = 50e-6  # seconds a layer
 MESSAGE = 10e-6  # seconds that a collective takes at least (aiconfigurator)
 MAX_BATCH = 1024  # sequences that an engine schedules at once on a device
 PREFILL_TOKENS = 8192  # and tokens of prompts (vLLM's and TensorRT-LLM's default)
@@ -157,15 +169,18 @@ class _Copy:
         self.model = a = model
         self.machine, self.devices, self.parallel, self.number = machine, devices, parallel, cache
         device, number = machine.device, PRODUCTS[weights]
+        self.kernels = KERNELS.get(device.kind, Kernels())
+        if device.kind == "cpu" and weights == "int4":
+            number = "int8"
         number = number if number in device.flops else "bf16"
         share = device.achievable.get(number) or ACHIEVABLE.get(number, ANY_ACHIEVABLE)
-        self.matrix_rate = device.rate(number) * share
-        self.attention_rate = device.rate("bf16") * ATTENTION_SHARE
-        self.bandwidth = BANDWIDTH_SHARE * device.bandwidth
+        self.matrix_rate = device.rate(number) * share * self.kernels.products
+        self.attention_rate = device.rate("bf16") * self.kernels.attention
+        self.bandwidth = self.kernels.bandwidth * device.bandwidth
         self.link = (
             device.link if devices <= machine.per_node else machine.network and machine.network / machine.per_node
         )
-        self.unpack = UNPACK.get(device.kind, ANY_UNPACK) if weights == "int4" else 1.0
+        self.unpack = self.kernels.unpack if weights == "int4" else 1.0
         self.bytes = BYTES[weights]
 
         counts = count_parameters(a)
@@ -173,7 +188,7 @@ class _Copy:
         self.hidden, self.layers = a.hidden_size, a.num_layers
         self.chosen = [(count, b.feed_forward.chosen) for count, b in a.blocks if b.feed_forward.experts]
         self.table = a.vocab_size * a.hidden_size
-        self.traffic = 2 * sum(count * _traffic(block) for count, block in a.blocks)
+        self.traffic = 2 * sum(count * _traffic(block, self.kernels) for count, block in a.blocks)
         # The cache of keys is cut by heads; MLA's latent belongs to all heads, so each device of a "tensor" copy holds all of it.
         heads = min(1 if b.attention.latent else b.attention.kv_heads for _, b in a.blocks)
         self.cut = devices if parallel == "tensor" else 1  # of matrices beside experts
@@ -236,7 +251,7 @@ class _Copy:
             cache=share * cached / self.shares / self.bandwidth,
             attention=share * rows * core / n / self.attention_rate,
             network=share * self._network(rows, prefill=prefill),
-            launch=share * halves * self.layers * LAUNCH,
+            launch=share * halves * self.layers * self.kernels.launch,
             overlap=halves == 2,
         )
 
@@ -257,11 +272,11 @@ class _Copy:
         return seconds
 
 
-def _traffic(block: Block) -> float:
+def _traffic(block: Block, kernels: Kernels) -> float:
     """Numbers that inputs and outputs of the matrix products of a token move through memory."""
     f = block.feed_forward
     plain = sum(rows + columns for rows, columns in block.attention.matrices + f.matrices + f.router)
-    return PASSES * plain + EXPERT_PASSES * f.chosen * sum(rows + columns for rows, columns in f.expert)
+    return kernels.passes * plain + kernels.expert_passes * f.chosen * sum(rows + columns for rows, columns in f.expert)
 
 
 def serve_estimate(
