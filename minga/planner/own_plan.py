@@ -27,7 +27,7 @@ from minga.planner.own_memory import (
 from minga.planner.plan import Plan, Section
 from minga.planner.table import memory_bar
 from minga.planner.time import LOST
-from minga.planner.words import count, machine_words, size
+from minga.planner.words import batches, count, machine_words, size
 
 OWN_MEMORY = "peak of the process, from the code's own tensors (minga/planner/own_memory.py)"
 
@@ -114,7 +114,7 @@ def _training_facts(c: TrainConfig, length: Length, timing: Timing, seconds: Est
     shape = {"batch_size": c.batch_size, "accumulate": c.accumulate, "seq_len": c.seq_len}
     tokens, step, flops = _step_tokens(c), timing.step, _flops(c) * length.trained
     speed = Estimate(*(tokens / each for each in (step.high, step.typical, step.low)))
-    words = f"{c.precision}, {c.accumulate} micro-batches of {c.batch_size} x {c.seq_len:,}"
+    words = f"{c.precision}, {batches(c.accumulate, c.batch_size, c.seq_len)}"
     words += f", weights in {c.weight_dtype}" * (c.weight_dtype != "float32")
     words += ", recomputation" * c.recompute + f", optimizer in {c.optimizer_bits} bits" * (c.optimizer_bits != 32)
     known = "(steps x seconds of a step + evaluations) x what runs lose to checkpoints and restarts"

@@ -35,7 +35,7 @@ from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
-from minga.planner.words import count, machine_words, size
+from minga.planner.words import batches, count, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 LONG = 32_768  # tokens of a long text
@@ -673,7 +673,7 @@ def _setup_words(s: Setup) -> str:
     ]
     lora = "" if s.lora_rank is None else f", LoRA of rank {s.lora_rank} on {s.stored}"
     again = "" if s.recompute == "none" else f", {s.recompute} recomputation"
-    steps = f"{s.accumulate} micro-batches of {s.micro_batch} x {s.seq_len:,}"
+    steps = batches(s.accumulate, s.micro_batch, s.seq_len)
     return f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{sharded}{again}, {steps}"
 
 

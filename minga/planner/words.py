@@ -64,8 +64,8 @@ _WORDS: dict[str, Callable[[float], str]] = {
     "days": lambda value: duration(86400 * value),
     "share": lambda value: f"{100 * value:.3g} %",
     "USD": money,
-    "kWh": lambda value: _scaled(value, ((1e6, " GWh"), (1e3, " MWh")), " kWh", 3),
-    "kg": lambda value: _scaled(value, ((1e3, " t"),), " kg", 3),
+    "kWh": lambda value: _scaled(1000 * value, ((1e9, " GWh"), (1e6, " MWh"), (1e3, " kWh")), " Wh", 3),
+    "kg": lambda value: _scaled(1000 * value, ((1e6, " t"), (1e3, " kg")), " g", 3),
 }
 
 
@@ -90,6 +90,10 @@ def spread(value: Estimate, unit: str = "") -> str:
     if value.low == value.high:
         return in_unit(value.typical, unit)
     return f"{in_unit(value.typical, unit)} ({between(value.low, value.high, unit)})"
+
+
+def batches(number: int, sequences: int, tokens: int) -> str:
+    return f"{number:,} micro-batch{'' if number == 1 else 'es'} of {sequences:,} x {tokens:,}"
 
 
 def machine_words(machine: Machine) -> str:

@@ -13,7 +13,7 @@ from minga.errors import UserError
 from minga.planner.estimate import Estimate
 from minga.planner.plan import plan
 from minga.planner.table import compare, explain, memory_bar, table
-from minga.planner.words import between, count, duration, in_unit, machine_words, number, size, spread
+from minga.planner.words import batches, between, count, duration, in_unit, machine_words, number, size, spread
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,8 @@ from minga.planner.words import between, count, duration, in_unit, machine_words
         (in_unit(1.5, "days"), "36 h"),
         (in_unit(3.72e6, "kWh"), "3.72 GWh"),
         (between(12, 1234.0, "kg"), "12 kg - 1.23 t"),
+        (between(2e-5, 7e-5, "kWh"), "0.02 - 0.07 Wh"),
+        (batches(1, 8, 1024), "1 micro-batch of 8 x 1,024"),
         (in_unit(2.5e6, "tokens/s"), "2.5 M tokens/s"),
         (between(1.36e6, 3.63e6, "tokens/s"), "1.36 - 3.63 M tokens/s"),
         (between(5.8e6, 2.9e7, "USD"), "USD 5.8 M - 29 M"),
