@@ -201,7 +201,7 @@ def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], f
     ]
     lead = ["also worth it, quickest first:"] if drawing else []
     section = Section(title, (shape, *facts), (*lead, *drawing))
-    name = f"a model of {count(count_parameters(model).active)} active parameters on {machine_words(made.machine)}"
+    name = f"{count(count_parameters(model).active)} active on {machine_words(made.machine)}"
     return replace(made, title=name, sections=(section, *made.sections), front=front)
 
 

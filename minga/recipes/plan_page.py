@@ -71,7 +71,6 @@ TILES = (  # a fact, and what it is called where its label says too much or too 
     ("energy_kwh", "energy"),
     ("carbon_kg", None),
     ("train.tokens_per_second", "read in training"),
-    ("train.mfu", None),
     ("serve.prefill.tokens_per_second", "of prompts, in serving"),
     ("serve.decode.tokens_per_second", "written in serving"),
     ("serve.per_user", "written for one user"),
