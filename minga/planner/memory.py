@@ -70,7 +70,8 @@ def verdict(total: float, available: float) -> str:
 def training_memory(model: Model, setup: Setup) -> Memory:
     """The fullest device of a run. Experts are taken to be chosen evenly, a sequence to be cut in `tp` pieces where it is not
     cut by heads (sequence parallelism), layers to be spread evenly over `pp` stages, each of which holds as many
-    micro-batches as stages are left to pass (1F1B).
+    micro-batches as stages are left to pass: 1F1B. The longer warm-up of interleaving (1 + (pp - 1) / (pp x chunks) times
+    as much at the first stage, 2104.04473, section 2.2) is not counted.
     """
     a = architecture_of(model)
     layers = _layers(a, mtp=setup.mtp)
@@ -86,7 +87,7 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head[:1])) / s.tp
     ends = last * (sum(a.norms) + sum(a.head_biases)) + (first + last) * numbers(a.projections) / 2
     dense, experts = (sum(x.dense for x in layers) + ends) / s.tp, sum(x.experts for x in layers) / s.ep
-    copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
+    copies = s.expert_copies
 
     if s.lora_rank is None:
         states = [(tables, s.dp, 2), (dense, s.dp, _moments(s)), (experts, copies, _moments(s))]
@@ -114,8 +115,8 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
         gradients=gradients,
         optimizer=optimizer,
         activations=tokens * (waiting * kept + backward),
-        logits=tokens
-        * logits,  # gone before the first block's backward pass, but the allocator seldom reuses their place
+        # gone before the first block's backward pass, but the allocator seldom reuses their place
+        logits=tokens * logits,
         buffers=_buffers(s, layers, tables, tokens, number, d, copies),
         runtime=CONTEXT_BYTES + (NCCL_BYTES if s.devices > 1 else 0.0),
     )
