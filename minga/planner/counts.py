@@ -89,6 +89,12 @@ def cache_bytes(model: Model, context: int, *, number: str = "bf16", mtp: bool =
     return sum(n * (rows(x) + 4 * x.state) for n, x in blocks)
 
 
+def matmul_parameters(model: Model) -> int:
+    """Of the active ones, those that are multiplied with: all but the embedding, which is looked up, unless it is the head."""
+    counts = count_parameters(model)
+    return counts.active - (0 if architecture_of(model).tied else counts.embedding)
+
+
 def parameters_read(model: Model, tokens: float, *, mtp: bool = False) -> float:
     """What a decoding step over so many tokens fetches from memory, head included: every matrix once, and of the routed
     experts those that at least one token wakes, E (1 - (1 - A / E) ^ tokens) where each chooses for itself. mtp: of the
@@ -209,13 +215,13 @@ def _row(n: int, number: str) -> int:
     return n + 2 * -(-n // SCALED) if number == "int8" else n * BYTES[number]
 
 
-# That a token sees: given the most that it may, whether its window is a chunk, how many tokens are one
+# Keys that a token sees: given the most that it may, whether its window is a chunk, how many tokens are one.
+Keys = Callable[[float, bool, int], float]
+
+
 def attention_multiplications(attention: Attention, seq_len: int) -> float:
     """Of a token with earlier ones, on average over a causal sequence."""
     return _core(attention, partial(_mean_keys, seq_len), False)
-
-
-Keys = Callable[[float, bool, int], float]
 
 
 def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:

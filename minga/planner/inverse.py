@@ -14,7 +14,7 @@ from minga.config import ModelConfig
 from minga.config.hardware import Device, Machine, devices, of_devices
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, architecture_of
-from minga.planner.counts import cache_bytes, count_parameters, training_flops
+from minga.planner.counts import cache_bytes, count_parameters, matmul_parameters, training_flops
 from minga.planner.dial import TOKENS_PER_PARAMETER
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import WEIGHT_BYTES
@@ -144,18 +144,13 @@ def _seconds_of(machine: Machine, ask: Ask) -> Callable[[ModelConfig, float], Es
 
 def _by_ratio(options: tuple[Option, ...]) -> Option:
     return min(
-        options, key=lambda option: abs(math.log(option.tokens / _multiplied(option.model) / TOKENS_PER_PARAMETER))
+        options,
+        key=lambda option: abs(math.log(option.tokens / matmul_parameters(option.model) / TOKENS_PER_PARAMETER)),
     )
 
 
-def _multiplied(model: ModelConfig) -> int:
-    """Active parameters but for the embedding, which is looked up."""
-    counts = count_parameters(model)
-    return counts.active - counts.embedding
-
-
 def _ratio_facts(best: Option) -> Iterator[Fact]:
-    inputs = {"tokens": best.tokens, "multiplied_parameters": _multiplied(best.model)}
+    inputs = {"tokens": best.tokens, "multiplied_parameters": matmul_parameters(best.model)}
     source = "measured at this scale (docs/log.md): the laws were fitted to runs a thousand times as long"
     rule = f"nearest to {TOKENS_PER_PARAMETER:g} tokens a multiplied parameter"
     yield Fact("scaling.parameters", best.parameters, "", "active parameters", rule, inputs, source)

@@ -9,6 +9,7 @@ together in the order in which people ask: what is it, how long, does it fit, ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
@@ -35,7 +36,7 @@ from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
-from minga.planner.words import batches, count, machine_words, size
+from minga.planner.words import batches, count, link, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 LONG = 32_768  # tokens of a long text
@@ -176,14 +177,18 @@ class Plan:
         return value
 
     def document(self) -> dict[str, Any]:
-        """For JSON: facts by their names, nested at the dots; an estimate has "low", "typical" and "high"."""
+        """For JSON: facts by their names, nested at the dots; an estimate has "low", "typical" and "high". What has no end,
+        which JSON cannot say, is null.
+        """
         document: dict[str, Any] = {"title": self.title}
         for fact in self.facts:
             *path, last = fact.name.split(".")
             place = document
             for part in path:
                 place = place.setdefault(part, {})
-            place[last] = asdict(fact.value) if isinstance(fact.value, Estimate) else fact.value
+            place[last] = fact.value
+            if isinstance(fact.value, Estimate):
+                place[last] = {end: v if math.isfinite(v) else None for end, v in asdict(fact.value).items()}
         return document | {"notes": list(self.notes)}
 
 
@@ -644,7 +649,7 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
         drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
-        f"a pool of {ask.peers:,} peers, links of {_bits(ask.up)} up, {_bits(ask.down)} down",
+        f"a pool of {ask.peers:,} peers, links of {link(ask.up)} up, {link(ask.down)} down",
         tuple(facts),
         tuple(drawing),
     )
@@ -675,7 +680,3 @@ def _setup_words(s: Setup) -> str:
     again = "" if s.recompute == "none" else f", {s.recompute} recomputation"
     steps = batches(s.accumulate, s.micro_batch, s.seq_len)
     return f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{sharded}{again}, {steps}"
-
-
-def _bits(rate: float) -> str:
-    return f"{8 * rate / 1e6:,.3g} Mbit/s"
