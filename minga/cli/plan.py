@@ -53,7 +53,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     train = parser.add_argument_group("training")
     train.add_argument("--tokens", metavar="N", help="to train on, such as 14.8t or 2e9")
     train.add_argument(
-        "--precision", choices=PRECISIONS, help="of matrix products (default: bf16; on processors int8 where they have it)"
+        "--precision",
+        choices=PRECISIONS,
+        help="of matrix products (default: bf16; on processors int8 where they have it)",
     )
     train.add_argument("--seq", type=int, metavar="T", help="tokens of a sequence (default 4096)")
     train.add_argument("--batch-tokens", metavar="N", help="of an optimizer step (default: usual for so much compute)")

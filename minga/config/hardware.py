@@ -54,12 +54,16 @@ class Device:
     note: str = ""  # conflicts of the sources, and what to know
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of matrix products, or of the nearest precision that the device has: fp8 and int8 fall back to bf16, bf16
-        to fp16, all to float32. Raises `UserError` where none of them is known.
+        """FLOP/s of matrix products in that precision, or in the `nearest`."""
+        return self.flops[self.nearest(precision)]
+
+    def nearest(self, precision: str) -> str:
+        """The precision that the device computes it in: fp8 and int8 fall back to bf16, bf16 to fp16, all to float32.
+        Raises `UserError` where the rate of none of them is known.
         """
         for name in (*_FALLBACKS.get(precision, (precision,)), "float32"):
             if name in self.flops:
-                return self.flops[name]
+                return name
         raise UserError(
             f"how fast {self.name} multiplies matrices in {precision} is not known (machine). on the machine itself "
             "`minga plan --calibrate` measures it"

@@ -14,7 +14,8 @@ from functools import partial
 
 from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
 
-BYTES = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 1}  # of a number in a cache; "int8" has scales besides
+_NUMBER_BYTES = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+CACHED = tuple(_NUMBER_BYTES)  # what a cache's rows may be kept in
 SCALED = 64  # numbers of a row of the int8 cache that share a float16 scale
 
 
@@ -212,7 +213,7 @@ def _passed(block: Block) -> tuple[Shape, ...]:
 
 
 def _row(n: int, number: str) -> int:
-    return n + 2 * -(-n // SCALED) if number == "int8" else n * BYTES[number]
+    return n * _NUMBER_BYTES[number] + (2 * -(-n // SCALED) if number == "int8" else 0)
 
 
 # Keys that a token sees: given the most that it may, whether its window is a chunk, how many tokens are one.

@@ -22,7 +22,7 @@ from minga.config.presets import laptop
 from minga.config.train import TrainConfig
 from minga.errors import UserError
 from minga.planner.counts import count_parameters, forward_flops, matmul_parameters, muon_flops
-from minga.planner.memory import GREEN
+from minga.planner.memory import GREEN, RULE_SOURCE
 from minga.planner.own_memory import own_training_memory
 from minga.planner.words import count, duration, size
 
@@ -315,7 +315,7 @@ def _explain(run: _Run, wanted: _Run, speed: MachineSpeed) -> Iterator[Choice]:
     )
     memory = "weights, gradients, moments, one micro-batch and what lies between them, estimated"
     share = "" if speed.memory is None else f"; at most {GREEN:.0%} of {size(speed.memory)} free"
-    yield Choice("memory", size(run.memory), memory + share, "Fujii et al. 2024 (2411.06465)")
+    yield Choice("memory", size(run.memory), memory + share, RULE_SOURCE)
 
 
 def _explain_model(c: ModelConfig, ratio: str, why: str) -> Iterator[Choice]:

@@ -14,10 +14,10 @@ from minga.config import ModelConfig
 from minga.config.hardware import Device, Machine, devices, of_devices
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, architecture_of
-from minga.planner.counts import cache_bytes, count_parameters, matmul_parameters, training_flops
+from minga.planner.counts import count_parameters, matmul_parameters, training_flops
 from minga.planner.dial import TOKENS_PER_PARAMETER
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.memory import WEIGHT_BYTES
+from minga.planner.memory import serving_memory
 from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serve
 from minga.planner.scaling import (
     Option,
@@ -159,8 +159,7 @@ def _ratio_facts(best: Option) -> Iterator[Fact]:
 
 def _served(model: ModelConfig, ask: Ask) -> float:
     """Bytes of a copy that answers one request."""
-    weights = WEIGHT_BYTES[ask.weights or "bf16"] * count_parameters(model).total
-    return weights + cache_bytes(model, ask.prompt + ask.output, number=ask.cache)
+    return serving_memory(model, weights=ask.weights or "bf16", cache=ask.cache, context=ask.prompt + ask.output).total
 
 
 def _near(compute: float) -> list[ModelConfig]:

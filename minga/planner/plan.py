@@ -27,7 +27,7 @@ from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
 from minga.planner.layout import choose_setup, typical_batch
-from minga.planner.memory import GREEN, Memory, training_memory, verdict, ways_to_fit
+from minga.planner.memory import GREEN, RULE, RULE_SOURCE, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
@@ -226,7 +226,7 @@ def plan(
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         if memory is None:
             memory = serving.memory
-            sections.append(_memory_section(memory, where.device, "serving", SERVED))
+            sections.append(_memory_section(memory, where.device, "serving", SERVED, needed=serving.needed))
     except UserError as error:
         notes.append(str(error))
     if ask.peers is not None:
@@ -404,9 +404,10 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     return setup, memory, sections, notes
 
 
-def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> Section:
-    parts, fits = {name: value for name, value in asdict(memory).items() if value}, verdict(memory.total, device.memory)
-    rule = "green below 80 %, amber to 100 %, red above"
+def _memory_section(memory: Memory, device: Device, doing: str, source: str, *, needed: float | None = None) -> Section:
+    """needed: what the verdict is on, where a part of the memory is filled by choice."""
+    parts, fits = memory.parts, verdict(memory.total if needed is None else needed, device.memory)
+    rule = RULE if needed is None else f"{RULE}, by weights and the cache of one sequence"
     facts = (
         Fact(
             "memory.device_bytes",
@@ -419,7 +420,7 @@ def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> 
         ),
         *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
         Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
-        Fact("memory.verdict", fits, formula=rule, source="Fujii et al. 2024 (2411.06465)"),
+        Fact("memory.verdict", fits, formula=rule, source=RULE_SOURCE),
     )
     return Section(f"memory of a device in {doing}", facts, tuple(memory_bar(parts, device.memory)))
 
