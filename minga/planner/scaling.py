@@ -674,11 +674,16 @@ def _option(
 
 
 def _front(options: list[Option]) -> Iterator[Option]:
-    lowest = math.inf
-    for option in sorted(options, key=lambda option: (_typical(option.seconds), option.loss.typical)):
-        if option.loss.typical < lowest:
-            lowest = option.loss.typical
-            yield option
+    ordered = sorted(options, key=lambda option: (_typical(option.seconds), option.loss.typical))
+    lowest, kept = math.inf, None
+    for option in ordered:
+        if option.loss.typical >= lowest:
+            continue
+        if kept is not None and _typical(option.seconds) > 1.001 * _typical(kept.seconds):  # else as quick, and better
+            yield kept
+        lowest, kept = option.loss.typical, option
+    if kept is not None:
+        yield kept
 
 
 def _typical(seconds: Estimate | None) -> float:

@@ -1,5 +1,7 @@
 """Measures what the planner needs to know of this machine: its products, its memory, and a few short training steps.
 
+Of its processors: they are what `minga train` runs on. What a card does, its row in the table says.
+
 calibrate()           # a minute or two; kept in the user's configuration, and found there by `minga.recipes.here`
 """
 
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minga.config import TrainConfig
-from minga.config.hardware import Device, Machine, find_device
+from minga.config.hardware import Device, Machine
 from minga.data.shards import Shards, build_shards, open_shards
 from minga.kernels import cpu
 from minga.planner.dial import architecture
@@ -38,16 +40,15 @@ _COPY = 2**28
 
 def calibrate(*, seconds: float = SECONDS, note: Callable[[str], None] = lambda line: None) -> Path:
     """Times products, a copy and `RUNS`, and stores what follows. Returns where."""
-    card = runtime.nvidia_card() if torch.cuda.is_available() else None
-    name, cores = card or runtime.cpu()[0] or "CPU", runtime.cores()
+    name, cores = runtime.cpu()[0] or "CPU", runtime.cores()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * cores:
         note(
             "this machine is busy with other work: what is measured now will be too slow. better measure again when it is idle"
         )
-    device = find_device(card) if card else measured_cpu(name, cores)
-    machine, precision = Machine(device), "bf16" if card else "int8" if "int8" in device.flops else "float32"
+    device = measured_cpu(name, cores)
     note(f"{device.name}: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {kind}" for kind, rate in device.flops.items()))
-    rows = measure_steps(machine, precision, seconds=seconds, note=note)
+    precision = "int8" if "int8" in device.flops else "float32"
+    rows = measure_steps(Machine(device), precision, seconds=seconds, note=note)
     return store(name, cores, device, fit(rows))
 
 

@@ -30,27 +30,23 @@ def calibration_path() -> Path:
 
 
 def this_machine() -> tuple[Machine, Coefficients | None]:
-    """The calibration of this processor or card, if there is one; else its card from the table, or its cores timed briefly."""
-    card = runtime.nvidia_card()
-    name, cores = card or runtime.cpu()[0] or "CPU", runtime.cores()
-    stored = _stored(name, cores)
-    if stored is not None:
-        return stored
-    for known in (card, name if name.startswith("Apple") else None):
-        if known is not None:
-            try:
-                return Machine(find_device(known)), None
-            except UserError:
-                break  # not in the table
-    return Machine(probe(name, cores)), None
+    """Its card, if the table has it, else its processors."""
+    name = runtime.cpu()[0] or ""
+    for card in (runtime.nvidia_card(), name if name.startswith("Apple") else None):
+        try:
+            if card is not None:
+                return Machine(find_device(card)), None
+        except UserError:  # not in the table
+            break
+    return this_processor()
 
 
 def this_processor() -> tuple[Machine, Coefficients | None]:
-    """The same of what `minga train` and `minga serve` run on, which is not a card."""
-    machine, coefficients = this_machine()
-    if machine.device.kind == "cpu":
-        return machine, coefficients
-    return Machine(probe(runtime.cpu()[0] or "CPU", runtime.cores())), None
+    """What `minga train` and `minga serve` run on: the calibration, if there is one of this processor, else its cores timed
+    briefly.
+    """
+    name, cores = runtime.cpu()[0] or "CPU", runtime.cores()
+    return _stored(name, cores) or (Machine(probe(name, cores)), None)
 
 
 def probe(name: str, cores: int) -> Device:
@@ -83,7 +79,7 @@ def cpu_device(name: str, cores: int, flops: Mapping[str, float], bandwidth: flo
 
 
 def store(name: str, cores: int, device: Device, coefficients: Coefficients) -> Path:
-    """Keeps a calibration for `this_machine`."""
+    """Keeps a calibration for `this_processor`."""
     path = calibration_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"name": name, "cores": cores, "date": time.strftime("%Y-%m-%d")}
