@@ -24,6 +24,7 @@ from typing import Any
 from minga.errors import UserError
 
 MOST_DEVICES = 1_000_000
+HOST_LINK = 12e9  # bytes/s between devices of a node whose link is not known: through the host, PCIe 3.0 x16 or 4.0 x8
 _LONGEST = 100  # characters that name a machine
 _EXAMPLES = "such as H100, A100-40GB, RTX-4090, MI300X or M2-Max"
 # What names say beside the model: makers, families, packages, kinds of memory.

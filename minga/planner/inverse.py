@@ -69,6 +69,8 @@ def best_plan(
             raise UserError(
                 f"what {machine.device.name} costs an hour is not known (--budget). give --price, or --hours instead"
             )
+        if not price.typical:
+            raise UserError("a machine that costs nothing is no matter of money (--budget). give --hours instead")
         seconds = min(seconds, 3600 * budget / (price.typical * machine.count))
     if math.isinf(seconds):
         return _largest(machine, ask, memory or 0.0)
@@ -232,7 +234,8 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         return
     number = 1
     if ask.tokens is not None:  # what no set-up can beat says where to begin
-        work = training_flops(model, ask.seq_len or SEQ_LEN, lora=ask.fixed.get("lora_rank") or 0) * ask.tokens
+        mtp, lora = ask.fixed.get("mtp", True), ask.fixed.get("lora_rank") or 0
+        work = training_flops(model, ask.seq_len or SEQ_LEN, mtp=mtp, lora=lora) * ask.tokens
         number = 2 ** math.ceil(
             math.log2(max(1.0, work / (REACH * device.rate(ask.precision or "bf16") * days * 86400)))
         )

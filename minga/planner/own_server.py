@@ -28,12 +28,12 @@ from minga.planner.own_memory import (
     own_serving_weights,
 )
 from minga.planner.own_plan import OWN_MEMORY, amber, memory_section, offered
-from minga.planner.plan import Plan, Section
+from minga.planner.plan import Ask, Plan, Section
 from minga.planner.serving import SOURCE, serve_estimate
 from minga.planner.table import memory_bar, table
 from minga.planner.words import machine_words, size
 
-PROMPT, OUTPUT = 2000, 500  # tokens of a request, as `minga plan` counts
+PROMPT, OUTPUT = Ask.prompt, Ask.output  # tokens of a request, as `minga plan` counts
 FLOAT_BYTES = 3.9  # of a number, from which a file of weights holds float32
 
 

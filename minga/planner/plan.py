@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine, of_devices
+from minga.config.hardware import HOST_LINK, Device, Machine, of_devices
 from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
@@ -253,9 +253,9 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
     context = min(a.max_positions or LONG, LONG)
     lora = ask.fixed.get("lora_rank") or 0
-    recompute = ask.fixed.get("recompute") or "none"
-    flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
-    square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    flops, square = (
+        training_flops(a, seq_len, causal=causal, mtp=mtp, lora=lora, teacher=ask.teacher) for causal in (True, False)
+    )
     what = "forward 2 x active matrices + attention over a causal sequence; backward twice that"
     if lora:
         what = "forward, and backward through frozen weights: 2 x forward + the low-rank pairs"
@@ -277,7 +277,6 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             {
                 "seq_len": seq_len,
                 "mtp": mtp,
-                "recompute": recompute,
                 "six_n": 6 * counts.active,
                 "full_square": square,
             },
@@ -507,12 +506,13 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     device = machine.device
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
-    kwh = None
-    if ask.watts is not None or device.watts is not None:
-        if ask.watts is not None:
-            watts, node = ask.watts / machine.count, Estimate.exactly(1.0)
-        else:
-            watts, node = cost.training_watts(device.watts or 0.0), cost.NODE_OVERHEAD
+    kwh = drawn = None
+    if ask.watts is not None:
+        drawn = ask.watts / machine.count, Estimate.exactly(1.0)
+    elif device.watts is not None:
+        drawn = cost.training_watts(device.watts), cost.NODE_OVERHEAD
+    if drawn is not None:
+        watts, node = drawn
         kwh = cost.energy(hours, watts, overhead=node, pue=pue)
         yield Fact(
             "energy_kwh",
@@ -668,6 +668,10 @@ def _precision(device: Device) -> str:
 
 
 def _device_notes(machine: Machine) -> Iterator[str]:
+    if machine.count > 1 and machine.device.link is None:
+        yield (
+            f"how fast {machine.device.name} are linked is not known: {size(HOST_LINK)}/s is assumed, through the host's memory"
+        )
     if machine.device.note:
         yield f"{machine.device.name}: {machine.device.note}"
 

@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minga.config.hardware import Machine
+from minga.config.hardware import HOST_LINK, Machine
 from minga.errors import UserError
-from minga.planner.architecture import Architecture, Block, Model, architecture_of
+from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
 from minga.planner.counts import CACHED, cache_bytes, count_parameters, forward_flops, parameters_read
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import WEIGHT_BYTES, Memory
@@ -185,9 +185,9 @@ class _Copy:
         self.matrix_rate = device.rate(number) * share * self.kernels.products
         self.attention_rate = device.rate("bf16") * self.kernels.attention
         self.bandwidth = self.kernels.bandwidth * device.bandwidth
-        self.link = (
-            device.link if devices <= machine.per_node else machine.network and machine.network / machine.per_node
-        )
+        self.link = device.link or HOST_LINK
+        if devices > machine.per_node:
+            self.link = (machine.network or 0.0) / machine.per_node  # 0: not known
         self.unpack = self.kernels.unpack if weights == "int4" else 1.0
         self.bytes = WEIGHT_BYTES[weights]
 
@@ -199,7 +199,7 @@ class _Copy:
         self.rest = total - self.experts
         self.hidden, self.layers = a.hidden_size, a.num_layers
         self.chosen = [(count, b.feed_forward.chosen) for count, b in a.blocks if b.feed_forward.experts]
-        self.table = a.vocab_size * a.hidden_size
+        self.head = numbers(a.head)
         self.traffic = 2 * sum(count * _traffic(block, self.kernels) for count, block in a.blocks)
         # The cache of keys is cut by heads; MLA's latent belongs to all heads, so each device of a "tensor" copy holds all of it.
         heads = min(1 if b.attention.latent else b.attention.kv_heads for _, b in a.blocks)
@@ -254,7 +254,7 @@ class _Copy:
         if mtp:
             matrices, share = forward_flops(c, 0, mtp=True) - matrices, 1 / self.layers
         elif prefill:
-            matrices -= 2 * self.table  # only a prompt's last token needs the head
+            matrices -= 2 * self.head  # only a prompt's last token needs the head
         cached = 0.0 if prefill else sequences * self.cache(context)
         return _Step(
             matrices_memory=halves * (still / self.cut + woken / n) * self.bytes / (self.unpack * self.bandwidth),
@@ -271,7 +271,6 @@ class _Copy:
         n = self.devices
         if n == 1:
             return 0.0
-        assert self.link
         link = LINK_SHARE * self.link
         if self.parallel == "tensor":
             return 2 * self.layers * max(MESSAGE, 2 * (n - 1) / n * rows * self.hidden * 2 / link)
@@ -651,7 +650,7 @@ def _check(
 def _why(copies: list[_Copy], tokens: float, target: float | None, batch: int | None) -> str:
     """Why nothing serves."""
     if not copies:
-        return "the link between devices is not known (serving). give it, or take devices=1"
+        return "the network between nodes is of unknown speed (serving). take no more devices than a node has"
     best = max(copies, key=lambda copy: (copy.sequences(tokens), copy.devices))
     fits = best.sequences(tokens)
     have = size_words(best.machine.device.memory)

@@ -22,7 +22,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import HOST_LINK, Device, Machine
 from minga.errors import UserError
 from minga.planner.architecture import Block, FeedForward, Model, architecture_of, numbers
 from minga.planner.counts import attention_multiplications, muon_flops
@@ -47,7 +47,6 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 TRAFFIC = ("tensor", "routing", "data")
 HOP = 10e-6  # seconds of latency from node to node (ai-dynamo/aiconfigurator, its tables of systems)
-HOST_LINK = 12e9  # bytes/s between devices without a link of their own: through the host, PCIe 3.0 x16 or 4.0 x8
 # Devices whose coefficients are those of another one: the same processor with other memory or links.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "A100-SXM-40GB": ("A100-SXM-40GB", "A100-PCIe-40GB"),

@@ -64,6 +64,11 @@ def test_memory_bounds_what_serves() -> None:
         best_plan(CPU, Ask(), memory=10)
 
 
+def test_money_buys_no_time_of_a_machine_that_costs_nothing() -> None:
+    with pytest.raises(UserError, match="costs nothing"):
+        best_plan(NODE, Ask(price=0), budget=10)
+
+
 def test_a_loss_has_a_price() -> None:
     near, far = (best_plan(machine("64xH100"), Ask(), loss=loss) for loss in (2.6, 2.3))
     assert near.money is not None and far.money is not None and near.money.typical < far.money.typical
