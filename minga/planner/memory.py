@@ -77,8 +77,8 @@ def verdict(total: float, available: float) -> str:
 def training_memory(model: Model, setup: Setup) -> Memory:
     """The fullest device of a run. Experts are taken to be chosen evenly, a sequence to be cut in `tp` pieces where it is not
     cut by heads (sequence parallelism), layers to be spread evenly over `pp` stages, each of which holds as many
-    micro-batches as stages are left to pass: 1F1B. The longer warm-up of interleaving (1 + (pp - 1) / (pp x chunks) times
-    as much at the first stage, 2104.04473, section 2.2) is not counted.
+    micro-batches as stages are left to pass: 1F1B, to which zero-bubble schedules keep (ZB-V, 2401.10241, which is ours).
+    Megatron's interleaving holds more, on the first stage 1 + (pp - 1) / (pp x chunks) times as much (2104.04473).
     """
     a = architecture_of(model)
     layers = _layers(a, mtp=setup.mtp)

@@ -684,4 +684,7 @@ def _setup_words(s: Setup) -> str:
     lora = "" if s.lora_rank is None else f", LoRA of rank {s.lora_rank} on {s.stored}"
     again = "" if s.recompute == "none" else f", {s.recompute} recomputation"
     steps = batches(s.accumulate, s.micro_batch, s.seq_len)
-    return f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{sharded}{again}, {steps}"
+    interleaved = "" if s.chunks == 1 else f", {s.chunks} virtual stages a device"
+    return (
+        f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{interleaved}{sharded}{again}, {steps}"
+    )

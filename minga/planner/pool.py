@@ -62,7 +62,6 @@ class Pool:
     bytes_up: float  # of a meeting
     bytes_down: float
     step_up: float  # bytes, mean over steps
-    round_seconds: float  # of computing, between two meetings
     meeting_seconds: float
     lost: float  # share of the time that goes into waiting
     needed_up: float  # bytes/s at which no more than `allowed` is lost, if the downlink does not hold it back
@@ -115,7 +114,6 @@ def pool_estimate(
         bytes_up=sent,
         bytes_down=taken,
         step_up=sent / method.every,
-        round_seconds=computing,
         meeting_seconds=meeting,
         lost=waiting / (waiting + computing),
         needed_up=sent / half,
