@@ -323,9 +323,8 @@ def document() -> dict[str, Any]:
     families = {}
     for name, terms in fits.items():
         here = [pair for pair in by_model if pair[0].family == name]
-        if (
-            len({row.source for row, _ in here}) == 1
-        ):  # of one stack only: others differ by as much as they do elsewhere
+        # of one stack only: others differ by as much as they do elsewhere
+        if len({row.source for row, _ in here}) == 1:
             here += [pair for pair in by_model if pair[0].source != "foundry"]
         found = by_family if name == "other" else here
         families[name] = {

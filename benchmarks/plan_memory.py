@@ -34,9 +34,8 @@ from minga.planner.dial import architecture
 from minga.planner.own_memory import own_serving_memory, own_training_memory
 
 STEPS = 4
-STARTS = (
-    3  # of a server: while weights are rounded the heap's holes differ from start to start, by a fifth of a small peak
-)
+# Of a server: while weights are rounded the heap's holes differ from start to start, by a fifth of a small peak.
+STARTS = 3
 
 
 class Training(NamedTuple):

@@ -53,7 +53,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     train = parser.add_argument_group("training")
     train.add_argument("--tokens", metavar="N", help="to train on, such as 14.8t or 2e9")
     train.add_argument(
-        "--precision", choices=PRECISIONS, help="of matrix products (default: what the device does best)"
+        "--precision",
+        choices=PRECISIONS,
+        help="of matrix products (default: bf16; on processors int8 where they have it)",
     )
     train.add_argument("--seq", type=int, metavar="T", help="tokens of a sequence (default 4096)")
     train.add_argument("--batch-tokens", metavar="N", help="of an optimizer step (default: usual for so much compute)")
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, text: str, document: Mapping[str, Any]) -> int:
-    print(json.dumps(document) if args.json else text)
+    print(json.dumps(document, allow_nan=False) if args.json else text)
     return 0
 
 

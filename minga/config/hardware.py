@@ -24,6 +24,7 @@ from typing import Any
 from minga.errors import UserError
 
 MOST_DEVICES = 1_000_000
+HOST_LINK = 12e9  # bytes/s between devices of a node whose link is not known: through the host, PCIe 3.0 x16 or 4.0 x8
 _LONGEST = 100  # characters that name a machine
 _EXAMPLES = "such as H100, A100-40GB, RTX-4090, MI300X or M2-Max"
 # What names say beside the model: makers, families, packages, kinds of memory.
@@ -54,12 +55,16 @@ class Device:
     note: str = ""  # conflicts of the sources, and what to know
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of matrix products, or of the nearest precision that the device has: fp8 and int8 fall back to bf16, bf16
-        to fp16, all to float32. Raises `UserError` where none of them is known.
+        """FLOP/s of matrix products in that precision, or in the `nearest`."""
+        return self.flops[self.nearest(precision)]
+
+    def nearest(self, precision: str) -> str:
+        """The precision that the device computes it in: fp8 and int8 fall back to bf16, bf16 to fp16, all to float32.
+        Raises `UserError` where the rate of none of them is known.
         """
         for name in (*_FALLBACKS.get(precision, (precision,)), "float32"):
             if name in self.flops:
-                return self.flops[name]
+                return name
         raise UserError(
             f"how fast {self.name} multiplies matrices in {precision} is not known (machine). on the machine itself "
             "`minga plan --calibrate` measures it"

@@ -36,7 +36,6 @@ PRICE_PER_KWH = 0.17
 # A machine in a room that nobody cools for it. Data centres: 1.56 (mean of Uptime Institute's survey of 2024).
 PUE = 1.0
 
-
 # What a device draws while it trains, of its power limit. Typical: 624 and 649 W an H100-hour of 700 W (OLMo 3 7B and 32B: 146
 # MWh in 234,000 h, 681 MWh in 1.05 million). Low: the top of the swing that was measured within runs, 15 to 85 % (2503.05804).
 # High: the limit itself, which BLOOM (400 W an A100, 2211.02001) and the Llama cards count.
@@ -146,23 +145,6 @@ def carbon(kwh: Estimate, grams_per_kwh: float) -> Estimate:
 def rent(device_hours: Estimate, price_per_hour: Estimate) -> Estimate:
     """Money for devices that are rented by the hour."""
     return device_hours * price_per_hour
-
-
-def owned(
-    device_hours: Estimate,
-    kwh: Estimate,
-    *,
-    price_per_kwh: float,
-    device_price: float,
-    lifetime_hours: float,
-    utilization: float,
-) -> Estimate:
-    """Money for devices of one's own: electricity, and the price spread over the hours of their life that they work."""
-    if not 0 < utilization <= 1 or not lifetime_hours > 0:
-        raise UserError(
-            f"utilization is {utilization}, lifetime {lifetime_hours} hours (cost). utilization is above 0 and at most 1"
-        )
-    return kwh * price_per_kwh + device_hours * (device_price / (lifetime_hours * utilization))
 
 
 def with_development(final_run: Estimate) -> Estimate:

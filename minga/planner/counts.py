@@ -14,7 +14,8 @@ from functools import partial
 
 from minga.planner.architecture import Architecture, Attention, Block, Model, Shape, architecture_of, numbers
 
-BYTES = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 1}  # of a number in a cache; "int8" has scales besides
+_NUMBER_BYTES = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+CACHED = tuple(_NUMBER_BYTES)  # what a cache's rows may be kept in
 SCALED = 64  # numbers of a row of the int8 cache that share a float16 scale
 
 
@@ -87,6 +88,12 @@ def cache_bytes(model: Model, context: int, *, number: str = "bf16", mtp: bool =
         return min(context, x.window or context) * _row(x.cached, number) + entries
 
     return sum(n * (rows(x) + 4 * x.state) for n, x in blocks)
+
+
+def matmul_parameters(model: Model) -> int:
+    """Of the active ones, those that are multiplied with: all but the embedding, which is looked up, unless it is the head."""
+    counts = count_parameters(model)
+    return counts.active - (0 if architecture_of(model).tied else counts.embedding)
 
 
 def parameters_read(model: Model, tokens: float, *, mtp: bool = False) -> float:
@@ -206,16 +213,16 @@ def _passed(block: Block) -> tuple[Shape, ...]:
 
 
 def _row(n: int, number: str) -> int:
-    return n + 2 * -(-n // SCALED) if number == "int8" else n * BYTES[number]
+    return n * _NUMBER_BYTES[number] + (2 * -(-n // SCALED) if number == "int8" else 0)
 
 
-# That a token sees: given the most that it may, whether its window is a chunk, how many tokens are one
+# Keys that a token sees: given the most that it may, whether its window is a chunk, how many tokens are one.
+Keys = Callable[[float, bool, int], float]
+
+
 def attention_multiplications(attention: Attention, seq_len: int) -> float:
     """Of a token with earlier ones, on average over a causal sequence."""
     return _core(attention, partial(_mean_keys, seq_len), False)
-
-
-Keys = Callable[[float, bool, int], float]
 
 
 def _core(attention: Attention, keys: Keys, absorbed: bool) -> float:

@@ -21,8 +21,10 @@ from minga.config.model import ModelConfig
 from minga.config.presets import laptop
 from minga.config.train import TrainConfig
 from minga.errors import UserError
-from minga.planner.counts import count_parameters, forward_flops, muon_flops
+from minga.planner.counts import count_parameters, forward_flops, matmul_parameters, muon_flops
+from minga.planner.memory import GREEN, RULE_SOURCE
 from minga.planner.own_memory import own_training_memory
+from minga.planner.words import count, duration, size
 
 DEFAULTS = TrainConfig(steps=1)
 WIDTHS = range(64, 2049, 64)
@@ -30,7 +32,6 @@ PRESET_WIDTH = 192  # of `laptop`, for which learning rates and batch were measu
 TOKENS_PER_PARAMETER = 20.0  # at our scale too fewer is worse: widths 192, 128, 64 in equal CPU time, docs/log.md
 BATCH_TOKENS, BATCH_HORIZON, BATCH_EXPONENT = 2048, 5e5, 0.383
 MICRO_TOKENS = 8192  # a micro-batch above gains no speed on a CPU and costs memory
-MEMORY_SHARE = 0.8  # no run that was estimated below this share ran out of memory (Fujii et al. 2024)
 FREE_EPOCHS = 4
 EVALUATIONS, EVALUATION_SHARE = 10, 0.02
 LOST_SECONDS = 300
@@ -109,13 +110,12 @@ def choose(budget: Budget, speed: MachineSpeed, corpus: Corpus) -> list[Choice]:
     check_budget(budget)
     _check_size(budget, corpus)
     run = _best(budget, speed, corpus)
-    free = None if speed.memory is None else MEMORY_SHARE * speed.memory
-    wanted = run
-    while free is not None and run.memory > free:
+    wanted, free = run, speed.memory
+    while free is not None and run.memory > GREEN * free:
         smaller = run.smaller()
         if smaller is None:
             raise UserError(
-                f"the smallest run needs {_bytes(run.memory)} and {_bytes(speed.memory)} of memory are free (train). "
+                f"the smallest run needs {size(run.memory)} and {size(free)} of memory are free (train). "
                 "close other programs, or take a smaller --preset"
             )
         run = smaller
@@ -170,12 +170,6 @@ class _Run:
         return math.prod(self.batch) * self.seq_len
 
     @property
-    def matmul_parameters(self) -> int:
-        """Active parameters that are multiplied with: all but the embedding, which is looked up. The head is one."""
-        counts = count_parameters(self.model)
-        return counts.active - (0 if self.model.tie_word_embeddings else counts.embedding)
-
-    @property
     def memory(self) -> float:
         """Bytes beyond those of the process, which are there already (minga/planner/own_memory.py)."""
         batch_size, accumulate = self.batch
@@ -225,7 +219,7 @@ def _best(budget: Budget, speed: MachineSpeed, corpus: Corpus) -> _Run:
             for layers in range(run.model.num_hidden_layers, round(1.5 * run.model.num_hidden_layers) + 1)
         ]
         return min(deeper, key=lambda run: abs(math.log(count_parameters(run.model).active / (budget.size or 1))))
-    return min(runs, key=lambda run: abs(math.log(run.tokens / run.matmul_parameters / TOKENS_PER_PARAMETER)))
+    return min(runs, key=lambda run: abs(math.log(run.tokens / matmul_parameters(run.model) / TOKENS_PER_PARAMETER)))
 
 
 def usual_batch(tokens: float) -> float:
@@ -250,22 +244,25 @@ def _explain(run: _Run, wanted: _Run, speed: MachineSpeed) -> Iterator[Choice]:
     counts, rate = count_parameters(c), speed.at(c.hidden_size)
     measured = "measured: " + ", ".join(f"{value / 1e9:.3g} GFLOP/s at width {width}" for width, value in speed.probes)
     steps = max(1, round(run.tokens / run.step_tokens))
-    tokens, matmul = steps * run.step_tokens, run.matmul_parameters
+    tokens, matmul = steps * run.step_tokens, matmul_parameters(run.model)
     seconds = steps * run.step_seconds(run.step_tokens, run.seq_len)
     yield Choice("speed", f"{rate / 1e9:.3g} GFLOP/s", f"whole steps, at width {c.hidden_size}", measured)
-    ratio = f"{tokens / matmul:.3g} tokens a multiplied parameter, of {_si(matmul)}"
+    ratio = f"{tokens / matmul:.3g} tokens a multiplied parameter, of {count(matmul)}"
     if run.model is not wanted.model:
-        ratio = f"width {wanted.model.hidden_size} needs {_bytes(wanted.memory)}, too much: the widest that fits"
-        why = f"{_bytes(speed.memory)} of memory are free"
+        ratio = f"width {wanted.model.hidden_size} needs {size(wanted.memory)}, too much: the widest that fits"
+        why = f"{size(speed.memory or 0)} of memory are free"
     elif budget.model is not None:
         why = "given (--preset)"
     elif budget.size is not None:
-        ratio, why = f"width and depth whose active parameters come nearest to {_si(budget.size)}", "given (--size)"
+        ratio, why = f"width and depth whose active parameters come nearest to {count(budget.size)}", "given (--size)"
     else:
         ratio += f"; {TOKENS_PER_PARAMETER:g} is best for its compute"
         why = CHINCHILLA
     yield Choice(
-        "active parameters", _si(counts.active), f"of {_si(counts.total)}, and {_si(counts.mtp)} of MTP", "exact count"
+        "active parameters",
+        count(counts.active),
+        f"of {count(counts.total)}, and {count(counts.mtp)} of MTP",
+        "exact count",
     )
     if budget.model is not None:
         yield Choice("model.hidden_size", c.hidden_size, ratio, why)
@@ -298,10 +295,10 @@ def _explain(run: _Run, wanted: _Run, speed: MachineSpeed) -> Iterator[Choice]:
     saved = max(1, round(LOST_SECONDS * steps / seconds))
     yield Choice("checkpoint_every", saved, f"no more than {LOST_SECONDS / 60:g} minutes are ever lost", measured)
     if budget.tokens is not None:
-        yield Choice("steps", steps, f"{_si(tokens)} tokens / {run.step_tokens:,} a step", "given (--tokens)")
+        yield Choice("steps", steps, f"{count(tokens)} tokens / {run.step_tokens:,} a step", "given (--tokens)")
     else:
         yield Choice("steps expected", steps, "timed again with this model before the first step", measured)
-    yield Choice("time", _duration(seconds), f"{steps} x {seconds / steps:.3g} s of training", measured)
+    yield Choice("time", duration(seconds), f"{steps} x {seconds / steps:.3g} s of training", measured)
     epochs = tokens / corpus.tokens
     said = (
         "each token about once"
@@ -313,12 +310,12 @@ def _explain(run: _Run, wanted: _Run, speed: MachineSpeed) -> Iterator[Choice]:
     yield Choice(
         "epochs",
         round(epochs, 2),
-        f"{_si(tokens)} of {_si(corpus.tokens)} tokens; {said}",
+        f"{count(tokens)} of {count(corpus.tokens)} tokens; {said}",
         "Muennighoff et al. 2023 (2305.16264)",
     )
     memory = "weights, gradients, moments, one micro-batch and what lies between them, estimated"
-    share = "" if speed.memory is None else f"; at most {MEMORY_SHARE:.0%} of {_bytes(speed.memory)} free"
-    yield Choice("memory", _bytes(run.memory), memory + share, "Fujii et al. 2024 (2411.06465)")
+    share = "" if speed.memory is None else f"; at most {GREEN:.0%} of {size(speed.memory)} free"
+    yield Choice("memory", size(run.memory), memory + share, RULE_SOURCE)
 
 
 def _explain_model(c: ModelConfig, ratio: str, why: str) -> Iterator[Choice]:
@@ -377,26 +374,10 @@ def _check_size(budget: Budget, corpus: Corpus) -> None:
     largest = count_parameters(architecture(WIDTHS[-1], corpus.vocab_size)).active
     if budget.size is not None and not smallest / WIDEST_RATIO <= budget.size <= largest * WIDEST_RATIO:
         raise UserError(
-            f"no model of ours has about {_si(budget.size)} active parameters with {corpus.vocab_size} tokens of "
-            f"vocabulary (--size). give {_si(smallest)} to {_si(largest)}, or pin a --preset"
+            f"no model of ours has about {count(budget.size)} active parameters with {corpus.vocab_size} tokens of "
+            f"vocabulary (--size). give {count(smallest)} to {count(largest)}, or pin a --preset"
         )
 
 
 def _round64(value: float) -> int:
     return max(64, round(value / 64) * 64)
-
-
-def _si(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float | None) -> str:
-    return "an unknown amount" if value is None else f"{value / 1e9:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"

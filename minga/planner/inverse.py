@@ -14,10 +14,10 @@ from minga.config import ModelConfig
 from minga.config.hardware import Device, Machine, devices, of_devices
 from minga.errors import UserError
 from minga.planner.architecture import Architecture, architecture_of
-from minga.planner.counts import cache_bytes, count_parameters, training_flops
+from minga.planner.counts import count_parameters, matmul_parameters, training_flops
 from minga.planner.dial import TOKENS_PER_PARAMETER
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.memory import WEIGHT_BYTES
+from minga.planner.memory import serving_memory
 from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serve
 from minga.planner.scaling import (
     Option,
@@ -69,6 +69,8 @@ def best_plan(
             raise UserError(
                 f"what {machine.device.name} costs an hour is not known (--budget). give --price, or --hours instead"
             )
+        if not price.typical:
+            raise UserError("a machine that costs nothing is no matter of money (--budget). give --hours instead")
         seconds = min(seconds, 3600 * budget / (price.typical * machine.count))
     if math.isinf(seconds):
         return _largest(machine, ask, memory or 0.0)
@@ -144,18 +146,13 @@ def _seconds_of(machine: Machine, ask: Ask) -> Callable[[ModelConfig, float], Es
 
 def _by_ratio(options: tuple[Option, ...]) -> Option:
     return min(
-        options, key=lambda option: abs(math.log(option.tokens / _multiplied(option.model) / TOKENS_PER_PARAMETER))
+        options,
+        key=lambda option: abs(math.log(option.tokens / matmul_parameters(option.model) / TOKENS_PER_PARAMETER)),
     )
 
 
-def _multiplied(model: ModelConfig) -> int:
-    """Active parameters but for the embedding, which is looked up."""
-    counts = count_parameters(model)
-    return counts.active - counts.embedding
-
-
 def _ratio_facts(best: Option) -> Iterator[Fact]:
-    inputs = {"tokens": best.tokens, "multiplied_parameters": _multiplied(best.model)}
+    inputs = {"tokens": best.tokens, "multiplied_parameters": matmul_parameters(best.model)}
     source = "measured at this scale (docs/log.md): the laws were fitted to runs a thousand times as long"
     rule = f"nearest to {TOKENS_PER_PARAMETER:g} tokens a multiplied parameter"
     yield Fact("scaling.parameters", best.parameters, "", "active parameters", rule, inputs, source)
@@ -164,8 +161,7 @@ def _ratio_facts(best: Option) -> Iterator[Fact]:
 
 def _served(model: ModelConfig, ask: Ask) -> float:
     """Bytes of a copy that answers one request."""
-    weights = WEIGHT_BYTES[ask.weights or "bf16"] * count_parameters(model).total
-    return weights + cache_bytes(model, ask.prompt + ask.output, number=ask.cache)
+    return serving_memory(model, weights=ask.weights or "bf16", cache=ask.cache, context=ask.prompt + ask.output).total
 
 
 def _near(compute: float) -> list[ModelConfig]:
@@ -238,7 +234,8 @@ def _fewest(model: Architecture, device: Device, ask: Ask, days: float) -> Itera
         return
     number = 1
     if ask.tokens is not None:  # what no set-up can beat says where to begin
-        work = training_flops(model, ask.seq_len or SEQ_LEN, lora=ask.fixed.get("lora_rank") or 0) * ask.tokens
+        mtp, lora = ask.fixed.get("mtp", True), ask.fixed.get("lora_rank") or 0
+        work = training_flops(model, ask.seq_len or SEQ_LEN, mtp=mtp, lora=lora) * ask.tokens
         number = 2 ** math.ceil(
             math.log2(max(1.0, work / (REACH * device.rate(ask.precision or "bf16") * days * 86400)))
         )

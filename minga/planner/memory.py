@@ -13,11 +13,11 @@ from itertools import combinations
 from typing import NamedTuple, TypeVar
 
 from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
-from minga.planner.counts import cache_bytes
+from minga.planner.counts import cache_bytes, count_parameters
 from minga.planner.setup import Setup
 
 # Bytes of a stored weight with its scales. fp8: a float32 for each block of 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3);
-# int8 and int4: ours, a float16 for 64 and for 32 numbers of a row; Q*: GGUF's.
+# int8 and int4: ours, a float16 for 64 and for 32 numbers of a row; fp4: a byte for 16 (NVFP4); Q*: GGUF's.
 WEIGHT_BYTES = {
     "float32": 4.0,
     "bf16": 2.0,
@@ -28,6 +28,7 @@ WEIGHT_BYTES = {
     "Q5_K": 5.5 / 8,
     "Q4_K": 4.5 / 8,
     "int4": 4.5 / 8,
+    "fp4": 4.5 / 8,
 }
 EIGHT_BIT = 1 + 4 / 256  # a moment in 8 bits, with a float32 for each 256 numbers (Dettmers et al. 2022, 2110.02861)
 # Of a logit in PyTorch's loss: itself in bf16, its float32 copy and the logarithm of its softmax; in the backward pass the
@@ -38,7 +39,8 @@ LOGIT_BYTES, WAITING_LOGIT_BYTES = {2: 10, 4: 12}, 4
 FED_IN_8_BITS = 1 + 4 / 128
 CONTEXT_BYTES = 1e9  # a CUDA context with its kernels and libraries; assumed, it depends on device and driver
 NCCL_BYTES = 0.4e9  # 340 to 392 MB in NVIDIA's measured tables (ai-dynamo/aiconfigurator)
-GREEN = 0.8  # of 454 runs estimated below this share none went out of memory (Fujii et al. 2024, 2411.06465)
+GREEN = 0.8  # of 454 runs estimated below this share none went out of memory
+RULE, RULE_SOURCE = "green below 80 %, amber to 100 %, red above", "Fujii et al. 2024 (2411.06465)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self))
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name, those that are not 0."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
 
 
 def verdict(total: float, available: float) -> str:
@@ -70,7 +77,8 @@ def verdict(total: float, available: float) -> str:
 def training_memory(model: Model, setup: Setup) -> Memory:
     """The fullest device of a run. Experts are taken to be chosen evenly, a sequence to be cut in `tp` pieces where it is not
     cut by heads (sequence parallelism), layers to be spread evenly over `pp` stages, each of which holds as many
-    micro-batches as stages are left to pass (1F1B).
+    micro-batches as stages are left to pass: 1F1B. The longer warm-up of interleaving (1 + (pp - 1) / (pp x chunks) times
+    as much at the first stage, 2104.04473, section 2.2) is not counted.
     """
     a = architecture_of(model)
     layers = _layers(a, mtp=setup.mtp)
@@ -86,7 +94,7 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
     tables = (first * a.embedding + (last and not (first and a.tied)) * numbers(a.head[:1])) / s.tp
     ends = last * (sum(a.norms) + sum(a.head_biases)) + (first + last) * numbers(a.projections) / 2
     dense, experts = (sum(x.dense for x in layers) + ends) / s.tp, sum(x.experts for x in layers) / s.ep
-    copies = max(1, s.dp // s.ep)  # ranks that hold the same experts
+    copies = s.expert_copies
 
     if s.lora_rank is None:
         states = [(tables, s.dp, 2), (dense, s.dp, _moments(s)), (experts, copies, _moments(s))]
@@ -114,8 +122,8 @@ def _stage(a: Architecture, setup: Setup, layers: Sequence[_Layer], stage: int) 
         gradients=gradients,
         optimizer=optimizer,
         activations=tokens * (waiting * kept + backward),
-        logits=tokens
-        * logits,  # gone before the first block's backward pass, but the allocator seldom reuses their place
+        # gone before the first block's backward pass, but the allocator seldom reuses their place
+        logits=tokens * logits,
         buffers=_buffers(s, layers, tables, tokens, number, d, copies),
         runtime=CONTEXT_BYTES + (NCCL_BYTES if s.devices > 1 else 0.0),
     )
@@ -356,28 +364,20 @@ def serving_memory(
     cache: str = "bf16",
     context: int,
     batch: int = 1,
-    tp: int = 1,
-    ep: int = 1,
-    mtp: bool = False,
     chunk: int = 2048,
 ) -> Memory:
-    """A device that answers `batch` requests of `context` tokens at a time. weights: of `WEIGHT_BYTES`, embedding and head
-    included, as our formats store them. cache: float32, float16, bf16, fp8 or int8. chunk: prompt tokens read at once. A
-    latent is whole on every device of `tp`; keys of heads are dealt out.
+    """One device that holds the whole model and answers `batch` requests of `context` tokens at a time. weights: of
+    `WEIGHT_BYTES`, embedding and head included, as our formats store them. cache: float32, float16, bf16, fp8 or int8.
+    chunk: prompt tokens read at once. How several devices share a model is in `serving`.
     """
     a = architecture_of(model)
-    layers, size = _layers(a, mtp=mtp), WEIGHT_BYTES[weights]
-    tables = a.embedding + (0 if a.tied else numbers(a.head[:1])) + numbers(a.projections) + sum(a.norms)
-    stored = (tables + sum(x.dense for x in layers)) / tp + sum(x.experts for x in layers) / max(ep, 1)
-    of_heads = min(tp, min(b.attention.kv_heads for _, b in a.blocks)) if a.blocks[0][1].attention.latent is None else 1
-    tokens = min(chunk, batch * context)
-    running = max(x.kept("none", 2) - 2 * x.streams * x.stream for x in layers)  # of one block at a time
+    running = max(x.kept("none", 2) - 2 * x.streams * x.stream for x in _layers(a, mtp=False))  # of one block at a time
     return Memory(
-        weights=stored * size,
-        activations=tokens * running / tp,
+        weights=count_parameters(a).total * WEIGHT_BYTES[weights],
+        activations=min(chunk, batch * context) * running,
         logits=4.0 * batch * a.vocab_size,
-        cache=batch * cache_bytes(a, context, number=cache, mtp=mtp) / of_heads,
-        runtime=CONTEXT_BYTES + (NCCL_BYTES if max(tp, ep) > 1 else 0.0),
+        cache=batch * cache_bytes(a, context, number=cache),
+        runtime=CONTEXT_BYTES,
     )
 
 

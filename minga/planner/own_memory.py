@@ -51,14 +51,12 @@ def own_training_memory(config: TrainConfig, *, mtp: bool = True) -> Memory:
     return Memory(
         weights=number * total * (2 if config.ema_decay else 1),
         gradients=number * total,
-        optimizer=(EIGHT_BIT if config.optimizer_bits == 8 else 4.0)
-        * (total + tables),  # Muon keeps one number, AdamW two
+        # Muon keeps one number, AdamW, of the tables, two
+        optimizer=(EIGHT_BIT if config.optimizer_bits == 8 else 4.0) * (total + tables),
         activations=heap + (step if step > evaluation else 0.0),
         logits=0.0 if step > evaluation else evaluation,
-        buffers=1.25
-        * PACKED[config.precision]
-        * tokens
-        * max(c.hidden_size, *_mlps(c, mtp=False), 0),  # of one product
+        # of one product
+        buffers=1.25 * PACKED[config.precision] * tokens * max(c.hidden_size, *_mlps(c, mtp=False)),
         runtime=TRAIN_PROCESS,
     )
 
@@ -82,10 +80,8 @@ def own_serving_memory(
     """
     c, counts = model, count_parameters(model)
     total, experts = counts.total_with_mtp, _expert_numbers(c)
-    float_file, stacked = (
-        4.0 * total,
-        4.0 * experts,
-    )  # a file has each expert by itself, memory all of a layer in one piece
+    # A file has each expert by itself, memory all of a layer in one piece.
+    float_file, stacked = 4.0 * total, 4.0 * experts
     row = cache_bytes_per_token(c, number=cache or ("float32" if quant is None else "float16"), mtp=True)
     if quant is None and file_bytes is not None:
         weights, opening = file_bytes * 17 / 16, 2 * file_bytes

@@ -9,7 +9,7 @@ Memory is that of `own_memory`: the peak of one process, against what the machin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from minga.config import ModelConfig, TrainConfig
@@ -20,10 +20,8 @@ from minga.planner.architecture import architecture_of
 from minga.planner.counts import count_parameters, training_flops
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
-from minga.planner.memory import Change, Memory, cheapest, verdict
-from minga.planner.own_memory import (
-    own_training_memory,
-)
+from minga.planner.memory import RULE, RULE_SOURCE, Change, Memory, cheapest, verdict
+from minga.planner.own_memory import own_training_memory
 from minga.planner.plan import Plan, Section
 from minga.planner.table import memory_bar
 from minga.planner.time import LOST
@@ -244,7 +242,7 @@ def _flags(before: TrainConfig, run: _Run) -> str:
 
 
 def memory_section(memory: Memory, free: float | None, title: str) -> Section:
-    parts = memory_parts(memory)
+    parts = memory.parts
     fits = "" if free is None else verdict(memory.total, free)
     label = "peak" if free is None else f"of {size(free)} free: {fits}"
     facts = [
@@ -254,8 +252,7 @@ def memory_section(memory: Memory, free: float | None, title: str) -> Section:
     if free is None:
         return Section(title, tuple(facts))
     facts.append(Fact("memory.available", free, "bytes", formula="free when the command began"))
-    rule = "green below 80 %, amber to 100 %, red above"
-    facts.append(Fact("memory.verdict", fits, formula=rule, source="Fujii et al. 2024 (2411.06465)"))
+    facts.append(Fact("memory.verdict", fits, formula=RULE, source=RULE_SOURCE))
     return Section(title, tuple(facts), tuple(memory_bar(parts, free)))
 
 
@@ -292,7 +289,3 @@ def offered(ways: Sequence[str]) -> str:
         return "no change of settings makes it fit: close other programs, or take a smaller model"
     *others, last = ways
     return f"{', or '.join([*others, last])} would fit"
-
-
-def memory_parts(memory: Memory) -> dict[str, float]:
-    return {name: value for name, value in asdict(memory).items() if value}

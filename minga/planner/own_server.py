@@ -27,13 +27,13 @@ from minga.planner.own_memory import (
     own_serving_memory,
     own_serving_weights,
 )
-from minga.planner.own_plan import OWN_MEMORY, amber, memory_parts, memory_section, offered
-from minga.planner.plan import Plan, Section
+from minga.planner.own_plan import OWN_MEMORY, amber, memory_section, offered
+from minga.planner.plan import Ask, Plan, Section
 from minga.planner.serving import SOURCE, serve_estimate
 from minga.planner.table import memory_bar, table
 from minga.planner.words import machine_words, size
 
-PROMPT, OUTPUT = 2000, 500  # tokens of a request, as `minga plan` counts
+PROMPT, OUTPUT = Ask.prompt, Ask.output  # tokens of a request, as `minga plan` counts
 FLOAT_BYTES = 3.9  # of a number, from which a file of weights holds float32
 
 
@@ -266,7 +266,7 @@ def serving_plan(
         except UserError as error:
             said.append(f"serving: {error}")
         if len(models) > 1:
-            sections.append(Section("memory", (), tuple(memory_bar(memory_parts(load.memory), free))))
+            sections.append(Section("memory", (), tuple(memory_bar(load.memory.parts, free))))
         title = f"{served.name} on {machine_words(machine)}"
         plans.append((served.name, Plan(title, architecture_of(served.model), machine, tuple(sections), tuple(said))))
     title = "memory" if len(models) == 1 else "memory of all models together"
@@ -286,7 +286,7 @@ def _served_facts(served: Served, how: Serving, load: Load) -> Iterator[Fact]:
     yield Fact("context", served.model.max_position_embeddings, "tokens", "longest text")
     yield Fact("resident", load.resident, "bytes", "at most, with what the system may take back", source=OWN_MEMORY)
     yield Fact("running", load.running, "", "so long ones side by side", "what a quarter of free memory holds")
-    for name, value in memory_parts(load.memory).items():
+    for name, value in load.memory.parts.items():
         yield Fact(f"memory.{name}", value, "bytes", source=OWN_MEMORY)
 
 

@@ -9,6 +9,7 @@ together in the order in which people ask: what is it, how long, does it fit, ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine, of_devices
+from minga.config.hardware import HOST_LINK, Device, Machine, of_devices
 from minga.config.hardware import machine as machine_named
 from minga.errors import UserError
 from minga.planner import cost
@@ -26,7 +27,7 @@ from minga.planner.dial import usual_batch
 from minga.planner.estimate import Estimate, Fact
 from minga.planner.grids import find_grid
 from minga.planner.layout import choose_setup, typical_batch
-from minga.planner.memory import GREEN, Memory, training_memory, verdict, ways_to_fit
+from minga.planner.memory import GREEN, RULE, RULE_SOURCE, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
 from minga.planner.prices import rental
@@ -35,7 +36,7 @@ from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
 from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
-from minga.planner.words import batches, count, machine_words, size
+from minga.planner.words import batches, count, link, machine_words, size
 
 HOME = ("consumer", "apple", "cpu")  # kinds of devices that mostly stand in a room of their owner
 LONG = 32_768  # tokens of a long text
@@ -176,14 +177,18 @@ class Plan:
         return value
 
     def document(self) -> dict[str, Any]:
-        """For JSON: facts by their names, nested at the dots; an estimate has "low", "typical" and "high"."""
+        """For JSON: facts by their names, nested at the dots; an estimate has "low", "typical" and "high". What has no end,
+        which JSON cannot say, is null.
+        """
         document: dict[str, Any] = {"title": self.title}
         for fact in self.facts:
             *path, last = fact.name.split(".")
             place = document
             for part in path:
                 place = place.setdefault(part, {})
-            place[last] = asdict(fact.value) if isinstance(fact.value, Estimate) else fact.value
+            place[last] = fact.value
+            if isinstance(fact.value, Estimate):
+                place[last] = {end: v if math.isfinite(v) else None for end, v in asdict(fact.value).items()}
         return document | {"notes": list(self.notes)}
 
 
@@ -221,7 +226,7 @@ def plan(
         sections.append(Section(f"serving, busy {100 * ask.utilization:g} % of the time", serving.facts))
         if memory is None:
             memory = serving.memory
-            sections.append(_memory_section(memory, where.device, "serving", SERVED))
+            sections.append(_memory_section(memory, where.device, "serving", SERVED, needed=serving.needed))
     except UserError as error:
         notes.append(str(error))
     if ask.peers is not None:
@@ -248,9 +253,9 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     mtp = bool(a.mtp) and ask.fixed.get("mtp", True)
     context = min(a.max_positions or LONG, LONG)
     lora = ask.fixed.get("lora_rank") or 0
-    recompute = ask.fixed.get("recompute") or "none"
-    flops = training_flops(a, seq_len, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
-    square = training_flops(a, seq_len, causal=False, mtp=mtp, recompute=recompute, lora=lora, teacher=ask.teacher)
+    flops, square = (
+        training_flops(a, seq_len, causal=causal, mtp=mtp, lora=lora, teacher=ask.teacher) for causal in (True, False)
+    )
     what = "forward 2 x active matrices + attention over a causal sequence; backward twice that"
     if lora:
         what = "forward, and backward through frozen weights: 2 x forward + the low-rank pairs"
@@ -272,7 +277,6 @@ def _model_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             {
                 "seq_len": seq_len,
                 "mtp": mtp,
-                "recompute": recompute,
                 "six_n": 6 * counts.active,
                 "full_square": square,
             },
@@ -399,9 +403,10 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
     return setup, memory, sections, notes
 
 
-def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> Section:
-    parts, fits = {name: value for name, value in asdict(memory).items() if value}, verdict(memory.total, device.memory)
-    rule = "green below 80 %, amber to 100 %, red above"
+def _memory_section(memory: Memory, device: Device, doing: str, source: str, *, needed: float | None = None) -> Section:
+    """needed: what the verdict is on, where a part of the memory is filled by choice."""
+    parts, fits = memory.parts, verdict(memory.total if needed is None else needed, device.memory)
+    rule = RULE if needed is None else f"{RULE}, by weights and the cache of one sequence"
     facts = (
         Fact(
             "memory.device_bytes",
@@ -414,7 +419,7 @@ def _memory_section(memory: Memory, device: Device, doing: str, source: str) -> 
         ),
         *(Fact(f"memory.{name}", value, "bytes", source="memory.device_bytes") for name, value in parts.items()),
         Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
-        Fact("memory.verdict", fits, formula=rule, source="Fujii et al. 2024 (2411.06465)"),
+        Fact("memory.verdict", fits, formula=rule, source=RULE_SOURCE),
     )
     return Section(f"memory of a device in {doing}", facts, tuple(memory_bar(parts, device.memory)))
 
@@ -501,12 +506,13 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
     device = machine.device
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
-    kwh = None
-    if ask.watts is not None or device.watts is not None:
-        if ask.watts is not None:
-            watts, node = ask.watts / machine.count, Estimate.exactly(1.0)
-        else:
-            watts, node = cost.training_watts(device.watts or 0.0), cost.NODE_OVERHEAD
+    kwh = drawn = None
+    if ask.watts is not None:
+        drawn = ask.watts / machine.count, Estimate.exactly(1.0)
+    elif device.watts is not None:
+        drawn = cost.training_watts(device.watts), cost.NODE_OVERHEAD
+    if drawn is not None:
+        watts, node = drawn
         kwh = cost.energy(hours, watts, overhead=node, pue=pue)
         yield Fact(
             "energy_kwh",
@@ -644,7 +650,7 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
     for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
         drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
-        f"a pool of {ask.peers:,} peers, links of {_bits(ask.up)} up, {_bits(ask.down)} down",
+        f"a pool of {ask.peers:,} peers, links of {link(ask.up)} up, {link(ask.down)} down",
         tuple(facts),
         tuple(drawing),
     )
@@ -662,6 +668,10 @@ def _precision(device: Device) -> str:
 
 
 def _device_notes(machine: Machine) -> Iterator[str]:
+    if machine.count > 1 and machine.device.link is None:
+        yield (
+            f"how fast {machine.device.name} are linked is not known: {size(HOST_LINK)}/s is assumed, through the host's memory"
+        )
     if machine.device.note:
         yield f"{machine.device.name}: {machine.device.note}"
 
@@ -675,7 +685,3 @@ def _setup_words(s: Setup) -> str:
     again = "" if s.recompute == "none" else f", {s.recompute} recomputation"
     steps = batches(s.accumulate, s.micro_batch, s.seq_len)
     return f"{s.precision}, {s.optimizer}{lora}, {' x '.join(ways) or 'one device'}{sharded}{again}, {steps}"
-
-
-def _bits(rate: float) -> str:
-    return f"{8 * rate / 1e6:,.3g} Mbit/s"

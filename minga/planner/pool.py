@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass, replace
 
 from minga.errors import UserError
+from minga.planner import words
 from minga.planner.architecture import Model, architecture_of
 from minga.planner.counts import count_parameters, forward_flops
-from minga.planner.words import duration, number, size
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,8 @@ def split_over_link(
     ratio = waiting / computing
     verdict = "hopeless" if ratio > HOPELESS else "slow" if ratio > 1 else "possible, if hidden behind computing"
     sentence = (
-        f"{way} parallelism over {_bits(link)} is {verdict}: a token sends {size(sent)} in {duration(waiting)} and computes "
-        f"for {duration(computing)}; a link of {_bits(sent / computing)} would keep up"
+        f"{way} parallelism over {words.link(link)} is {verdict}: a token sends {words.size(sent)} in "
+        f"{words.duration(waiting)} and computes for {words.duration(computing)}; a link of {words.link(sent / computing)} "
+        "would keep up"
     )
     return Split(way, sent, waiting, computing, sent / computing, ceiling, sentence)
-
-
-def _bits(link: float) -> str:
-    """Bytes/s as links are sold: 100 Mbit/s."""
-    return f"{number(8 * link / 1e9)} Gbit/s" if 8 * link >= 1e9 else f"{number(8 * link / 1e6)} Mbit/s"

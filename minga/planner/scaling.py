@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from minga.config.hardware import Machine
 from minga.config.model import ModelConfig
 from minga.config.presets import laptop
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
 from minga.planner.dial import WIDTHS, architecture
 from minga.planner.estimate import Estimate, Fact
+from minga.planner.words import count, size
 
 # Of the loss above its floor: two fits of the same runs (CHINCHILLA, EPOCH) differ by 9 % at most within them, at 20 tokens a
 # parameter. A test holds it to that.
@@ -483,8 +483,8 @@ def model_for(
     smallest, largest = (count_parameters(model).active for model in (grid[0], grid[-1]))
     if not smallest / math.sqrt(2) <= parameters <= largest * math.sqrt(2):
         raise UserError(
-            f"no model of ours has about {parameters:.3g} active parameters with {vocab_size} tokens of vocabulary (--size). "
-            f"give {smallest:.3g} to {largest:.3g}"
+            f"no model of ours has about {count(parameters)} active parameters with {vocab_size} tokens of vocabulary (plan). "
+            f"they have {count(smallest)} to {count(largest)}"
         )
 
     def distance(model: ModelConfig) -> float:
@@ -636,49 +636,15 @@ def best_within(
     return Within(best, tuple(options), tuple(_front(options + sooner)), facts_of(best, law, unique))
 
 
-def best_for_memory(
-    limit_bytes: float,
-    tokens: float,
-    *,
-    memory_of: Callable[[ModelConfig], float],
-    law: Surface | None = None,
-    candidates: Iterable[ModelConfig] | None = None,
-    unique: float | None = None,
-) -> Option:
-    """The model that ends lowest after so many tokens of those that fit into memory, trained or served: `memory_of` says."""
-    _check("memory", limit_bytes)
-    _check("tokens", tokens)
-    fitting = _that_fit(models() if candidates is None else tuple(candidates), memory_of, limit_bytes)
-    options = [_option(model, tokens, law, unique, memory_of) for model in fitting]
-    return min(options, key=lambda option: option.loss.typical)
-
-
-def smallest_machine(
-    needs: Callable[[Machine], bool],
-    candidates: Iterable[Machine],
-    *,
-    price: Callable[[Machine], float | None] = lambda machine: None,
-) -> list[Machine]:
-    """The machines that can, cheapest first, then by memory; those whose price is not known come last."""
-
-    def key(machine: Machine) -> tuple[float, float, int]:
-        cost = price(machine)
-        return math.inf if cost is None else cost, machine.count * machine.device.memory, machine.count
-
-    return sorted((machine for machine in candidates if needs(machine)), key=key)
-
-
 def _that_fit(
     candidates: tuple[ModelConfig, ...], memory_of: Callable[[ModelConfig], float] | None, limit: float | None
 ) -> list[ModelConfig]:
     if memory_of is None or limit is None:
         return list(candidates)
     needed = [memory_of(model) for model in candidates]
-    fitting = [model for model, size in zip(candidates, needed, strict=True) if size <= limit]
+    fitting = [model for model, bytes_of in zip(candidates, needed, strict=True) if bytes_of <= limit]
     if not fitting:
-        raise UserError(
-            f"no model of ours fits {limit / 1e9:.3g} GB (--memory). the smallest takes {min(needed) / 1e9:.3g} GB"
-        )
+        raise UserError(f"no model of ours fits {size(limit)} (--memory). the smallest takes {size(min(needed))}")
     return fitting
 
 

@@ -27,18 +27,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minga.config.hardware import Machine
+from minga.config.hardware import HOST_LINK, Machine
 from minga.errors import UserError
-from minga.planner.architecture import Architecture, Block, Model, architecture_of
-from minga.planner.counts import BYTES as CACHED_BYTES
-from minga.planner.counts import cache_bytes, count_parameters, forward_flops, parameters_read
+from minga.planner.architecture import Architecture, Block, Model, architecture_of, numbers
+from minga.planner.counts import CACHED, cache_bytes, count_parameters, forward_flops, parameters_read
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.memory import Memory
+from minga.planner.memory import WEIGHT_BYTES, Memory
+from minga.planner.words import size as size_words
 
-# Bytes of a number. int4: four bits, and a float16 scale for 32 (as GGUF's Q4_0); fp4: and a byte for 16 (NVFP4); int8: and a
-# float16 scale for 64.
-BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1 + 2 / 64, "int4": 4.5 / 8, "fp4": 4.5 / 8}
-# What matrices of each are multiplied in: four-bit integers are only storage.
+# What matrices of weights of each format are multiplied in: four-bit integers are only storage.
 PRODUCTS = {"float32": "float32", "bf16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "bf16", "fp4": "fp4"}
 
 LINK_SHARE = 0.8  # of a link's rate that collectives reach (InferSim)
@@ -112,6 +109,13 @@ class Serving:
     memory: Memory  # of a device, full: weights, and the cache of all sequences
     facts: tuple[Fact, ...]
 
+    @property
+    def needed(self) -> float:
+        """Bytes of a device without which nothing is served: weights, and the cache of one sequence. More of them fill
+        what is left, by choice.
+        """
+        return self.memory.weights + self.memory.cache / self.decode.batch
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -165,29 +169,37 @@ class _Step:
 class _Copy:
     """A copy of a model over `devices` of a machine."""
 
-    def __init__(self, model: Architecture, machine: Machine, devices: int, parallel: str, weights: str, cache: str):
-        self.model = a = model
+    def __init__(
+        self, model: Architecture, machine: Machine, devices: int, parallel: str, weights: str, cache: str, mtp: bool
+    ):
+        """mtp: it guesses, so that its MTP modules are in memory too."""
+        self.model, self.guesses = model, mtp
+        a = model
         self.machine, self.devices, self.parallel, self.number = machine, devices, parallel, cache
         device, number = machine.device, PRODUCTS[weights]
         self.kernels = KERNELS.get(device.kind, Kernels())
         if device.kind == "cpu" and weights == "int4":
             number = "int8"
-        number = number if number in device.flops else "bf16"
+        number = device.nearest(number)
         share = device.achievable.get(number) or ACHIEVABLE.get(number, ANY_ACHIEVABLE)
         self.matrix_rate = device.rate(number) * share * self.kernels.products
         self.attention_rate = device.rate("bf16") * self.kernels.attention
         self.bandwidth = self.kernels.bandwidth * device.bandwidth
-        self.link = (
-            device.link if devices <= machine.per_node else machine.network and machine.network / machine.per_node
-        )
+        self.link = device.link or HOST_LINK
+        if devices > machine.per_node:
+            self.link = (machine.network or 0.0) / machine.per_node  # 0: not known
         self.unpack = self.kernels.unpack if weights == "int4" else 1.0
-        self.bytes = BYTES[weights]
+        self.bytes = WEIGHT_BYTES[weights]
 
         counts = count_parameters(a)
-        self.experts, self.rest = counts.routed_experts, counts.total - counts.routed_experts
+        self.experts, total = counts.routed_experts, counts.total
+        if mtp:
+            self.experts += sum(b.feed_forward.experts * b.feed_forward.expert_parameters for b in a.mtp)
+            total = counts.total_with_mtp
+        self.rest = total - self.experts
         self.hidden, self.layers = a.hidden_size, a.num_layers
         self.chosen = [(count, b.feed_forward.chosen) for count, b in a.blocks if b.feed_forward.experts]
-        self.table = a.vocab_size * a.hidden_size
+        self.head = numbers(a.head)
         self.traffic = 2 * sum(count * _traffic(block, self.kernels) for count, block in a.blocks)
         # The cache of keys is cut by heads; MLA's latent belongs to all heads, so each device of a "tensor" copy holds all of it.
         heads = min(1 if b.attention.latent else b.attention.kv_heads for _, b in a.blocks)
@@ -205,11 +217,11 @@ class _Copy:
         """That fit, each with so many tokens in the cache."""
         free = max(0.0, MEMORY_SHARE * self.machine.device.memory - self.held)
         limit = MAX_BATCH * (self.devices if self.parallel == "expert" else 1)
-        return min(limit, int(free * self.shares / self.cache(tokens)))
+        return min(limit, int(free * self.shares / self.cache(tokens, mtp=self.guesses)))
 
-    def cache(self, tokens: float) -> int:
-        """Bytes of a sequence of so many tokens."""
-        return cache_bytes(self.model, round(tokens), number=self.number)
+    def cache(self, tokens: float, *, mtp: bool = False) -> int:
+        """Bytes of a sequence of so many tokens. mtp: those of the MTP modules too."""
+        return cache_bytes(self.model, round(tokens), number=self.number, mtp=mtp)
 
     # ------------------------------------------------------------------------------------------ time
 
@@ -242,7 +254,7 @@ class _Copy:
         if mtp:
             matrices, share = forward_flops(c, 0, mtp=True) - matrices, 1 / self.layers
         elif prefill:
-            matrices -= 2 * self.table  # only a prompt's last token needs the head
+            matrices -= 2 * self.head  # only a prompt's last token needs the head
         cached = 0.0 if prefill else sequences * self.cache(context)
         return _Step(
             matrices_memory=halves * (still / self.cut + woken / n) * self.bytes / (self.unpack * self.bandwidth),
@@ -259,7 +271,6 @@ class _Copy:
         n = self.devices
         if n == 1:
             return 0.0
-        assert self.link
         link = LINK_SHARE * self.link
         if self.parallel == "tensor":
             return 2 * self.layers * max(MESSAGE, 2 * (n - 1) / n * rows * self.hidden * 2 / link)
@@ -324,7 +335,7 @@ def serve_estimate(
     context = prompt_tokens + output_tokens / 2 if context is None else context
     # Room is kept for the whole of each answer, as TensorRT-LLM does, unless the caller knows that so many go together.
     longest = context if batch is not None else max(context, prompt_tokens + output_tokens)
-    copies = list(_copies(model, machine, weights, cache, devices, parallel))
+    copies = list(_copies(model, machine, weights, cache, devices, parallel, acceptance is not None))
     plans = []
     for copy in copies:
         fits = copy.sequences(longest)
@@ -367,7 +378,7 @@ def serve_estimate(
         speculation=speculation,
         requests_per_second=requests,
         cost=cost,
-        memory=Memory(weights=copy.held, cache=size * copy.cache(longest) / copy.shares),
+        memory=Memory(weights=copy.held, cache=size * copy.cache(longest, mtp=copy.guesses) / copy.shares),
         facts=(),
     )
     inputs = {
@@ -511,7 +522,13 @@ def _largest(fits: int, seconds: Callable[[float], float], target: float | None)
 
 
 def _copies(
-    model: Architecture, machine: Machine, weights: str, cache: str, devices: int | None, parallel: str | None
+    model: Architecture,
+    machine: Machine,
+    weights: str,
+    cache: str,
+    devices: int | None,
+    parallel: str | None,
+    mtp: bool,
 ) -> Iterator[_Copy]:
     """Ways to lay a copy over devices: powers of two in a node, then whole nodes, then all."""
     inside = {2**k for k in range(10) if 2**k < machine.per_node}
@@ -521,7 +538,7 @@ def _copies(
         experts = min((b.feed_forward.experts for _, b in model.blocks if b.feed_forward.experts), default=0)
         ways = ["expert", "tensor"] if n <= experts else ["tensor"]
         for way in ["one"] if n == 1 else [parallel] if parallel else ways:
-            copy = _Copy(model, machine, n, way, weights, cache)
+            copy = _Copy(model, machine, n, way, weights, cache, mtp)
             if n == 1 or copy.link:
                 yield copy
 
@@ -611,7 +628,7 @@ def _check(
         raise UserError(f"parallel {parallel!r} is not known (serving). known: tensor, expert")
     if target is not None and not 0 < target < math.inf:
         raise UserError(f"target is {target} tokens/s (serving). it is above 0")
-    for name, value, known in (("weights", weights, BYTES), ("cache", cache, (*CACHED_BYTES, "int8"))):
+    for name, value, known in (("weights", weights, PRODUCTS), ("cache", cache, CACHED)):
         if value not in known:
             raise UserError(f"{name} {value!r} is no number format (serving). known: {', '.join(known)}")
     if weights not in machine.device.flops and weights == "fp4":
@@ -633,14 +650,14 @@ def _check(
 def _why(copies: list[_Copy], tokens: float, target: float | None, batch: int | None) -> str:
     """Why nothing serves."""
     if not copies:
-        return "the link between devices is not known (serving). give it, or take devices=1"
+        return "the network between nodes is of unknown speed (serving). take no more devices than a node has"
     best = max(copies, key=lambda copy: (copy.sequences(tokens), copy.devices))
     fits = best.sequences(tokens)
-    have = f"{best.machine.device.memory / 1e9:,.0f} GB"
+    have = size_words(best.machine.device.memory)
     if not fits:
         return (
-            f"one sequence does not fit (serving): {best.held / 1e9:,.3g} GB of weights on each of {best.devices} devices "
-            f"of {have}, and {best.cache(tokens) / 1e9:,.2f} GB of cache. more devices, or weights of fewer bits"
+            f"one sequence does not fit (serving): {size_words(best.held)} of weights on each of {best.devices} devices "
+            f"of {have}, and {size_words(best.cache(tokens, mtp=best.guesses))} of cache. more devices, or weights of fewer bits"
         )
     if batch is not None and batch > fits:
         return f"{batch} sequences do not fit, {fits} do (serving). a smaller batch, or a cache of fewer bits"

@@ -12,7 +12,8 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to lay a training run over devices. `dp * tp * pp` devices; experts are spread over `ep` of the `dp` ranks.
+    """One way to lay a training run over devices. `dp * tp * pp` devices; experts are spread over `ep` of the `dp * tp`
+    ranks of a stage, none of them cut (in Megatron: expert tensor parallelism of 1).
 
     precision: what matrix products are computed in. With float32 everything is; with bf16, fp8 or int8 there is a float32 copy of
     each trained weight for the optimizer (`master`; without it weights, gradients and moments are bf16 alone).
@@ -46,6 +47,11 @@ class Setup:
     @property
     def devices(self) -> int:
         return self.dp * self.tp * self.pp
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks of a stage that hold the same experts."""
+        return max(1, self.dp * self.tp // self.ep)
 
     @property
     def step_tokens(self) -> int:

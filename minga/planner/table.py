@@ -40,7 +40,7 @@ def table(plan: Plan) -> str:
         lines.append("")
     for note in plan.notes:
         lines += textwrap.wrap(
-            note, 110, initial_indent="! ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            note, NOTE, initial_indent="! ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
     return "\n".join(lines)
 

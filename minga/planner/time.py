@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import cache
 from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minga.config.hardware import Device, Machine
+from minga.config.hardware import HOST_LINK, Device, Machine
 from minga.errors import UserError
 from minga.planner.architecture import Block, FeedForward, Model, architecture_of, numbers
 from minga.planner.counts import attention_multiplications, muon_flops
@@ -47,7 +47,6 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 TRAFFIC = ("tensor", "routing", "data")
 HOP = 10e-6  # seconds of latency from node to node (ai-dynamo/aiconfigurator, its tables of systems)
-HOST_LINK = 12e9  # bytes/s between devices without a link of their own: through the host, PCIe 3.0 x16 or 4.0 x8
 # Devices whose coefficients are those of another one: the same processor with other memory or links.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "A100-SXM-40GB": ("A100-SXM-40GB", "A100-PCIe-40GB"),
@@ -177,10 +176,10 @@ class Work:
     experts: int  # parameters of all routed experts
     num_experts: int  # in all layers together
     sums: int  # outputs that tensor parallelism sums: of attention and of MLPs
-    chosen: tuple[
-        tuple[int, int, float], ...
-    ]  # layers with experts: how many, experts of a token, share of groups they lie in
-    sides: int  # rows and columns of all matrices, added up: what LoRA's pairs are as long as
+    # Layers with experts: how many, experts of a token, share of groups they lie in.
+    chosen: tuple[tuple[int, int, float], ...]
+    sides: int  # rows and columns of matrices that every token passes, added up: what LoRA's pairs are as long as
+    expert_sides: int  # ... of all routed experts
     muon: int  # products of a Muon step
 
 
@@ -189,8 +188,6 @@ def work_of(model: Model, seq_len: int, *, mtp: bool = True) -> Work:
     blocks = [*a.blocks, *((1, block) for block in a.mtp if mtp)]
     extra = len(blocks) - len(a.blocks)
     mlps = [(count, block.feed_forward) for count, block in blocks]
-    shapes = [(c, shape) for c, b in blocks for shape in (*b.attention.matrices, *b.feed_forward.matrices)]
-    shapes += [(c * f.experts, shape) for c, f in mlps for shape in f.expert]
     return Work(
         hidden_size=a.hidden_size,
         num_layers=a.num_layers,
@@ -208,7 +205,8 @@ def work_of(model: Model, seq_len: int, *, mtp: bool = True) -> Work:
         num_experts=sum(c * f.experts for c, f in mlps),
         sums=sum(c * (1 + bool(f.hidden)) for c, f in mlps),
         chosen=tuple((c, f.chosen, f.groups[0] / f.groups[1]) for c, f in mlps if f.experts),
-        sides=sum(count * (rows + columns) for count, (rows, columns) in shapes),
+        sides=sum(c * sum(map(sum, b.attention.matrices + b.feed_forward.matrices)) for c, b in blocks),
+        expert_sides=sum(c * f.experts * sum(map(sum, f.expert)) for c, f in mlps),
         muon=muon_flops(model, mtp=mtp),
     )
 
@@ -225,10 +223,8 @@ def ideal_times(work: Work, setup: Setup, machine: Machine) -> dict[str, float]:
     share = s.micro_batch * s.seq_len * s.accumulate / split  # tokens, as if a device computed whole ones alone
     products = 2 + (not frozen) + full  # of a matrix with a token: forward, to the input, to the weight, forward again
     passes = 3 + {"none": 0.0, "selective": 0.5, "full": 1.0}[s.recompute]  # backward moves twice what forward does
-    held = (
-        w.dense / s.tp + w.experts / s.ep
-    ) / s.pp  # parameters of a device's blocks; tensor ranks do not share experts
-    trained = s.lora_rank * w.sides / split if s.lora_rank is not None else held + w.tables / split
+    held = (w.dense / s.tp + w.experts / s.ep) / s.pp  # parameters of a device's blocks
+    updated = sum(part.trained / (part.ranks if s.shard else 1) for part in _parts(w, s))
     update = _UPDATE[s.optimizer] + 2 * (s.master and width == 2)
     times = {
         "linear": share * 2 * (w.dense * products / fast + w.heads * w.head * (3 - frozen) / slow),
@@ -241,12 +237,12 @@ def ideal_times(work: Work, setup: Setup, machine: Machine) -> dict[str, float]:
         "weights": s.accumulate * held * (products * width + 8 * (not frozen)) / device.bandwidth,
         # bf16 logits out and in, in float32 for the loss, their gradient out and in.
         "logits": share * w.heads * w.vocab_size * (0 if s.fused_loss else 12) / device.bandwidth,
-        "optimizer": trained / (s.dp if s.shard else 1) * update / device.bandwidth,
+        "optimizer": updated * update / device.bandwidth,
         "launches": s.accumulate * w.depth / s.pp * (3 + full) / 3,
         "calls": s.accumulate * w.num_experts / (s.ep * s.pp) * (3 + full) / 3,
         "tensor": _tensor_bytes(w, s, width) / _link(machine, s.tp, 1),
         "routing": _routing(w, s, machine),
-        "data": _data(w, s, machine, width, trained),
+        "data": _data(w, s, machine, width),
     }
     if s.optimizer == "muon":
         times["optimizer"] += w.muon / s.devices / slow
@@ -269,6 +265,24 @@ def idle_factor(setup: Setup, layers: int) -> float:
 
 # Bytes read and written per parameter by an update: gradient, weights, moments. A copy that computes comes on top.
 _UPDATE = {"adamw": 4 + 2 * 12, "adamw8bit": 4 + 2 * 6, "muon": 4 + 2 * 8}
+
+
+class _Part(NamedTuple):
+    """Of what a device holds, that which the same number of ranks hold too."""
+
+    held: float  # parameters
+    trained: float  # of them, or of the low-rank pairs beside them
+    ranks: int
+    stride: int  # from one to the next
+
+
+def _parts(w: Work, s: Setup) -> tuple[_Part, _Part]:
+    """What every token passes, and the experts, of which tensor ranks hold whole ones."""
+    dense, experts = (w.dense + w.tables) / (s.tp * s.pp), w.experts / (s.ep * s.pp)
+    trained = dense, experts
+    if s.lora_rank is not None:
+        trained = s.lora_rank * w.sides / (s.tp * s.pp), s.lora_rank * w.expert_sides / (s.ep * s.pp)
+    return _Part(dense, trained[0], s.dp, s.tp), _Part(experts, trained[1], s.expert_copies, s.ep)
 
 
 def _multiplications(block: Block) -> int:
@@ -339,20 +353,21 @@ def _routing(w: Work, s: Setup, machine: Machine) -> float:
     return share * w.hidden_size * (there + back) * (2 + (s.recompute == "full")) * seconds
 
 
-def _data(w: Work, s: Setup, machine: Machine, width: int, trained: float) -> float:
+def _data(w: Work, s: Setup, machine: Machine, width: int) -> float:
     """Seconds of gathering weights and summing gradients over data ranks, and of handing activations on in a pipeline."""
     seconds = 0.0
     gathers = 2 * s.accumulate if s.shard == 3 else 1 if s.shard else 0
     sums = s.accumulate if s.shard >= 2 else 1 if s.shard else 2
-    dense, experts = (w.dense + w.tables) / (s.tp * s.pp), w.experts / (s.pp * s.ep)
-    for held, ranks, stride in ((dense, s.dp, s.tp), (experts, s.dp * s.tp // s.ep, s.ep)):
-        if ranks > 1 and held:
-            times = gathers + sums if s.lora_rank is None else gathers * (s.shard == 3)
-            seconds += held * times * width * (ranks - 1) / ranks / _link(machine, ranks, stride)
-            hops = ranks * stride / machine.per_node - 1  # around the ring, for each layer's collective
-            seconds += times * w.depth / s.pp * HOP * max(0.0, hops)
-    if s.dp > 1 and s.lora_rank is not None:  # only the pairs have gradients
-        seconds += 2 * trained * width * (s.dp - 1) / s.dp / _link(machine, s.dp, s.tp)
+    for part in _parts(w, s):
+        if part.ranks == 1 or not part.held:
+            continue
+        times, numbers = gathers + sums, (gathers + sums) * part.held
+        if s.lora_rank is not None:  # only the pairs have gradients
+            times = 2 + gathers * (s.shard == 3)
+            numbers = 2 * part.trained + gathers * (s.shard == 3) * part.held
+        seconds += numbers * width * (part.ranks - 1) / part.ranks / _link(machine, part.ranks, part.stride)
+        hops = part.ranks * part.stride / machine.per_node - 1  # around the ring, for each layer's collective
+        seconds += times * w.depth / s.pp * HOP * max(0.0, hops)
     if s.pp > 1:
         rows = 2 * s.accumulate * s.micro_batch * s.seq_len * s.chunks / s.tp
         seconds += rows * w.hidden_size * width / _link(machine, s.pp, s.tp * s.dp)

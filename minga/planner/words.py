@@ -28,6 +28,11 @@ def size(value: float, digits: int = 3) -> str:
     return _scaled(value, _SIZES, " B", digits)
 
 
+def link(rate: float) -> str:
+    """Bytes/s as links are sold: 100 Mbit/s."""
+    return _scaled(8 * rate, ((1e9, " Gbit/s"), (1e6, " Mbit/s"), (1e3, " kbit/s")), " bit/s", 3)
+
+
 def duration(seconds: float) -> str:
     for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * unit:

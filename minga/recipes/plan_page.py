@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def _tiles(plan: Plan) -> Iterator[tuple[str, ...]]:
             yield (label, *cells(fact))
         if name == "train.gpu_hours" and plan.memory is not None:
             available = plan.machine.device.memory
-            total, fits = plan.memory.total, verdict(plan.memory.total, available)
+            total, fits = plan.memory.total, plan.value("memory.verdict")
             yield (
                 f"memory of a device in {_phase(plan)}",
                 size(total),
@@ -160,10 +160,11 @@ def _fact(fact: Fact) -> tuple[str, str, str]:
 # ---------------------------------------------------------------------------------------------- shares of a whole
 
 
-def _memory(phase: str, memory: Memory, available: float) -> str:
-    parts = [(name, name, value) for name, value in asdict(memory).items()]
+def _memory(phase: str, memory: Memory, needed: float, available: float) -> str:
+    """needed: what the verdict is on."""
+    parts = [(name, name, value) for name, value in memory.parts.items()]
     marks = ((GREEN * available, f"{100 * GREEN:.0f} %"), (available, size(available)))
-    said = f"{size(memory.total)} of {size(available)}, {verdict(memory.total, available)}"
+    said = f"{size(memory.total)} of {size(available)}, {verdict(needed, available)}"
     return _stack(f"Memory of a device in {phase}", parts, "bytes", said, marks)
 
 
@@ -303,7 +304,7 @@ def _tick(value: float) -> str:
 
 def _training(plan: Plan) -> Iterator[str]:
     if plan.setup is not None and plan.memory is not None:
-        yield _memory("training", plan.memory, plan.machine.device.memory)
+        yield _memory("training", plan.memory, plan.memory.total, plan.machine.device.memory)
     yield _step(plan)
     yield _sizes(plan)
     yield _front(plan)
@@ -412,7 +413,7 @@ def _serving(plan: Plan) -> Iterator[str]:
     if batch is None:
         return
     served = serve(plan.model, plan.machine, plan.ask, [])
-    yield _memory("serving", served.memory, plan.machine.device.memory)
+    yield _memory("serving", served.memory, served.needed, plan.machine.device.memory)
     fits = int(batch.inputs.get("fit", served.decode.batch))
     sizes = sorted({4**n for n in range(fits.bit_length() // 2 + 1) if 4**n <= fits} | {fits, served.decode.batch})
     if len(sizes) < 2:

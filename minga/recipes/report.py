@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minga.errors import UserError
+from minga.planner.words import count, size
 from minga.recipes.drawing import (
     BOTTOM,
     HEIGHT,
@@ -161,13 +162,8 @@ def _number(value: Any) -> float | None:
 # ---- numbers for people
 
 
-def _compact(value: float | None) -> str:
-    if value is None:
-        return "–"
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if size == 1e4 else size):.3g}{unit}"
-    return f"{value:,.0f}"
+def _count(value: float | None) -> str:
+    return "–" if value is None else count(value)
 
 
 def _decimal(value: float | None, digits: int) -> str:
@@ -178,8 +174,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _gigabytes(value: float | None) -> str:
-    return "–" if value is None else f"{value / 1e9:.2f} GB"
+def _size(value: float | None) -> str:
+    return "–" if value is None else size(value)
 
 
 def _duration(seconds: float | None) -> str:
@@ -327,15 +323,15 @@ def _tiles(run: _Run) -> str:
     seconds = _number(run.end.get("seconds")) or _number(run.last_step.get("seconds"))
     tokens = _number(run.last_step.get("tokens"))
     facts = (
-        ("parameters", _compact(_number(parameters.get("total")))),
-        ("active for a token", _compact(_number(parameters.get("active")))),
+        ("parameters", _count(_number(parameters.get("total")))),
+        ("active for a token", _count(_number(parameters.get("active")))),
         ("bits per byte, held-out", _decimal(run.latest("bits_per_byte"), 3)),
         ("loss, held-out", _decimal(run.latest("val_loss"), 3)),
-        ("steps", _compact(_number(run.last_step.get("step")))),
-        ("tokens", _compact(tokens)),
-        ("tokens a second", _compact(_speed(run, tokens))),
+        ("steps", _count(_number(run.last_step.get("step")))),
+        ("tokens", _count(tokens)),
+        ("tokens a second", _count(_speed(run, tokens))),
         ("MFU", _percent(_median(run.curve("mfu")))),
-        ("memory", _gigabytes(_number(run.last_step.get("gpu_memory")) or _number(run.last_step.get("memory")))),
+        ("memory", _size(_number(run.last_step.get("gpu_memory")) or _number(run.last_step.get("memory")))),
         ("time", _duration(seconds)),
         ("MTP acceptance", _percent(run.latest("mtp_acceptance"))),
     )
@@ -362,7 +358,7 @@ def _samples(run: _Run) -> str:
     blocks = []
     for sample in reversed(run.samples[-MAX_SAMPLES:]):
         prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
-        step = _compact(_number(sample.get("step")))
+        step = _count(_number(sample.get("step")))
         said = f"<b>{escape(prompt)}</b>" if prompt.strip() else ""  # a bare line end asks for any text
         rest = text.removeprefix(prompt) if said else text.strip()
         blocks.append(f"<blockquote><small>step {step}</small><p>{said}{escape(rest)}</p></blockquote>")

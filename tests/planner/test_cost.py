@@ -16,7 +16,6 @@ from minga.planner.cost import (
     energy,
     estimate_watts,
     measured_watts,
-    owned,
     rent,
     training_watts,
     with_development,
@@ -127,14 +126,8 @@ def test_carbon_of_the_llama_cards(million_hours: float, tonnes: float) -> None:
     assert carbon(kwh, grams).typical == pytest.approx(tonnes * 1000)
 
 
-def test_money_of_rented_and_of_owned_machines() -> None:
+def test_money_of_rented_machines() -> None:
     assert rent(exactly(2.788e6), exactly(2.0)).typical == 5.576e6  # the figure that V3's report gives
-    kwh = energy(exactly(100), 1000, overhead=exactly(1), pue=exactly(1))
-    cost = {"price_per_kwh": 0.2, "device_price": 20_000, "lifetime_hours": 40_000}
-    assert owned(exactly(100), kwh, **cost, utilization=1).typical == pytest.approx(20 + 50)
-    assert owned(exactly(100), kwh, **cost, utilization=0.1).typical == pytest.approx(20 + 500)
-    with pytest.raises(UserError, match="utilization is above 0"):
-        owned(exactly(100), kwh, **cost, utilization=0)
 
 
 @given(st.floats(0, 1e9))

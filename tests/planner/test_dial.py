@@ -10,10 +10,10 @@ import pytest
 
 from minga.config import ModelConfig, TrainConfig
 from minga.config.presets import laptop, tiny
+from minga.config.units import parse_bytes
 from minga.errors import UserError
 from minga.planner.counts import count_parameters, forward_flops, muon_flops
 from minga.planner.dial import (
-    MEMORY_SHARE,
     TOKENS_PER_PARAMETER,
     Budget,
     Corpus,
@@ -22,6 +22,7 @@ from minga.planner.dial import (
     architecture,
     choose,
 )
+from minga.planner.memory import GREEN
 
 SPEED = MachineSpeed(((128, 30e9), (384, 60e9)), memory=20 * 10**9)
 CORPUS = Corpus(tokens=10**8, vocab_size=4096, tokens_per_document=700.0)
@@ -115,7 +116,7 @@ def test_little_memory_first_halves_the_micro_batch_then_the_model() -> None:
     assert "too much" in why
     held = value(narrow, "memory")
     assert isinstance(held, str)
-    assert float(held.split()[0]) <= MEMORY_SHARE * 1.0
+    assert parse_bytes(held, "memory") <= GREEN * 10**9
 
 
 def test_short_texts_are_repeated_and_it_is_said() -> None:

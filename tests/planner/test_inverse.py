@@ -56,12 +56,17 @@ def test_an_hour_of_two_cores_is_spent_as_the_command_train_spends_it() -> None:
 
 
 def test_memory_bounds_what_serves() -> None:
-    small, large = (best_plan(CPU, Ask(weights="int8"), memory=size) for size in (2e8, 8e9))
+    small, large = (best_plan(CPU, Ask(weights="int8"), memory=size) for size in (1.2e9, 8e9))
     assert count_parameters(small.model).total < 2e8 < count_parameters(large.model).total < 8e9
-    both = best_plan(NODE, Ask(weights="int8"), memory=2e8, hours=24)
+    both = best_plan(NODE, Ask(weights="int8"), memory=1.3e9, hours=24)
     assert count_parameters(both.model).total < 2e8
     with pytest.raises(UserError, match=r"serves in 10 B \(--memory\)"):
         best_plan(CPU, Ask(), memory=10)
+
+
+def test_money_buys_no_time_of_a_machine_that_costs_nothing() -> None:
+    with pytest.raises(UserError, match="costs nothing"):
+        best_plan(NODE, Ask(price=0), budget=10)
 
 
 def test_a_loss_has_a_price() -> None:

@@ -269,9 +269,8 @@ def test_serving_is_weights_and_cache() -> None:
     memory = serving_memory(v3(), weights="fp8", context=4096, batch=32)
     assert memory.weights == pytest.approx(count_parameters(v3()).total * (1 + 4 / 16384), rel=1e-6)
     assert memory.cache == 32 * 4096 * 70_272
-    keys = serving_memory(LLAMA_70B, context=4096, batch=32, tp=8)
-    assert keys.cache == 32 * 4096 * cache_bytes_per_token(LLAMA_70B) / 8
-    assert serving_memory(v3(), context=4096, batch=32, tp=8).cache == memory.cache  # a latent is not divided by heads
+    keys = serving_memory(LLAMA_70B, context=4096, batch=32)
+    assert keys.cache == 32 * 4096 * cache_bytes_per_token(LLAMA_70B)
 
 
 def test_what_fits_a_card_of_24_gb() -> None:

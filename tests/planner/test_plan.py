@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +19,8 @@ from minga.config.presets import laptop, v2_lite, v3
 from minga.errors import UserError
 from minga.planner import plan as module
 from minga.planner.architecture import architecture_of
-from minga.planner.estimate import Estimate
-from minga.planner.plan import Ask, lay_out, plan, what_would
+from minga.planner.estimate import Estimate, Fact
+from minga.planner.plan import Ask, Section, lay_out, plan, what_would
 from minga.planner.prices import Price
 
 CPU = Machine(
@@ -33,6 +34,17 @@ def qwen() -> dict[str, object]:
         "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
         "num_attention_heads": 40, "num_key_value_heads": 8,
     }  # fmt: skip
+
+
+def test_json_has_no_infinity() -> None:
+    made = plan(laptop(), CPU)
+    fact = Fact("far.away", Estimate(1.0, 2.0, math.inf))
+    document = replace(made, sections=(*made.sections, Section("", (fact,)))).document()
+    assert json.loads(json.dumps(document, allow_nan=False))["far"]["away"] == {
+        "low": 1.0,
+        "typical": 2.0,
+        "high": None,
+    }
 
 
 def test_the_document_has_what_other_programs_rely_on() -> None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minga.config import ModelConfig
-from minga.config.hardware import Device, Machine
 from minga.config.presets import v2_lite, v3
 from minga.errors import UserError
 from minga.planner.counts import count_parameters
@@ -29,7 +28,6 @@ from minga.planner.scaling import (
     PETAFLOP_DAY,
     Surface,
     best_for_compute,
-    best_for_memory,
     best_within,
     effective_tokens,
     efficiency_leverage,
@@ -37,7 +35,6 @@ from minga.planner.scaling import (
     for_loss,
     model_for,
     models,
-    smallest_machine,
     tokens_read,
 )
 
@@ -397,28 +394,6 @@ def test_what_fits_nowhere_is_refused() -> None:
         best_within(seconds_of=seconds, limit_seconds=1)
     with pytest.raises(UserError, match="positive number"):
         best_within(seconds_of=seconds, limit_seconds=math.nan)
-
-
-def test_the_best_for_a_memory_fills_it() -> None:
-    serving = best_for_memory(8e9, 1e12, memory_of=lambda model: count_parameters(model).total / 2)
-    assert serving.memory is not None and 4e9 < serving.memory <= 8e9
-    larger = best_for_memory(80e9, 1e12, memory_of=lambda model: count_parameters(model).total / 2)
-    assert larger.loss.typical < serving.loss.typical
-
-
-def test_the_smallest_machine_is_the_cheapest_then_the_one_with_least_memory() -> None:
-    def machine(name: str, memory: float, count: int = 1) -> Machine:
-        return Machine(Device(name, "consumer", {"bf16": 1e14, "float32": 1e13}, memory, 1e12), count)
-
-    small, large, two = machine("small", 12e9), machine("large", 48e9), machine("mid", 24e9, 2)
-    prices = {"small": 1.0, "mid": 2.0}
-
-    def can(each: Machine) -> bool:
-        return each.count * each.device.memory >= 40e9
-
-    assert smallest_machine(can, [small, large, two]) == [large, two]
-    assert smallest_machine(can, [small, large, two], price=lambda each: prices.get(each.device.name)) == [two, large]
-    assert smallest_machine(lambda each: False, [small]) == []
 
 
 def test_needs_no_torch() -> None:

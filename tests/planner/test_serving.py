@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minga.config.hardware import Device, Machine, machine
+from minga.config.hardware import Device, Machine, find_device, machine
 from minga.config.presets import small, v2_lite, v3
 from minga.errors import UserError
-from minga.planner.counts import parameters_read, speculation_limit
+from minga.planner.counts import count_parameters, parameters_read, speculation_limit
 from minga.planner.estimate import Estimate
+from minga.planner.memory import WEIGHT_BYTES
 from minga.planner.serving import Serving, serve_estimate, serving_day
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -181,6 +182,21 @@ def test_a_full_device_holds_what_it_has(context: int, parallel: str) -> None:
     assert full.memory.total > 0.85 * memory or full.decode.batch in (1024, 32 * 1024)  # as many as engines schedule
 
 
+def test_what_guesses_is_in_memory_too() -> None:
+    with_mtp, without = (
+        serve(v3(), machine("8xH200"), acceptance=a, devices=8, parallel="tensor") for a in (0.85, None)
+    )
+    assert with_mtp.memory.weights > without.memory.weights
+    assert with_mtp.memory.total <= 0.9 * find_device("H200").memory
+    module = with_mtp.memory.weights - without.memory.weights
+    assert module == pytest.approx(count_parameters(v3()).mtp * WEIGHT_BYTES["fp8"] / 8)
+
+
+def test_the_verdict_is_on_what_must_be_there() -> None:
+    full = serve(batch=100)
+    assert full.needed == pytest.approx(full.memory.weights + full.memory.cache / 100)
+
+
 def test_prompts_in_the_cache_are_cheap() -> None:
     half, none = serve(cached_share=0.5), serve()
     assert 1.8 < half.prefill.tokens_per_second.typical / none.prefill.tokens_per_second.typical < 2
@@ -207,8 +223,8 @@ def test_prompts_in_the_cache_are_cheap() -> None:
         ({"machine": Machine(Device("chip", "apple", {}, 64e9, 0.4e12))}, "chip computes is not known"),
         ({"parallel": "magic"}, "'magic' is not known"),
         (
-            {"machine": Machine(Device("x", "cpu", {"float32": 1e12}, 1e9, 1e10), 2, 2), "devices": 2},
-            "link between devices",
+            {"machine": Machine(Device("x", "cpu", {"float32": 1e12}, 1e9, 1e10), 2, 1), "devices": 2},
+            "network between nodes",
         ),
     ],
 )

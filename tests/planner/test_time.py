@@ -150,6 +150,14 @@ def test_low_rank_training_costs_two_thirds_of_the_products() -> None:
     assert times[1]["optimizer"] < times[0]["optimizer"] / 100
 
 
+def test_ranks_share_the_optimizer_s_work_on_experts_too() -> None:
+    """However experts are spread, each of 64 ranks updates a 64th of all."""
+    device = find_device("H800")
+    setups = [Setup(seq_len=4096, dp=64, ep=ep, shard=1) for ep in (1, 8, 64)]
+    times = [ideal_times(work_of(v3(), 4096), s, Machine(device, 64, 8, device.network))["optimizer"] for s in setups]
+    assert times == pytest.approx([times[0]] * 3)
+
+
 def test_nodes_without_a_known_network_are_refused() -> None:
     card = replace(find_device("RTX-4090"), network=None)
     with pytest.raises(UserError, match="need a network"):

@@ -75,7 +75,7 @@ def test_headline_numbers(tmp_path):
     assert tile(page, "bits per byte, held-out") == "1.877"
     assert tile(page, "loss, held-out") == "3.753"
     assert tile(page, "steps") == "40"
-    assert tile(page, "tokens") == "164 k"
+    assert tile(page, "tokens") == "163,840"
     assert tile(page, "tokens a second") == "1,021"  # the median of 1001 ... 1040
     assert tile(page, "time") == "1 h 2 min"
     assert tile(page, "MTP acceptance") == "71 %"
@@ -270,7 +270,7 @@ def test_curves_of_what_one_watches(tmp_path):
     for title in ("Bits per byte", "Gradient norm", "Learning rate", "MFU"):
         assert title in page
     assert tile(page, "MFU") == "41 %"
-    assert tile(page, "memory") == "1.50 GB"
+    assert tile(page, "memory") == "1.5 GB"
     assert re.findall(r'<circle class="dots".*?<title>([^<]*)</title>', page) == ["skipped steps, step 7: 9.0000"]
 
 
