@@ -42,9 +42,7 @@ def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_imports_point_down() -> None:
-    """In a process of its own, as the next: the linter switches off the loggers that are there."""
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
-    linted = _python(code, str(ROOT / "pyproject.toml"))
+    linted = _lint(ROOT)
     assert linted.returncode == EXIT_STATUS_SUCCESS, linted.stdout
 
 
@@ -76,7 +74,7 @@ def _module(folder: Path, name: str, text: str) -> None:
 
 
 def _lint(folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one has imported the real minga."""
+    """In a process of its own: this one has imported the real minga, and the linter switches off the loggers that are there."""
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-c", code]

@@ -399,7 +399,7 @@ def _training(a: Architecture, machine: Machine, ask: Ask) -> tuple[Setup, Memor
             f"memory is {fits}: it fits if the estimate is exact. {better and f'to be sure: {better}'}".strip()
         )
     sections = [training, _memory_section(memory, device, "training", ACCOUNTING)]
-    sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run.gpu_hours, notes))))
+    sections.append(Section("money and energy", tuple(_money_facts(machine, ask, run, notes))))
     return setup, memory, sections, notes
 
 
@@ -472,25 +472,25 @@ def _training_facts(
         {"flops_per_second": rate, "peak": peak},
         f"peak: {device.sources.get('flops', 'measured')}",
     )
-    inputs = {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices}
-    yield Fact(
-        "train.step_hours",
-        run.computing,
-        "",
-        "device-hours of the steps alone",
-        "a step's seconds x steps x devices: what a report means that gives hours for a number of tokens, as DeepSeek-V3's",
-        inputs,
-        fitted,
-    )
     yield Fact(
         "train.gpu_hours",
         run.gpu_hours,
         "",
-        "device-hours, as runs are billed",
-        "the steps', x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
-        {"step_hours": run.computing},
-        "published runs: benchmarks/published/runs.csv, docs/plan.md",
+        "device-hours",
+        "a step's seconds x steps x devices; low: the fastest stacks, high: what the dearest published runs took in all",
+        {"step_seconds": step.total, "steps": run.steps, "devices": setup.devices},
+        fitted,
     )
+    if run.billed is not None:
+        yield Fact(
+            "train.billed_hours",
+            run.billed,
+            "",
+            "... as most runs are billed",
+            "device-hours x what published runs took beyond: restarts, evaluation, checkpoints, a less tuned stack",
+            {"gpu_hours": run.gpu_hours},
+            "published runs: benchmarks/published/runs.csv, docs/plan.md",
+        )
     yield Fact(
         "train.days",
         run.days,
@@ -502,8 +502,8 @@ def _training_facts(
     )
 
 
-def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) -> Iterator[Fact]:
-    device = machine.device
+def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> Iterator[Fact]:
+    device, hours = machine.device, run.gpu_hours
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
     kwh = drawn = None
@@ -545,6 +545,16 @@ def _money_facts(machine: Machine, ask: Ask, hours: Estimate, notes: list[str]) 
             {"device_hours": hours, "price_per_hour": price},
             said,
         )
+        if run.billed is not None:
+            yield Fact(
+                "money.as_billed",
+                cost.rent(run.billed, price),
+                "USD",
+                "... as most runs are billed",
+                "billed device-hours x price",
+                {"billed_hours": run.billed, "price_per_hour": price},
+                said,
+            )
         yield Fact(
             "money.with_development",
             cost.with_development(final),

@@ -90,19 +90,25 @@ class StepTime:
 
 @dataclass(frozen=True)
 class RunTime:
-    """A whole run: its steps, plus what runs lose to restarts, evaluation, checkpoints, slow starts and a less tuned stack."""
+    """A whole run.
+
+    gpu_hours: of its steps alone, typically; the range reaches from the fastest stacks to what the dearest runs are billed.
+    billed: what published runs took in all, with restarts, evaluation, checkpoints, slow starts and stacks of all kinds; None
+    after a calibration, which has measured the stack itself.
+    """
 
     gpu_hours: Estimate
+    billed: Estimate | None
     days: Estimate
     steps: float
     step: StepTime
-    computing: Estimate  # GPU-hours of the steps alone: what a report means that gives hours for a number of tokens
 
     def slower(self, factor: float) -> RunTime:
         """The same run, each step taking so many times as long."""
         parts = {name: seconds * factor for name, seconds in self.step.parts.items()}
         step = StepTime(parts, self.step.total * factor, self.step.tokens)
-        return RunTime(self.gpu_hours * factor, self.days * factor, self.steps, step, self.computing * factor)
+        billed = None if self.billed is None else self.billed * factor
+        return RunTime(self.gpu_hours * factor, billed, self.days * factor, self.steps, step)
 
 
 def step_time(model: Model, setup: Setup, machine: Machine, *, coefficients: Coefficients | None = None) -> StepTime:
@@ -138,20 +144,17 @@ def step_parts(work: Work, setup: Setup, machine: Machine, known: Coefficients) 
 def run_time(
     model: Model, setup: Setup, machine: Machine, tokens: float, *, coefficients: Coefficients | None = None
 ) -> RunTime:
-    """GPU-hours and days of a run over so many tokens.
-
-    With shipped coefficients, which are those of well-tuned stacks: low is what the best published runs took, typical their
-    median, high the costliest. With a calibration, which has measured the user's own stack, only lost time is left (`LOST`).
-    """
+    """GPU-hours and days of a run over so many tokens. After a calibration only lost time is added (`LOST`)."""
     step = step_time(model, setup, machine, coefficients=coefficients)
     steps = tokens / step.tokens
-    computing = step.total * (steps * setup.devices / 3600)
+    computing, billed = step.total * (steps * setup.devices / 3600), None
     if coefficients is None:
-        low, typical, high = (shipped()["runs"][key] for key in ("low", "typical", "high"))
-        gpu_hours = Estimate(low * computing.typical, typical * computing.typical, high * computing.typical)
+        low, typical, high = (shipped()["runs"][key] * computing.typical for key in ("low", "typical", "high"))
+        billed = Estimate(low, typical, high)
+        gpu_hours = Estimate(min(low, computing.low), computing.typical, max(high, computing.high))
     else:
         gpu_hours = computing * LOST
-    return RunTime(gpu_hours, gpu_hours / (24 * setup.devices), steps, step, computing)
+    return RunTime(gpu_hours, billed, gpu_hours / (24 * setup.devices), steps, step)
 
 
 # ------------------------------------------------------------------------------------------------------------- ideal times

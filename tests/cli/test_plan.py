@@ -73,7 +73,7 @@ def test_what_a_person_reads(capsys: pytest.CaptureFixture[str]) -> None:
         "v3 on 2,048 x H800 (256 nodes of 8)",
         "671 B",
         "261 GFLOP",
-        "device-hours, as runs are billed",
+        "as most runs are billed",
         "serving, busy 30 % of the time",
     ):
         assert words in out
