@@ -14,6 +14,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import json
 import os
 import sys
@@ -56,6 +57,10 @@ _REMEDIES = {
     errno.EPERM: "check its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.ENOENT: "check the name",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ENOTDIR: "check the name",
+    errno.EISDIR: "give the name of a file",
+    errno.ELOOP: "check the link",
 }
 
 
@@ -71,11 +76,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
+    _never_fail_at_letters()
     try:
         try:
             return run_command(args)
         finally:
-            sys.stdout.flush()  # a reader that has gone away is noticed here, not by the interpreter's exit
+            if sys.stdout is not None:  # closed by `>&-`
+                sys.stdout.flush()  # a reader that has gone away is noticed here, not by the interpreter's exit
     except UserError as error:
         return _fail(str(error), args)
     except BrokenPipeError:  # `minga ... | head`: the reader has what it wanted
@@ -90,6 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped", file=sys.stderr)
         _answer("stopped", args)
         return 130
+
+
+def _never_fail_at_letters() -> None:
+    """An output that is not in UTF-8 (LANG=C, an old console) shows ? for what it lacks, and ends no command."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def run_command(argv: list[str]) -> int:

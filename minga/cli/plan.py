@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from minga.config.hardware import Machine
     from minga.planner.plan import Ask, Plan
 
+MOST_GBITS = 1e6  # of a node; none has a hundredth
+
 DESCRIPTION = """\
 Works out what a model costs to train, adapt and serve on given machines: parameters, operations, memory, time, money, energy.
 Each estimate has a low and a high end that hold the truth nine times of ten; --explain says where a number comes from."""
@@ -49,6 +51,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--config", metavar="MODEL", help="a public config.json, a model folder, a .gguf file, or a preset such as v3"
     )
     parser.add_argument("--machine", metavar="M", help="such as 8xH100, 2048xH800, 4090 (default: this machine)")
+
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GBITS",
+        help="of a node, per direction, in Gbit/s (default: as it is usually sold)",
+    )
 
     train = parser.add_argument_group("training")
     train.add_argument("--tokens", metavar="N", help="to train on, such as 14.8t or 2e9")
@@ -130,8 +139,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from minga.planner.plan import plan
-    from minga.planner.table import compare, explain, table
+    from minga.planner.table import compare, explain, explained, table
 
+    _refuse_conflicts(args)
     if args.refresh_prices:
         from datetime import date
 
@@ -162,15 +172,67 @@ def run(args: argparse.Namespace) -> int:
         found = best_plan(machine, ask, **goals)
     else:
         found = plan(_named(args), machine, ask=ask)
-    if args.html:
+        found = replace(found, notes=(*found.notes, *_unused(args)))
+    if args.html is not None:
         from minga.recipes.plan_page import write_plan_page
 
         _note(f"page: {write_plan_page(found, args.html)}")
-    return _show(args, explain(found, args.explain) if args.explain else table(found), found.document())
+    if args.explain is not None:
+        facts = [asdict(fact) for fact in explained(found, args.explain)]
+        return _show(args, explain(found, args.explain), {"title": found.title, "facts": facts})
+    return _show(args, table(found), found.document())
+
+
+# What a question does not take. A flag that would change nothing is refused rather than passed over.
+_GOALS = ("hours", "budget", "memory", "loss")
+_TRAINING = ("batch_tokens", "micro_batch", "optimizer", "shard", "tp", "pp", "ep", "fused_loss", "lora", "teacher")
+_CONFLICTS = {
+    "compare": ("smallest", "fits", *_GOALS, "html", "explain"),
+    "smallest": ("fits", "machine", "network", *_GOALS, "html", "explain"),
+    "fits": ("config", "hours", "budget", "loss", "tokens", "peers", "html", "explain"),
+    "hours": ("tokens", "lora", "teacher"),
+    "budget": ("tokens", "lora", "teacher"),
+    "loss": ("tokens", "lora", "teacher"),
+}
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse_conflicts(args: argparse.Namespace) -> None:
+    for one, others in _CONFLICTS.items():
+        for other in others if _given(args, one) else ():
+            if _given(args, other):
+                raise UserError(f"{_flag(one)} does not take {_flag(other)} (plan). leave one of the two out")
+    for name, owner in (("days", "smallest"), ("up", "peers"), ("down", "peers")):
+        if _given(args, name) and not _given(args, owner):
+            raise UserError(f"{_flag(name)} goes with {_flag(owner)} (plan). give both, or neither")
+    for name in ("html", "explain"):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise UserError(f"{_flag(name)} is empty (plan). give it a name, or leave it out")
+
+
+def _unused(args: argparse.Namespace) -> list[str]:
+    """What to say of flags about a training, where none was asked for."""
+    names = [_flag(name) for name in _TRAINING if _given(args, name)]
+    if not names or _given(args, "tokens") or _given(args, "peers"):
+        return []
+    return [
+        f"no training is planned without --tokens N: {', '.join(names)} changed no more than the operations of a token"
+    ]
 
 
 def _show(args: argparse.Namespace, text: str, document: Mapping[str, Any]) -> int:
-    print(json.dumps(document, allow_nan=False) if args.json else text)
+    from minga.planner.table import letters_of
+
+    encoding = getattr(sys.stdout, "encoding", None)
+    print(json.dumps(document, allow_nan=False) if args.json else letters_of(text, encoding))
     return 0
 
 
@@ -186,9 +248,18 @@ def _goals(args: argparse.Namespace) -> dict[str, float]:
 def _where(args: argparse.Namespace, name: str | None, ask: Ask) -> tuple[Machine, Ask]:
     """The machine that is meant; for this one, with what it was measured to do."""
     if name is not None and name != "this":
-        from minga.config.hardware import machine
+        from minga.config.hardware import machine, of_devices
 
-        return machine(name), ask
+        named = machine(name)
+        if args.network is None:
+            return named, ask
+        if not 0 < args.network <= MOST_GBITS:
+            raise UserError(f"{args.network:g} Gbit/s is no network (--network). give it of a node, such as 25 or 400")
+        device, sources = named.device, {**named.device.sources, "network": "given (--network)"}
+        device = replace(device, network=args.network * 1e9 / 8, sources=sources)
+        return of_devices(device, named.count, named.per_node), ask
+    if args.network is not None:
+        raise UserError("this machine is one node (--network). give --machine, such as 2x8x4090, or leave it out")
     from minga.recipes.here import this_machine
 
     found, coefficients = this_machine()
@@ -203,12 +274,16 @@ def _named(args: argparse.Namespace) -> Any:
     return _model(args.config)
 
 
-def _model(name: str) -> Any:
+def _model(name: str, flag: str = "--config") -> Any:
     """What `plan` takes. Of a .gguf file the header is read, which needs torch and so a second."""
     if not name.endswith(".gguf"):
         return name
+    import os
+
     from minga.checkpoint.gguf import config_from_gguf, open_gguf
 
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise UserError(f"{name} is no regular file ({flag}). give a .gguf file")
     return config_from_gguf(open_gguf(name))
 
 
@@ -248,10 +323,12 @@ def _fits(args: argparse.Namespace, machine: Machine, ask: Ask) -> int:
     available, context = machine.device.memory, ask.prompt + ask.output
     if args.memory is not None:
         available = float(parse_bytes(args.memory, "--memory"))
+        if not 0 < available < 1e18:
+            raise UserError(f"{args.memory} is no memory of a device (--memory). give it as 8GB or 80GiB")
     models, rows = [], []
     for path in args.fits:
         try:
-            _, model = architecture(_model(path))
+            _, model = architecture(_model(path, "--fits"), flag="--fits")
         except UserError as error:
             _note(f"left out: {error}")
             continue
@@ -285,7 +362,9 @@ def _ask(args: argparse.Namespace) -> Ask:
         "batch_tokens": _count(args, "batch_tokens"),
         "seq_len": args.seq,
         "precision": args.precision,
-        "teacher": None if args.teacher is None else architecture(_model(args.teacher))[1],
+        "teacher": None
+        if args.teacher is None
+        else architecture(_model(args.teacher, "--teacher"), flag="--teacher")[1],
         "utilization": args.utilization,
         "weights": args.weights,
         "cache": args.cache,

@@ -111,6 +111,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     free = memory()[1]  # before torch is loaded, which is part of what a server takes
     models = named_models(args.models)
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port is {args.port} (serve). it is 1 to 65535, or 0 for a free one")
     if args.dry_run:
         return _show(args, models, free)
     try:
@@ -160,6 +162,7 @@ def _show(args: argparse.Namespace, models: dict[str, Path], free: int | None) -
     """The plan of the server; weights stay unread."""
     from minga.planner.estimate import Estimate
     from minga.planner.own_server import serving_plan
+    from minga.planner.table import letters_of
     from minga.recipes.here import this_processor
 
     rates, share = rates_of(args), args.utilization
@@ -171,7 +174,8 @@ def _show(args: argparse.Namespace, models: dict[str, Path], free: int | None) -
     available = machine.device.memory if free is None else float(free)
     options: dict[str, Any] = {"free": available, "utilization": share, "price": price, "currency": rates.currency}
     made = serving_plan(_served(models), _how(args), machine, **options)
-    print(json.dumps(made.document()) if args.json else made.table())
+    text = json.dumps(made.document()) if args.json else made.table()
+    print(letters_of(text, getattr(sys.stdout, "encoding", None)))
     return 0
 
 
@@ -200,7 +204,7 @@ def named_models(specs: list[str]) -> dict[str, Path]:
         named = bool(equals) and not os.path.exists(spec)
         path = Path(rest if named else spec)
         name = name if named else path.stem if path.suffix == ".gguf" else path.resolve().name
-        if not (name and (rest or not named) and name.isprintable()):
+        if not (spec and name and (rest or not named) and name.isprintable()):
             raise UserError(f"{spec!r} names no model (MODEL). write PATH or NAME=PATH")
         if name in models:
             raise UserError(f"two models are called {name!r} (MODEL). give one another name with NAME=PATH")

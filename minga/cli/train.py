@@ -156,7 +156,7 @@ def _show(args: argparse.Namespace, plan: Decisions | None, config: TrainConfig,
         raise UserError("a dry run is of one process, and here are several (--dry-run). call minga without torchrun")
     from minga.cli.usage import watts_of_this_machine
     from minga.data.shards import open_shards
-    from minga.planner.table import table
+    from minga.planner.table import letters_of, table
     from minga.recipes.dry_run import plan_of_run
     from minga.recipes.pretrain import as_dict, fit_to_tokenizer
 
@@ -168,7 +168,8 @@ def _show(args: argparse.Namespace, plan: Decisions | None, config: TrainConfig,
         chosen = {} if plan is None else dataclasses.asdict(plan)
         print(json.dumps({**chosen, "config": as_dict(config), **made.document(), "changes": ways}))
     else:
-        print("\n\n".join([*([] if plan is None else [_table(plan)]), table(made)]))
+        text = "\n\n".join([*([] if plan is None else [_table(plan)]), table(made)])
+        print(letters_of(text, getattr(sys.stdout, "encoding", None)))
     return 0
 
 

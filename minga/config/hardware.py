@@ -121,7 +121,7 @@ def machine(text: str) -> Machine:
         )
     text = text.strip()
     if len(text) > _LONGEST:
-        raise _no_machine(text)
+        raise _no_machine(f"{text[:_LONGEST]}...")
     before, behind = _BEFORE.fullmatch(text), _BEHIND.fullmatch(text)
     if _is_known(text):  # before anything is split: RX 7900 XTX
         outer, inner, name = "1", None, text

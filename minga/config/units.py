@@ -19,7 +19,9 @@ def parse_count(text: str, flag: str) -> int:
     except ValueError:
         value = 0.0
     if not 1 <= value <= MOST:
-        raise UserError(f"{text!r} is no number of {flag.strip('-')} ({flag}). write it as 10m, 1.5b, 14.8t or 250000")
+        raise UserError(
+            f"{text!r:.60} is no number of {flag.strip('-')} ({flag}). write it as 10m, 1.5b, 14.8t or 250000"
+        )
     return round(value)
 
 
@@ -27,7 +29,7 @@ def parse_bytes(size: int | str, name: str) -> int:
     """4GB is 4e9, 4GiB 2^32. Raises `UserError`."""
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]I?)?B?\s*", str(size), re.IGNORECASE)
     if match is None:
-        raise UserError(f"{name} is {size!r}. write it as 4GB, 512MB, 1.5GiB or a number of bytes")
+        raise UserError(f"{name} is {size!r:.60} (a size). write it as 4GB, 512MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _SIZES[(match[2] or "").upper()])
 
 
@@ -39,5 +41,5 @@ def parse_link(text: str, flag: str) -> float:
         bits = match[3].lower() == "bit" or match[3] == "b"
         value = float(match[1]) * _COUNTS[match[2].lower()] / (8 if bits else 1)
     if not 0 < value <= 1e15:
-        raise UserError(f"{text!r} is no speed of a link ({flag}). write it as 20Mbit, 1.5Gbit or 3MB/s")
+        raise UserError(f"{text!r:.60} is no speed of a link ({flag}). write it as 20Mbit, 1.5Gbit or 3MB/s")
     return value

@@ -26,7 +26,7 @@ from minga.config.model import ARCHITECTURES, MAX_SIZE
 from minga.errors import UserError
 
 Shape = tuple[int, int]  # rows, columns: a product with it takes rows * columns multiplications
-MAX_LAYERS = 10_000  # each is looked at; no model has a tenth of it
+MAX_LAYERS = 2_000  # each is looked at; no model has half of it
 
 
 def numbers(shapes: Iterable[Shape]) -> int:
@@ -174,6 +174,8 @@ def architecture_of(config: Model) -> Architecture:
             outer = {k: config[k] for k in ("tie_word_embeddings", "model_type") if k in config}
             return architecture_of(outer | dict(config[key]))
     family = config.get("model_type")
+    if family is None:
+        raise UserError("'model_type' is missing (config.json). it says which family the model is of, such as llama")
     if not isinstance(family, str) or family not in FAMILIES:
         near = ", ".join(difflib.get_close_matches(str(family)[:99], FAMILIES, n=3, cutoff=0.0))
         raise UserError(f"model_type {family!r:.99} is not known to the planner (config.json). nearest known: {near}")

@@ -53,7 +53,8 @@ IDLE_SHARE = 256_646 / 433_196
 # runs (2605.01158).
 DEVELOPMENT = Estimate.between(2.0, 1 / (1 - 0.822))
 
-_NO_RATE = "a rate is negative or no number (cost). watts and prices are 0 or more"
+MOST_RATE = 1e12  # watts or money an hour: a grid of a continent
+_NO_RATE = f"a rate is negative, no number, or absurd (cost). watts and prices are 0 or more, and at most {MOST_RATE:g}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         numbers = (self.watts.low, self.watts.high, self.price_per_kwh, self.machine_price_per_hour)
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        if not all(0 <= number <= MOST_RATE for number in numbers):
             raise UserError(_NO_RATE)
         if not 1 <= self.pue < math.inf:
             raise UserError(f"pue is {self.pue} (cost). it is 1 or more: 1 for a machine in a room that is not cooled")
@@ -92,7 +93,7 @@ class Rates:
 
 def measured_watts(watts: float) -> Estimate:
     """What a meter says."""
-    if not 0 <= watts < math.inf:
+    if not 0 <= watts <= MOST_RATE:
         raise UserError(_NO_RATE)
     return Estimate.exactly(watts)
 

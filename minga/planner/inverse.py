@@ -57,7 +57,7 @@ def best_plan(
     """
     for name, value in (("hours", hours), ("budget", budget), ("memory", memory), ("loss", loss)):
         if value is not None and not 0 < value < 1e18:
-            raise UserError(f"{name} is {value} (--{name}). it must be a positive number")
+            raise UserError(f"{name} is {value} (--{name}). it must be a number above 0 and below 1e18")
     if loss is not None:
         if hours is not None or budget is not None or memory is not None:
             raise UserError("a loss decides size and tokens (--loss). ask for it alone, and see what it costs")
@@ -75,13 +75,22 @@ def best_plan(
     if math.isinf(seconds):
         return _largest(machine, ask, memory or 0.0)
     compute = machine.count * machine.device.rate("bf16") * REACH * seconds
-    found = best_within(
-        seconds_of=_seconds_of(machine, ask),
-        limit_seconds=seconds,
-        memory_of=None if memory is None else lambda model: _served(model, ask),
-        limit_bytes=memory,
-        candidates=_near(compute),
-    )
+    failures: list[UserError] = []
+    found = None
+    for candidates in (_near(compute), models(vocab_size=_vocabulary(compute))):  # the near ones may all be too large
+        try:
+            found = best_within(
+                seconds_of=_seconds_of(machine, ask, failures),
+                limit_seconds=seconds,
+                memory_of=None if memory is None else lambda model: _served(model, ask),
+                limit_bytes=memory,
+                candidates=candidates,
+            )
+            break
+        except UserError as error:
+            failures.append(error)
+    if found is None:
+        raise failures[0]
     small = compute < SMALLEST_COMPUTE
     best = _by_ratio(found.options) if small else found.best
     made = plan(best.model, machine, ask=replace(ask, tokens=best.tokens))
@@ -103,6 +112,12 @@ def best_plan(
 
 def _for_loss(machine: Machine, ask: Ask, loss: float) -> Plan:
     needed = for_loss(loss, experts=expansion(model_for(1e9)))
+    grid = [count_parameters(each).active for each in models()]
+    if not grid[0] <= needed.parameters <= 1.1 * grid[-1]:
+        raise UserError(
+            f"loss {loss:g} takes {count(needed.parameters)} active parameters (--loss). the planner draws models of "
+            f"{count(grid[0])} to {count(grid[-1])}: ask for one that these reach"
+        )
     model = model_for(needed.parameters, vocab_size=_vocabulary(6 * needed.parameters * needed.tokens))
     made = plan(model, machine, ask=replace(ask, tokens=needed.tokens))
     return _with(made, f"cheapest model that reaches {loss:g} nats a token", model, needed.facts)
@@ -125,8 +140,8 @@ def _largest(machine: Machine, ask: Ask, limit: float) -> Plan:
     return _with(plan(model, machine, ask=ask), f"largest model that serves in {size(limit)}", model, (fact,))
 
 
-def _seconds_of(machine: Machine, ask: Ask) -> Callable[[ModelConfig, float], Estimate]:
-    """Of a training: each model is laid out once, for after that time goes with tokens."""
+def _seconds_of(machine: Machine, ask: Ask, failures: list[UserError]) -> Callable[[ModelConfig, float], Estimate]:
+    """Of a training: each model is laid out once, for after that time goes with tokens. What cannot be is told in `failures`."""
     never = Estimate(math.inf, math.inf, math.inf)
     rates: dict[int, Estimate] = {}
 
@@ -137,7 +152,8 @@ def _seconds_of(machine: Machine, ask: Ask) -> Callable[[ModelConfig, float], Es
                 rates[id(model)] = run_time(model, setup, machine, tokens, coefficients=ask.coefficients).days * (
                     86400 / tokens
                 )
-            except UserError:
+            except UserError as error:
+                failures.append(error)
                 rates[id(model)] = never  # it does not fit
         return rates[id(model)] * tokens
 

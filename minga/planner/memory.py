@@ -220,7 +220,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(a: Architecture, *, mtp: bool) -> list[_Layer]:
-    layers = [_layer(a, block) for count, block in a.blocks for _ in range(count)]
+    layers = [layer for count, block in a.blocks for layer in [_layer(a, block)] * count]
     for block in a.mtp if mtp else ():
         layer = _layer(a, block)
         layers.append(layer._replace(dense=layer.dense + numbers([a.mtp_join]) + 3 * a.hidden_size))

@@ -104,7 +104,7 @@ class Ask:
         for name in ("tokens", "seq_len", "batch_tokens", "prompt", "output", "speed", "peers", "up", "down"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1e18:
-                raise UserError(f"{name.replace('_', ' ')} is {value} (plan). it must be a positive number")
+                raise UserError(f"{name.replace('_', ' ')} is {value:g} (plan). it must be above 0, and at most 1e18")
         for name in ("price", "price_per_kwh"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1e6:
@@ -113,6 +113,8 @@ class Ask:
             raise UserError(f"{sorted(unknown)[0]!r} cannot be fixed (plan). what can: {', '.join(FIXABLE)}")
         if self.pue is not None and not 1 <= self.pue <= 10:
             raise UserError(f"pue is {self.pue} (plan). it is 1 or more: 1 for a machine in a room that is not cooled")
+        if self.peers == 1:
+            raise UserError("a pool of one has nobody to agree with (--peers). give 2 or more, or leave it out")
         if self.acceptance is not None and not 0 <= self.acceptance <= 1:
             raise UserError(f"acceptance is {self.acceptance} (plan). it is a share, from 0 to 1")
         if not 0 < self.utilization <= 1:
@@ -228,16 +230,20 @@ def plan(
             memory = serving.memory
             sections.append(_memory_section(memory, where.device, "serving", SERVED, needed=serving.needed))
     except UserError as error:
+        if ask.speed is not None:  # asked for, and not to be had
+            raise
         notes.append(str(error))
     if ask.peers is not None:
         sections.append(_pool_section(arch, where, ask))
     return Plan(title, arch, where, tuple(sections), tuple(dict.fromkeys(notes)), setup, memory, ask=ask)
 
 
-def architecture(model: ModelConfig | Mapping[str, Any] | Architecture | str) -> tuple[str, Architecture]:
-    """A short name, and the model."""
+def architecture(
+    model: ModelConfig | Mapping[str, Any] | Architecture | str, *, flag: str = "--config"
+) -> tuple[str, Architecture]:
+    """A short name, and the model. flag: who asked, for an error."""
     if isinstance(model, str):
-        return read_model(model)
+        return read_model(model, flag=flag)
     arch = architecture_of(model)
     return arch.family, arch
 

@@ -178,7 +178,7 @@ def _fetched() -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
         for name in table["rental"]:
             _price("rental", name, table)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(
@@ -188,4 +188,4 @@ def _fetched() -> dict[str, Any]:
 
 
 def _fetched_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga" / "prices.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minga" / "prices.json"

@@ -342,8 +342,12 @@ def for_loss(
     _check("tokens served", served or None)
     law = law or law_for(experts)
     floor = law.terms(experts)[0]
-    if not floor < loss < 20:
+    if not floor < loss:
         raise UserError(f"loss {loss:g} is out of reach (--loss). by {law.source} it lies above {floor:.3g}, in nats")
+    if not loss < 20:
+        raise UserError(
+            f"a loss of {loss:g} needs no training (--loss). it is in nats a token: give one above {floor:.3g}"
+        )
     if served and tokens_per_parameter:
         raise UserError("tokens per parameter follow from what is served (plan). give one of the two")
 

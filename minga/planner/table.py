@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from minga.errors import UserError
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.words import between, in_unit, number, size
+from minga.planner.words import between, in_unit, number, rounded, size
 
 if TYPE_CHECKING:
     from minga.planner.plan import Plan
 
 BAR, TEXT, NOTE = 56, 64, 110  # characters of a bar of memory, of a line of words, and of a note
-_SHADES = "█▓▒░▚╱·"
+_SHADES, _ASCII_SHADES = "█▓▒░▚╱·", "#=+-%/."
 
 
 def table(plan: Plan) -> str:
@@ -39,10 +39,17 @@ def table(plan: Plan) -> str:
     if plan.notes:
         lines.append("")
     for note in plan.notes:
-        lines += textwrap.wrap(
-            note, NOTE, initial_indent="! ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
+        lines += _indented(note, "! ")
     return "\n".join(lines)
+
+
+def letters_of(text: str, encoding: str | None) -> str:
+    """The text as an output in this encoding can show it: bars in ASCII where it has no blocks."""
+    try:
+        _SHADES.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(str.maketrans(_SHADES, _ASCII_SHADES))
+    return text
 
 
 def memory_bar(parts: Mapping[str, float], available: float) -> list[str]:
@@ -61,30 +68,49 @@ def memory_bar(parts: Mapping[str, float], available: float) -> list[str]:
 def compare(plans: Sequence[Plan]) -> str:
     """The numbers of two plans side by side, and how many times as much the second is."""
     by_name = [{fact.name: fact for fact in plan.facts if fact.label} for plan in plans]
-    names = list(dict.fromkeys(name for facts in by_name for name in facts))
-    rows = [("", plans[0].title, plans[1].title, "")]
+    words = {fact.name for facts in by_name for fact in facts.values() if not _is_number(fact)}
+    names = [name for name in dict.fromkeys(name for facts in by_name for name in facts) if name not in words]
+    rows = [("", *(plan.title.partition(" (")[0] for plan in plans), "")]
     for name in names:
         found = [facts.get(name) for facts in by_name]
         label = next(fact.label for fact in found if fact is not None)
         a, b = ("-" if fact is None else cells(fact)[0] for fact in found)
         rows.append((label, a, b, _ratio(*found)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
+    lines = [
         f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
         for row in rows
+    ]
+    for plan, facts in zip(plans, by_name, strict=True):  # words are too wide for a column
+        told = [f"{fact.label}: {fact.value}" for name, fact in facts.items() if name in words]
+        if told or plan.notes:
+            lines += ["", plan.title, *(line for text in told for line in _indented(text, "  "))]
+            lines += [line for note in plan.notes for line in _indented(note, "! ")]
+    return "\n".join(lines)
+
+
+def _indented(text: str, mark: str) -> list[str]:
+    return textwrap.wrap(
+        text, NOTE, initial_indent=mark, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 
 def explain(plan: Plan, name: str) -> str:
     """Formula, inputs and source of one number, or of all of a section. Raises `UserError` with the names there are."""
+    return "\n\n".join(_derivation(fact) for fact in explained(plan, name))
+
+
+def explained(plan: Plan, name: str) -> list[Fact]:
+    """The facts that `explain` tells of."""
     facts = [fact for fact in plan.facts if fact.name == name or fact.name.startswith(f"{name}.")]
     if not facts:
         import difflib
 
         names = [fact.name for fact in plan.facts]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        raise UserError(f"this plan has no {name!r} (--explain). it has {', '.join(near or names)}")
-    return "\n\n".join(_derivation(fact) for fact in facts)
+        known = near or dict.fromkeys(each.partition(".")[0] for each in names)
+        raise UserError(f"this plan has no {name!r:.60} (--explain). it has {', '.join(known)}")
+    return facts
 
 
 def _derivation(fact: Fact) -> str:
@@ -111,8 +137,9 @@ def cells(fact: Fact) -> tuple[str, str]:
         return value, ""
     if not isinstance(value, Estimate):
         return in_unit(value, fact.unit), ""
-    spread = "" if value.low == value.high else between(value.low, value.high, fact.unit)
-    return in_unit(value.typical, fact.unit), spread
+    if value.low == value.high:
+        return in_unit(value.typical, fact.unit), ""
+    return in_unit(rounded(value.typical, fact.unit), fact.unit), between(value.low, value.high, fact.unit)
 
 
 def _is_number(fact: Fact) -> bool:

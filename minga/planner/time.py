@@ -323,7 +323,8 @@ def network(machine: Machine) -> float:
     speed = machine.network or machine.device.network
     if speed is None:
         raise UserError(
-            f"{machine.nodes} nodes with {machine.device.name} need a network (machine). say how fast it is, in Gbit/s of a node"
+            f"{machine.nodes} nodes with {machine.device.name} need a network (machine). say how fast it is, in Gbit/s of a "
+            "node: --network 25"
         )
     return speed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from minga.config.hardware import Machine
@@ -50,7 +51,8 @@ def _scaled(value: float, units: tuple[tuple[float, str], ...], bare: str, digit
 def money(value: float, currency: str = "USD") -> str:
     """Whole units; of little money cents, and of less two digits that count."""
     if 0 < value < 0.1:
-        return f"{currency} {value:.2g}"
+        decimals = 1 - math.floor(math.log10(value))
+        return f"{currency} {value:.{decimals}f}" if decimals <= 9 else f"{currency} {value:.2g}"
     return f"{currency} {count(value) if value >= 1e6 else f'{value:,.2f}' if value < 10 else f'{value:,.0f}'}"
 
 
@@ -70,7 +72,7 @@ _WORDS: dict[str, Callable[[float], str]] = {
     "share": lambda value: f"{100 * value:.3g} %",
     "USD": money,
     "kWh": lambda value: _scaled(1000 * value, ((1e9, " GWh"), (1e6, " MWh"), (1e3, " kWh")), " Wh", 3),
-    "kg": lambda value: _scaled(1000 * value, ((1e6, " t"), (1e3, " kg")), " g", 3),
+    "kg": lambda value: _scaled(1000 * value, ((1e12, " Mt"), (1e6, " t"), (1e3, " kg")), " g", 3),
 }
 
 
@@ -79,9 +81,14 @@ def in_unit(value: float, unit: str) -> str:
     return _WORDS[unit](value) if unit in _WORDS else f"{count(value)} {unit}"
 
 
+def rounded(value: float, unit: str) -> float:
+    """Of an estimate, the digits that count: 137,000 and not 136,514. Of time no unit goes with a thousand."""
+    return value if unit in ("s", "h", "days") else float(f"{value:.3g}")
+
+
 def between(low: float, high: float, unit: str) -> str:
     """Two numbers with what they share said once: 1.36 - 3.63 M tokens/s, USD 5.8 M - 29 M."""
-    a, b = in_unit(low, unit), in_unit(high, unit)
+    a, b = in_unit(rounded(low, unit), unit), in_unit(rounded(high, unit), unit)
     first, last = a.partition(" "), b.partition(" ")
     if first[0] == last[0] and not first[0][0].isdigit():  # a currency
         b = last[2]
@@ -94,7 +101,7 @@ def spread(value: Estimate, unit: str = "") -> str:
     """The typical value, and in brackets the range, where there is one."""
     if value.low == value.high:
         return in_unit(value.typical, unit)
-    return f"{in_unit(value.typical, unit)} ({between(value.low, value.high, unit)})"
+    return f"{in_unit(rounded(value.typical, unit), unit)} ({between(value.low, value.high, unit)})"
 
 
 def batches(number: int, sequences: int, tokens: int) -> str:

@@ -24,7 +24,7 @@ from minga.planner.dial import architecture
 from minga.planner.setup import Setup
 from minga.planner.time import Measured
 from minga.planner.time import calibrate as fit
-from minga.recipes.here import cpu_device, store
+from minga.recipes.here import check_writable, cpu_device, store
 from minga.recipes.pretrain import fit_to_tokenizer, measure
 from minga.recipes.watch import peak
 from minga.runtime import machine as runtime
@@ -40,6 +40,7 @@ _COPY = 2**28
 
 def calibrate(*, seconds: float = SECONDS, note: Callable[[str], None] = lambda line: None) -> Path:
     """Times products, a copy and `RUNS`, and stores what follows. Returns where."""
+    check_writable()
     name, cores = runtime.cpu()[0] or "CPU", runtime.cores()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * cores:
         note(

@@ -6,6 +6,7 @@ whose colours follow the reader's light or dark theme.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -127,6 +128,8 @@ def page(name: str, outcome: str, tiles: str, sections: Iterable[str], *, style:
 def write_page(path: Path, text: str) -> Path:
     """A reader never sees half of it. Raises `UserError` when it cannot be written."""
     temporary: str | None = None
+    if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device
+        raise UserError(f"{path} is no regular file (page). give the name of a file to write")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
@@ -135,10 +138,13 @@ def write_page(path: Path, text: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror} (page). free some space or check the rights") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free some space" if full else "check the name and the rights"
+        raise UserError(f"cannot write {str(path)!r:.100}: {why} (page). {mend}") from None
     return path
 
 

@@ -7,11 +7,12 @@ No torch: `minga plan` answers in half a second.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,18 @@ def calibration_path() -> Path:
 
 def this_machine() -> tuple[Machine, Coefficients | None]:
     """Its card, if the table has it, else its processors."""
-    name = runtime.cpu()[0] or ""
-    for card in (runtime.nvidia_card(), name if name.startswith("Apple") else None):
-        try:
-            if card is not None:
-                return Machine(find_device(card)), None
-        except UserError:  # not in the table
-            break
-    return this_processor()
+    card, name = runtime.nvidia_card(), runtime.cpu()[0] or ""
+    known = card or (name if name.startswith("Apple") else None)
+    try:
+        if known is not None:
+            return Machine(find_device(known)), None
+    except UserError:  # not in the table
+        pass
+    found, coefficients = this_processor()
+    if card is None:
+        return found, coefficients
+    note = f"{card:.60} is not in the table of devices: this is of the processors alone. {found.device.note}"
+    return replace(found, device=replace(found.device, note=note.rstrip())), coefficients
 
 
 def this_processor() -> tuple[Machine, Coefficients | None]:
@@ -53,10 +58,15 @@ def probe(name: str, cores: int) -> Device:
     """The processors of this machine, by one product and one copy with numpy."""
     import numpy as np
 
-    a = np.ones((_GEMM, _GEMM), np.float32)
-    flops = 2 * _GEMM**3 / _best(lambda: a @ a)
-    source, target = np.zeros(_COPY, np.uint8), np.zeros(_COPY, np.uint8)
-    bandwidth = 2 * _COPY / _best(lambda: np.copyto(target, source))
+    try:
+        a = np.ones((_GEMM, _GEMM), np.float32)
+        flops = 2 * _GEMM**3 / _best(lambda: a @ a)
+        source, target = np.zeros(_COPY, np.uint8), np.zeros(_COPY, np.uint8)
+        bandwidth = 2 * _COPY / _best(lambda: np.copyto(target, source))
+    except MemoryError:
+        raise UserError(
+            f"{2 * _COPY >> 20} MiB to measure this machine are not free (machine). close other programs, or give --machine"
+        ) from None
     return cpu_device(name, cores, {"float32": flops}, bandwidth, "one product and one copy by numpy, just now")
 
 
@@ -78,10 +88,23 @@ def cpu_device(name: str, cores: int, flops: Mapping[str, float], bandwidth: flo
     )
 
 
+def check_writable() -> Path:
+    """Where a calibration goes. Raises `UserError` where it could not: to be known before two minutes are spent."""
+    path = calibration_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (--calibrate). check its permissions, or set XDG_CONFIG_HOME"
+        ) from None
+    return path
+
+
 def store(name: str, cores: int, device: Device, coefficients: Coefficients) -> Path:
     """Keeps a calibration for `this_processor`."""
-    path = calibration_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_writable()
     document = {"name": name, "cores": cores, "date": time.strftime("%Y-%m-%d")}
     text = json.dumps({**document, "device": asdict(device), "coefficients": asdict(coefficients)}, indent=1)
     write_whole(path, text + "\n")
@@ -99,7 +122,7 @@ def _stored(name: str, cores: int) -> tuple[Machine, Coefficients] | None:
         assert known["terms"].keys() == BOUNDS.keys()
         known |= {"dense": tuple(known["dense"]), "sparse": tuple(known["sparse"])}
         return Machine(Device(**found["device"])), Coefficients(**known)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +162,107 @@ def test_a_page_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         (["--memory", "8X"], "--memory is '8X'"),
         (["--loss", "0.1", "--machine", "8xH100"], "out of reach"),
         (["--fits", "nothing"], "none of these is a model"),
+        (["--fits", "tiny", "--memory", "0"], "no memory of a device (--memory)"),
+        (["--config", ""], "the model's name is empty (--config)"),
+        (["--config", "x" * 300], "File name too long (--config)"),
+        (["--config", "V3"], "did you mean v3?"),
+        (["--config", "large.json"], "too large for a config"),
+        (["--config", "nameless.json"], "'model_type' is missing"),
+        (["--config", "pipe"], "is no regular file (--config)"),
+        (["--config", "pipe.gguf"], "is no regular file (--config)"),
+        (["--config", "folders"], "has no config.json"),
+        (["--config", "v3", "--machine", "8xH100", "--teacher", "nothing"], "no preset (--teacher)"),
+        (["--config", "v3", "--machine", "8xH100", "--watts", "1e308"], "at most 1e+12"),
+        (["--config", "v3", "--machine", "8xH100", "--peers", "1"], "a pool of one"),
+        (["--config", "tiny", "--machine", "8xH100", "--speed", "1e9"], "no batch gives 1e+09 tokens/s"),
+        (["--config", "v3", "--machine", "8xH100", "--explain", ""], "--explain is empty"),
+        (["--config", "v3", "--machine", "8xH100", "--html", ""], "--html is empty"),
+        (["--config", "v3", "--machine", "8xH100", "--html", "pipe"], "is no regular file (page)"),
+        (["--config", "v3", "--machine", "8xH100", "--html", "no/page.html"], "check the name and the rights"),
+        (["--config", "v3", "--machine", "8xH100", "--html", "x\0y"], "null byte (page)"),
+        (["--config", "v3", "--machine", "a" * 5000], "...' is no machine"),
+        (["--config", "v3", "--smallest", "--machine", "8xH100"], "--smallest does not take --machine"),
+        (["--config", "v3", "--compare", "@8xH100", "@8xA100", "--html", "x"], "--compare does not take --html"),
+        (["--fits", "v3", "--hours", "1"], "--fits does not take --hours"),
+        (["--hours", "1", "--tokens", "1b"], "--hours does not take --tokens"),
+        (["--config", "v3", "--machine", "8xH100", "--days", "3"], "--days goes with --smallest"),
+        (["--config", "v3", "--machine", "8xH100", "--up", "3Mbit"], "--up goes with --peers"),
+        (["--budget", "5", "--price", "0", "--machine", "8xH100"], "costs nothing"),
+        (["--loss", "20", "--machine", "8xH100"], "needs no training"),
+        (["--loss", "1.7", "--machine", "8xH100"], "takes 1.69 T active parameters (--loss)"),
+        (["--hours", "1", "--machine", "8xH100", "--tp", "16"], "cannot be cut like that"),
+        (["--hours", "1", "--machine", "64x4090"], "need a network (machine). say how fast it is"),
+        (["--config", "laptop", "--network", "25"], "this machine is one node"),
+        (["--config", "laptop", "--machine", "64x4090", "--network", "nan"], "is no network (--network)"),
     ],
 )  # fmt: skip
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], words: str) -> None:
     (tmp_path / "empty.json").touch()
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "large.json").write_text('{"a": "' + " " * 2**24 + '"}')
+    (tmp_path / "nameless.json").write_text("{}")
+    (tmp_path / "folders" / "a" / "config.json").mkdir(parents=True)
+    for name in ("pipe", "pipe.gguf"):
+        os.mkfifo(tmp_path / name)
     (tmp_path / "heads.json").write_text(json.dumps(laptop().to_hf() | {"num_attention_heads": 0}))
+    before = sorted(tmp_path.iterdir())
     assert words in refused(capsys, *argv)
+    assert sorted(tmp_path.iterdir()) == before  # and nothing is half-written
+
+
+def test_a_network_that_is_said_joins_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--config", "v2-lite", "--machine", "64x4090", "--tokens", "1b", "--network"]
+    slow, fast = (document(capsys, *argv, gbits)["train"]["days"]["typical"] for gbits in ("10", "100"))
+    assert fast < slow
+    assert document(capsys, "plan", "--hours", "1", "--machine", "64x4090", "--network", "25")["params"]["total"] > 1e6
+
+
+def test_any_time_is_enough_for_the_largest_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "plan", "--machine", "8xH100", "--hours", "1e8")
+    assert found["memory"]["verdict"] in ("green", "amber")
+
+
+def test_flags_of_a_training_that_was_not_asked_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "plan", "--config", "v2-lite", "--machine", "8xH100", "--lora", "8", "--tp", "2")
+    assert "no training is planned without --tokens N: --tp, --lora" in found["notes"][-1]
+
+
+def test_a_derivation_for_other_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, *RUN, "--explain", "money.final_run")
+    assert [fact["name"] for fact in found["facts"]] == ["money.final_run"]
+    assert found["facts"][0]["formula"] == "device-hours x price"
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\ud800", "x" * 101])
+def test_a_name_that_cannot_be_printed_is_not_the_title(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(v2_lite().to_hf() | {"_name_or_path": name}))
+    found = document(capsys, "plan", "--config", "mine.json", "--machine", "8xH100")
+    assert found["title"] == "mine on 8 x H100-SXM"
+
+
+def test_an_output_without_blocks_has_bars_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(RUN) == 0
+    sys.stdout.flush()
+    assert b"# weights" in written.getvalue()
+
+
+def test_an_output_that_is_closed_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(RUN) == 0
+
+
+def test_so_many_layers_take_no_longer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+              "num_hidden_layers": 2_000, "num_attention_heads": 32}  # fmt: skip
+    (tmp_path / "deep.json").write_text(json.dumps(config))
+    assert "what would" in refused(capsys, "--config", "deep.json", "--machine", "8xH100", "--tokens", "1t")
+
+
+def test_two_plans_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "v2-lite", "--tokens", "1t", "--compare", "@64xH100", "@64xA100"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 130 and "set-up: bf16" in out and "! H100-SXM" in out

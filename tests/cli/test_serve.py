@@ -105,6 +105,9 @@ def test_a_server_that_cannot_work_is_refused_unless_forced(
         (["--max-running", "0"], "--max-running is 0"),
         (["--prefix-memory", "much"], "prefix_memory is 'much'"),
         (["--watts", "-3"], "watts and prices are 0 or more"),
+        (["--watts", "1e308"], "at most 1e+12"),
+        (["--port", "-1"], "--port is -1 (serve)"),
+        (["--port", "65536"], "--port is 65536 (serve)"),
         (["--quant", "int3"], "invalid choice: 'int3'"),
         (["--prefix-memory", "-1GB"], "expected one argument"),
     ],
@@ -119,3 +122,9 @@ def test_a_model_that_is_not_there(ask: Ask) -> None:
     code, out, err = ask("/nowhere", "--dry-run")
     assert (code, out) == (2, "")
     assert "nothing at this path (/nowhere)" in err
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(ask: Ask) -> None:
+    code, out, err = ask("", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "'' names no model (MODEL)" in err

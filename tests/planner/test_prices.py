@@ -170,3 +170,9 @@ def test_a_broken_file_is_named(cache: Path, text: str) -> None:
     cache.write_text(text)
     with pytest.raises(UserError, match="prices.json"):
         rental(find_device("H100"))
+
+
+def test_a_cache_that_is_a_file_holds_no_prices(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    (cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    assert rental(find_device("H100")) is not None

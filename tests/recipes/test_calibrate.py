@@ -81,3 +81,30 @@ def test_how_our_own_runs_are_laid_out() -> None:
         "int8",
         True,
     )
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "file"))
+    monkeypatch.setattr(recipe, "measured_cpu", lambda *_: pytest.fail("it was measured"))
+    assert main(["plan", "--calibrate"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot write") and "set XDG_CONFIG_HOME" in err and err.count("\n") == 1
+    assert here.this_machine()[0].device.kind == "cpu"  # nothing can be stored there, so nothing is
+
+
+def test_a_card_that_is_not_in_the_table_is_not_taken_for_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "nvidia_card", lambda: "garbage,,,")
+    device = here.this_machine()[0].device
+    assert "garbage" not in device.name and device.note.startswith("garbage,,, is not in the table of devices")
+
+
+def test_too_little_memory_to_measure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(here, "_best", full)
+    with pytest.raises(UserError, match="128 MiB to measure this machine are not free"):
+        here.this_machine()
