@@ -342,9 +342,9 @@ def for_loss(
     _check("tokens served", served or None)
     law = law or law_for(experts)
     floor = law.terms(experts)[0]
-    if not floor < loss:
+    if not floor < loss < math.inf:
         raise UserError(f"loss {loss:g} is out of reach (--loss). by {law.source} it lies above {floor:.3g}, in nats")
-    if not loss < 20:
+    if loss >= 20:
         raise UserError(
             f"a loss of {loss:g} needs no training (--loss). it is in nats a token: give one above {floor:.3g}"
         )

@@ -129,7 +129,7 @@ def write_page(path: Path, text: str) -> Path:
     """A reader never sees half of it. Raises `UserError` when it cannot be written."""
     temporary: str | None = None
     if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device
-        raise UserError(f"{path} is no regular file (page). give the name of a file to write")
+        raise UserError(f"cannot write {path}: it is no regular file (page). give the name of a file")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:

@@ -177,7 +177,7 @@ def test_a_page_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         (["--config", "tiny", "--machine", "8xH100", "--speed", "1e9"], "no batch gives 1e+09 tokens/s"),
         (["--config", "v3", "--machine", "8xH100", "--explain", ""], "--explain is empty"),
         (["--config", "v3", "--machine", "8xH100", "--html", ""], "--html is empty"),
-        (["--config", "v3", "--machine", "8xH100", "--html", "pipe"], "is no regular file (page)"),
+        (["--config", "v3", "--machine", "8xH100", "--html", "pipe"], "no regular file (page)"),
         (["--config", "v3", "--machine", "8xH100", "--html", "no/page.html"], "check the name and the rights"),
         (["--config", "v3", "--machine", "8xH100", "--html", "x\0y"], "null byte (page)"),
         (["--config", "v3", "--machine", "a" * 5000], "...' is no machine"),

@@ -173,6 +173,7 @@ def test_a_broken_file_is_named(cache: Path, text: str) -> None:
 
 
 def test_a_cache_that_is_a_file_holds_no_prices(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    (cache / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    cache.parent.parent.mkdir(exist_ok=True)
+    (cache.parent.parent / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "file"))
     assert rental(find_device("H100")) is not None
