@@ -163,6 +163,7 @@ def test_a_page_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         (["--loss", "0.1", "--machine", "8xH100"], "out of reach"),
         (["--fits", "nothing"], "none of these is a model"),
         (["--fits", "tiny", "--memory", "0"], "no memory of a device (--memory)"),
+        (["--config", "v3", "--machine", "8xH100", "--seq", "9" * 400], "it must be above 0, and at most 1e18"),
         (["--config", ""], "the model's name is empty (--config)"),
         (["--config", "x" * 300], "File name too long (--config)"),
         (["--config", "V3"], "did you mean v3?"),
