@@ -104,7 +104,9 @@ class Ask:
         for name in ("tokens", "seq_len", "batch_tokens", "prompt", "output", "speed", "peers", "up", "down"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1e18:
-                raise UserError(f"{name.replace('_', ' ')} is {value!r:.30} (plan). it must be above 0, and at most 1e18")
+                raise UserError(
+                    f"{name.replace('_', ' ')} is {value!r:.30} (plan). it must be above 0, and at most 1e18"
+                )
         for name in ("price", "price_per_kwh"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1e6:
