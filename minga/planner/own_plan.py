@@ -23,7 +23,6 @@ from minga.planner.grids import find_grid
 from minga.planner.memory import RULE, RULE_SOURCE, Change, Memory, cheapest, verdict
 from minga.planner.own_memory import own_training_memory
 from minga.planner.plan import Plan, Section
-from minga.planner.table import memory_bar
 from minga.planner.time import LOST
 from minga.planner.words import batches, count, machine_words, size
 
@@ -253,7 +252,7 @@ def memory_section(memory: Memory, free: float | None, title: str) -> Section:
         return Section(title, tuple(facts))
     facts.append(Fact("memory.available", free, "bytes", formula="free when the command began"))
     facts.append(Fact("memory.verdict", fits, formula=RULE, source=RULE_SOURCE))
-    return Section(title, tuple(facts), tuple(memory_bar(parts, free)))
+    return Section(title, tuple(facts), bar=(parts, free))
 
 
 def _memory_notes(total: float, free: float, ways: Sequence[str]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from minga.planner.own_memory import (
 from minga.planner.own_plan import OWN_MEMORY, amber, memory_section, offered
 from minga.planner.plan import Ask, Plan, Section
 from minga.planner.serving import SOURCE, serve_estimate
-from minga.planner.table import memory_bar, table
+from minga.planner.table import table
 from minga.planner.words import machine_words, size
 
 PROMPT, OUTPUT = Ask.prompt, Ask.output  # tokens of a request, as `minga plan` counts
@@ -266,7 +266,7 @@ def serving_plan(
         except UserError as error:
             said.append(f"serving: {error}")
         if len(models) > 1:
-            sections.append(Section("memory", (), tuple(memory_bar(load.memory.parts, free))))
+            sections.append(Section("memory", (), bar=(load.memory.parts, free)))
         title = f"{served.name} on {machine_words(machine)}"
         plans.append((served.name, Plan(title, architecture_of(served.model), machine, tuple(sections), tuple(said))))
     title = "memory" if len(models) == 1 else "memory of all models together"

@@ -34,7 +34,6 @@ from minga.planner.prices import rental
 from minga.planner.scaling import Option
 from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
-from minga.planner.table import memory_bar
 from minga.planner.time import Coefficients, RunTime, coefficients_of, run_time, step_time
 from minga.planner.words import batches, count, link, machine_words, size
 
@@ -127,7 +126,8 @@ class Ask:
 class Section:
     title: str
     facts: tuple[Fact, ...]
-    drawing: tuple[str, ...] = ()  # lines under the facts
+    lines: tuple[str, ...] = ()  # in words, under the facts
+    bar: tuple[Mapping[str, float], float] | None = None  # of memory: bytes by part, and of all there is
 
 
 @dataclass(frozen=True)
@@ -429,7 +429,7 @@ def _memory_section(memory: Memory, device: Device, doing: str, source: str, *, 
         Fact("memory.available", device.memory, "bytes", source=device.sources.get("memory", "")),
         Fact("memory.verdict", fits, formula=rule, source=RULE_SOURCE),
     )
-    return Section(f"memory of a device in {doing}", facts, tuple(memory_bar(parts, device.memory)))
+    return Section(f"memory of a device in {doing}", facts, bar=(parts, device.memory))
 
 
 def _training_facts(
@@ -663,14 +663,14 @@ def _pool_section(a: Architecture, machine: Machine, ask: Ask) -> Section:
             Fact(f"pool.{name}.needed_up", found.needed_up, "bytes/s", "  uplink that loses 5 %", "", inputs, method.source),
             Fact(f"pool.{name}.lost", found.lost, "share", "  lost on these links", waits, inputs, method.source),
         ]  # fmt: skip
-    drawing = []
+    lines = []
     rate = step.tokens_per_second.typical * training_flops(a, setup.seq_len, mtp=setup.mtp) / machine.count
     for way in ("expert", "tensor", "pipeline") if count_parameters(a).routed_experts else ("tensor", "pipeline"):
-        drawing.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
+        lines.append(split_over_link(a, way, link=ask.up, latency=LATENCY, rate=rate).sentence)
     return Section(
         f"a pool of {ask.peers:,} peers, links of {link(ask.up)} up, {link(ask.down)} down",
         tuple(facts),
-        tuple(drawing),
+        tuple(lines),
     )
 
 

@@ -24,7 +24,7 @@ def table(plan: Plan) -> str:
     wide = max((len(fact.label) for fact in shown), default=0)
     for section in plan.sections:
         facts = [fact for fact in section.facts if fact.label]
-        if not facts:
+        if not (facts or section.bar):
             continue
         lines += ["", section.title]
         written = [cells(fact) for fact in facts]
@@ -35,7 +35,7 @@ def table(plan: Plan) -> str:
             first, *more = [f"{value:>{middle}}  {spread}"] if _is_number(fact) else _lines(value, TEXT)
             lines.append(f"  {fact.label:{wide}}  {first}".rstrip())
             lines += [f"  {'':{wide}}  {line}" for line in more]
-        lines += [f"  {line}" for line in section.drawing]
+        lines += [f"  {line}" for line in (*(memory_bar(*section.bar) if section.bar else ()), *section.lines)]
     if plan.notes:
         lines.append("")
     for note in plan.notes:

@@ -76,7 +76,7 @@ TILES = (  # a fact, and what it is called where its label says too much or too 
     ("serve.per_user", "written for one user"),
     ("serve.cost_per_million.blended", "a million tokens served"),
 )
-PICTURED = {"memory.device_bytes", "best.model"}  # the text drawings of their sections are figures here
+PICTURED = {"best.model"}  # what its section says in lines is a figure here
 TIMES = (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0))
 BAR, MARKS = 46, 34  # height of a stacked bar, and of the marks above it
 COLOURS = 8
@@ -93,7 +93,7 @@ def write_plan_page(plan: Plan, path: str | os.PathLike[str]) -> Path:
         section("Training", _setup(plan), *_training(plan), kind="pair"),
         section("Serving", *_serving(plan), kind="pair"),
         *(
-            section(f"Numbers: {escape(part.title)}", _drawing(part.facts, part.drawing), _facts(part.facts))
+            section(f"Numbers: {escape(part.title)}", _drawing(part.facts, part.lines), _facts(part.facts))
             for part in plan.sections
         ),
     )

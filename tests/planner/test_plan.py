@@ -182,7 +182,7 @@ def test_a_pool_names_what_its_links_allow() -> None:
     made = plan(v2_lite(), "8xH100", peers=20, up=2.5e6, down=12.5e6)
     lost = [made.value(f"pool.{name}.lost") for name in ("data-parallel", "diloco", "muloco", "sparseloco")]
     assert lost[0] > 0.999 and lost[3] == min(lost)
-    sentences = made.sections[-1].drawing
+    sentences = made.sections[-1].lines
     assert any("expert parallelism over 20 Mbit/s is hopeless" in sentence for sentence in sentences)
 
 
