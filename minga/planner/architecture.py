@@ -766,6 +766,11 @@ def _with(family: _Family, **changes: Any) -> _Family:
 
 
 FAMILIES: dict[str, _Family] = {
+    "Yi": _LLAMA,  # this and the next four are not in transformers: modelling code of their own repositories
+    "baichuan": _Family(),
+    "bailing_moe": _with(_ATTENTION_BIAS, moe="moe_intermediate_size"),
+    "internlm": _with(_Family(qkv_bias="bias", o_bias="bias"), defaults={"bias": True}),
+    "internlm2": _Family(qkv_bias="bias", o_bias="bias"),
     "afmoe": _Family(
         qkv_bias="attention_bias", o_bias="attention_bias", norms=4, qk_norm="head", output_gate=True,
         gate_bias=False, moe="moe_intermediate_size", windows=4,

@@ -178,7 +178,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 # Part of a larger model; code of their own beside the weights.
 NO_CAUSAL_MODEL = {"qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text"}
-NOT_IN_TRANSFORMERS = {"deepseek", "kimi_k2", "minimax_m1", "minimax_text_01"}
+NOT_IN_TRANSFORMERS = {
+    *("deepseek", "kimi_k2", "minimax_m1", "minimax_text_01"),
+    *("Yi", "baichuan", "bailing_moe", "internlm", "internlm2"),
+}
 
 
 OWN_NAMES = {
@@ -228,13 +231,18 @@ def test_the_text_model_of_a_multimodal_one(family: str) -> None:
 
 def test_every_family_is_compared() -> None:
     assert set(CASES) == set(FAMILIES) - NOT_IN_TRANSFORMERS - NO_CAUSAL_MODEL
-    # the four that are not, beside a family that has the same parts
+    # those that are not, beside a family that has the same parts
     v3 = {**_MLA, **_ROUTED}
     assert architecture_of(config_of("kimi_k2", v3)).blocks == architecture_of(config_of("deepseek_v3", v3)).blocks
     v1 = config_of("deepseek", {**_ROUTED, "first_k_dense_replace": 1})
     qwen = config_of("qwen3_moe", {**_NUM, "mlp_only_layers": [0]})
     shared = 4 * 3 * 48 * 2 * 24  # and no norms of queries and keys
     assert count_parameters(v1).total == count_parameters(qwen).total + shared - 5 * 2 * 8
+    llama = config_of("llama", {})
+    for family in ("Yi", "internlm2"):
+        assert architecture_of(config_of(family, {})).blocks == architecture_of(llama).blocks
+    biased = architecture_of(config_of("llama", {"attention_bias": True})).blocks
+    assert architecture_of(config_of("internlm", {})).blocks == biased
     theirs, ours = CASES["minimax"][1], {"attn_type_list": [0, 0, 0, 0, 1]}
     for family in ("minimax_m1", "minimax_text_01"):
         remote = architecture_of(config_of(family, {**_HEADS, **_LOCAL, **ours}))
