@@ -46,8 +46,6 @@ NODE_OVERHEAD = Estimate(1.0, 1.1, 1.45)
 # What the building draws for each watt of its machines. Low: large clouds, 1.1. Typical: BLOOM's 1.2. High: mean of Uptime
 # Institute's survey of 2024, 1.56.
 DATA_CENTRE_PUE = Estimate(1.1, 1.2, 1.56)
-# Energy of nodes that stood reserved and idle, for each kWh of a run: 256,646 kWh beside BLOOM's 433,196 (2211.02001).
-IDLE_SHARE = 256_646 / 433_196
 # All work of a project for each unit of its final run. Low: OLMo 2's development "amounted to 50 % of that of training"
 # (2503.05804), here read as half of all; as half of the training it is 1.5. High: 82.2 % of OLMo 3's compute was not the final
 # runs (2605.01158).
@@ -132,10 +130,9 @@ def energy(
     *,
     overhead: Estimate = NODE_OVERHEAD,
     pue: Estimate = DATA_CENTRE_PUE,
-    idle: float = 0.0,
 ) -> Estimate:
-    """kWh at the meter. watts: of a device. idle: kWh of reserved machines that wait, for each kWh of work (`IDLE_SHARE`)."""
-    return device_hours * watts * overhead * pue * ((1 + idle) / 1000)
+    """kWh at the meter. watts: of a device."""
+    return device_hours * watts * overhead * pue / 1000
 
 
 def carbon(kwh: Estimate, grams_per_kwh: float) -> Estimate:

@@ -20,6 +20,7 @@ from minga.planner.estimate import Estimate, Fact
 from minga.planner.memory import serving_memory
 from minga.planner.plan import SEQ_LEN, Ask, Plan, Section, device_price, lay_out, plan, serve
 from minga.planner.scaling import (
+    DEEPSEEK,
     Option,
     best_for_compute,
     best_within,
@@ -212,9 +213,16 @@ def _with(made: Plan, title: str, model: ModelConfig, facts: tuple[Fact, ...], f
         if option.seconds is not None
     ]
     lead = ["also worth it, quickest first:"] if drawing else []
-    section = Section(title, (shape, *facts), (*lead, *drawing))
+    section = Section(title, (shape, *facts, *_settings(made)), (*lead, *drawing))
     name = f"{count(count_parameters(model).active)} active on {machine_words(made.machine)}"
     return replace(made, title=name, sections=(section, *made.sections), front=front)
+
+
+def _settings(made: Plan) -> Iterator[Fact]:
+    """Learning rate and batch that a study found for so much compute, within its reach."""
+    if made.flops is not None and DEEPSEEK.beyond(flops=made.flops) < 1e3:
+        found = best_for_compute(made.flops, law=DEEPSEEK).facts
+        yield from (fact for fact in found if fact.name in ("scaling.learning_rate", "scaling.batch_tokens"))
 
 
 # ---------------------------------------------------------------------------------------------- machines

@@ -30,7 +30,7 @@ from minga.planner.layout import choose_setup, typical_batch
 from minga.planner.memory import GREEN, RULE, RULE_SOURCE, Memory, training_memory, verdict, ways_to_fit
 from minga.planner.models import read_model
 from minga.planner.pool import METHODS, pool_estimate, split_over_link
-from minga.planner.prices import rental
+from minga.planner.prices import purchase, rental
 from minga.planner.scaling import Option
 from minga.planner.serving import Serving, serve_estimate
 from minga.planner.setup import Setup
@@ -63,6 +63,7 @@ FIXABLE = (
     "fused_loss",
 )
 PARALLEL = {"dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "of them expert"}
+LIFE_YEARS, LIFE_BUSY = 4, 0.5  # of a card that is bought: an assumption
 HOME_PUE = Estimate(1.0, 1.1, 1.3)  # the losses of a power supply, and some cooling
 
 
@@ -582,6 +583,17 @@ def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> 
             {"kwh": kwh, "price_per_kwh": ask.price_per_kwh},
             "given" if ask.price_per_kwh != cost.PRICE_PER_KWH else "world mean of 2024 (globalpetrolprices.com)",
         )
+        if (bought := purchase(device)) is not None:
+            an_hour = bought.per_hour(years=LIFE_YEARS, busy=LIFE_BUSY)
+            yield Fact(
+                "money.owned",
+                kwh * ask.price_per_kwh + hours * an_hour,
+                "USD",
+                f"... and its price, over {LIFE_YEARS} years, busy {100 * LIFE_BUSY:g} % of them",
+                "electricity + device-hours x price of a device / hours of its life in which it works",
+                {"price": bought.value, "an_hour": an_hour, "device_hours": hours},
+                f"as of {bought.as_of:%Y-%m-%d}: {'; '.join(bought.sources)}",
+            )
     yield Fact("money.currency", "USD")
 
 

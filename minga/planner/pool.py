@@ -180,6 +180,6 @@ def split_over_link(
     sentence = (
         f"{way} parallelism over {words.link(link)} is {verdict}: a token sends {words.size(sent)} in "
         f"{words.duration(waiting)} and computes for {words.duration(computing)}; a link of {words.link(sent / computing)} "
-        "would keep up"
+        f"would keep up. decoding over it, one user gets at most {words.number(ceiling)} tokens/s"
     )
     return Split(way, sent, waiting, computing, sent / computing, ceiling, sentence)

@@ -213,14 +213,6 @@ ADAMW = Powers(
     _MOONLIGHT_SOURCE,
     _MOONLIGHT_DOUBT,
 )
-LEVERAGE = Law(
-    "leverage",
-    "Â^(a + d log10 C + gamma (log2 G)^2 + beta log2 G)",
-    {"a": 1.23, "d": -7.61e-2, "gamma": 1.67e-2, "beta": -1.17e-1, "A_start": 1.63e-2, "A_max": 5.28e16},
-    {},
-    "",
-    "Tian et al. 2025 (2507.17702), equation 13 and table 2",
-)
 LAWS: Mapping[str, Surface | Powers] = {
     law.name: law for law in (CHINCHILLA, EPOCH, MUENNIGHOFF, JOINT, DEEPSEEK, MUON, ADAMW)
 }
@@ -236,21 +228,6 @@ def expansion(model: ModelConfig) -> float:
     if not model.n_routed_experts:
         return 1.0
     return (model.n_routed_experts + model.n_shared_experts) / (model.num_experts_per_tok + model.n_shared_experts)
-
-
-def efficiency_leverage(model: ModelConfig, flops: float) -> float:
-    """How many times the compute a dense model of equal loss takes, for a model with experts trained with `flops`.
-
-    The paper names no base of its logarithms. With 2 for the granularity and 10 for the compute its own statements come out:
-    granularity 8 to 12 is best, and 12 with 3.1 % active gains more than 7 at 1e22.
-    """
-    if not model.n_routed_experts:
-        return 1.0
-    c = LEVERAGE.coefficients
-    granularity = math.log2(2 * model.hidden_size / model.moe_intermediate_size)
-    seen = 1 / (1 / (1 / expansion(model) + 1 / (1 / c["A_start"] - 1 / c["A_max"])) + 1 / c["A_max"])
-    power = c["a"] + c["d"] * math.log10(flops) + c["gamma"] * granularity**2 + c["beta"] * granularity
-    return float(seen**power)
 
 
 def effective_tokens(tokens: float, unique: float | None) -> float:

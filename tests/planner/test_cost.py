@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from minga.errors import UserError
 from minga.planner.cost import (
-    IDLE_SHARE,
     Rates,
     carbon,
     energy,
@@ -100,11 +99,10 @@ def test_energy_of_published_runs(hours: float, gwh: float) -> None:
     assert kwh.typical == pytest.approx(gwh * 1e6, rel=0.1)
 
 
-def test_energy_of_bloom_with_and_without_idle_nodes() -> None:
-    """400 W a GPU-hour and nothing else, as its authors count: 433,196 kWh, and 256,646 more of nodes that waited."""
+def test_energy_of_bloom() -> None:
+    """400 W a GPU-hour and nothing else, as its authors count."""
     alone = {"overhead": exactly(1), "pue": exactly(1)}
     assert energy(exactly(1_082_990), 400, **alone).typical == pytest.approx(433_196, rel=1e-5)
-    assert energy(exactly(1_082_990), 400, **alone, idle=IDLE_SHARE).typical == pytest.approx(689_842, rel=1e-5)
     assert carbon(exactly(433_196), 57).typical == pytest.approx(24_700, rel=0.001)
 
 
