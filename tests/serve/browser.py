@@ -147,6 +147,7 @@ class Tab:
     def fill(self, selector: str, text: str) -> None:
         """Puts a text into a field and leaves it, as a reader would."""
         field = f"document.querySelector({json.dumps(selector)})"
+        self.wait(f"{field}?.checkVisibility()")
         self.js(f"{field}.focus(); {field}.select?.()")
         assert self.js(f"document.activeElement === {field}"), f"{selector} takes no focus"
         self.write(text)
