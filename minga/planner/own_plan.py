@@ -19,10 +19,9 @@ from minga.planner import cost
 from minga.planner.architecture import architecture_of
 from minga.planner.counts import count_parameters, training_flops
 from minga.planner.estimate import Estimate, Fact
-from minga.planner.grids import find_grid
 from minga.planner.memory import RULE, RULE_SOURCE, Change, Memory, cheapest, verdict
 from minga.planner.own_memory import own_training_memory
-from minga.planner.plan import Plan, Section
+from minga.planner.plan import Plan, Section, carbon_fact, electricity_fact, energy_fact
 from minga.planner.time import LOST
 from minga.planner.words import batches, count, machine_words, size
 
@@ -74,7 +73,7 @@ def training_plan(
         Section("model", tuple(_model_facts(config))),
         Section("training", tuple(_training_facts(config, length, timing, seconds))),
         memory_section(memory, free, "memory"),
-        Section("energy and electricity", tuple(energy_facts(seconds / 3600, watts))),
+        Section("energy and electricity", energy_facts(seconds / 3600, watts)),
     )
     title = f"{length.steps:,} steps of {_step_tokens(config):,} tokens on {machine_words(machine)}"
     return Plan(title, architecture_of(config.model), machine, sections, tuple(notes), memory=memory)
@@ -128,35 +127,13 @@ def _training_facts(c: TrainConfig, length: Length, timing: Timing, seconds: Est
     yield Fact("train.days", seconds / 86400, "days", "time", known if c.steps else "given")
 
 
-def energy_facts(hours: Estimate, watts: Estimate) -> Iterator[Fact]:
-    kwh = cost.energy(hours, watts, overhead=Estimate.exactly(1.0), pue=Estimate.exactly(cost.PUE))
-    where = find_grid(None)
-    yield Fact(
-        "energy_kwh",
-        kwh,
-        "kWh",
-        "energy",
-        "hours x what the machine draws at the wall",
-        {"hours": hours, "watts": watts},
-        "estimated from its chips (minga/planner/cost.py)",
-    )
-    yield Fact(
-        "money.electricity",
-        kwh * cost.PRICE_PER_KWH,
-        "USD",
-        f"electricity at {cost.PRICE_PER_KWH:g} a kWh",
-        "kWh x price of a kWh",
-        {"kwh": kwh},
-        "world mean of 2024 (globalpetrolprices.com)",
-    )
-    yield Fact(
-        "carbon_kg",
-        cost.carbon(kwh, where.grams),
-        "kg",
-        f"CO2 at {where.grams:g} g/kWh ({where.name})",
-        "kWh x grams per kWh",
-        {"kwh": kwh, "year": where.year},
-        where.source,
+def energy_facts(hours: Estimate, watts: Estimate) -> tuple[Fact, ...]:
+    pue = Estimate.exactly(cost.PUE)
+    kwh = cost.energy(hours, watts, overhead=Estimate.exactly(1.0), pue=pue)
+    return (
+        energy_fact(kwh, {"hours": hours, "watts": watts, "pue": pue}),
+        electricity_fact(kwh, cost.PRICE_PER_KWH),
+        carbon_fact(kwh, None),
     )
 
 

@@ -515,13 +515,12 @@ def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> 
     device, hours = machine.device, run.gpu_hours
     at_home = device.kind in HOME
     pue = Estimate.exactly(ask.pue) if ask.pue is not None else HOME_PUE if at_home else cost.DATA_CENTRE_PUE
-    kwh = drawn = None
+    kwh = None
     if ask.watts is not None:
-        drawn = ask.watts / machine.count, Estimate.exactly(1.0)
+        kwh = cost.energy(hours, ask.watts / machine.count, overhead=Estimate.exactly(1.0), pue=pue)
+        yield energy_fact(kwh, {"hours": hours / machine.count, "watts": ask.watts, "pue": pue})
     elif device.watts is not None:
-        drawn = cost.training_watts(device.watts), cost.NODE_OVERHEAD
-    if drawn is not None:
-        watts, node = drawn
+        watts, node = cost.training_watts(device.watts), cost.NODE_OVERHEAD
         kwh = cost.energy(hours, watts, overhead=node, pue=pue)
         yield Fact(
             "energy_kwh",
@@ -532,16 +531,8 @@ def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> 
             {"device_hours": hours, "watts": watts, "node": node, "pue": pue},
             "OLMo 3 (2605.01158) and BLOOM (2211.02001) for power; PUE: Uptime Institute 2024",
         )
-        where = find_grid(ask.country)
-        yield Fact(
-            "carbon_kg",
-            cost.carbon(kwh, where.grams),
-            "kg",
-            f"CO2 at {where.grams:g} g/kWh ({where.name})",
-            "kWh x grams per kWh; making the machines is not in it",
-            {"kwh": kwh, "grams_per_kwh": where.grams, "year": where.year},
-            where.source,
-        )
+    if kwh is not None:
+        yield carbon_fact(kwh, ask.country)
     price, said = device_price(device, ask, notes)
     if price is not None:
         final = cost.rent(hours, price)
@@ -574,15 +565,7 @@ def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> 
             "OLMo 2 (2503.05804): half of all; OLMo 3 (2605.01158): 82 % was not the final runs",
         )
     if kwh is not None:
-        yield Fact(
-            "money.electricity",
-            kwh * ask.price_per_kwh,
-            "USD",
-            f"electricity at {ask.price_per_kwh:g} a kWh" + ("" if price is None else ", if the machine is one's own"),
-            "kWh x price of a kWh",
-            {"kwh": kwh, "price_per_kwh": ask.price_per_kwh},
-            "given" if ask.price_per_kwh != cost.PRICE_PER_KWH else "world mean of 2024 (globalpetrolprices.com)",
-        )
+        yield electricity_fact(kwh, ask.price_per_kwh, "" if price is None else ", if the machine is one's own")
         if (bought := purchase(device)) is not None:
             an_hour = bought.per_hour(years=LIFE_YEARS, busy=LIFE_BUSY)
             yield Fact(
@@ -595,6 +578,39 @@ def _money_facts(machine: Machine, ask: Ask, run: RunTime, notes: list[str]) -> 
                 f"as of {bought.as_of:%Y-%m-%d}: {'; '.join(bought.sources)}",
             )
     yield Fact("money.currency", "USD")
+
+
+def energy_fact(kwh: Estimate, inputs: Mapping[str, Any]) -> Fact:
+    """Of a machine whose draw at the wall is known as a whole."""
+    source = "given, or estimated from its chips (minga/planner/cost.py)"
+    return Fact("energy_kwh", kwh, "kWh", "energy", "hours x what the machine draws at the wall x PUE", inputs, source)
+
+
+def carbon_fact(kwh: Estimate, country: str | None) -> Fact:
+    where = find_grid(country)
+    return Fact(
+        "carbon_kg",
+        cost.carbon(kwh, where.grams),
+        "kg",
+        f"CO2 at {where.grams:g} g/kWh ({where.name})",
+        "kWh x grams per kWh; making the machines is not in it",
+        {"kwh": kwh, "grams_per_kwh": where.grams, "year": where.year},
+        where.source,
+    )
+
+
+def electricity_fact(kwh: Estimate, price_per_kwh: float, condition: str = "") -> Fact:
+    """condition: under which it is paid, in words behind the label."""
+    is_mean = price_per_kwh == cost.PRICE_PER_KWH
+    return Fact(
+        "money.electricity",
+        kwh * price_per_kwh,
+        "USD",
+        f"electricity at {price_per_kwh:g} a kWh{condition}",
+        "kWh x price of a kWh",
+        {"kwh": kwh, "price_per_kwh": price_per_kwh},
+        "world mean of 2024 (globalpetrolprices.com)" if is_mean else "given, or that of the country (prices.json)",
+    )
 
 
 def device_price(device: Device, ask: Ask, notes: list[str]) -> tuple[Estimate | None, str]:

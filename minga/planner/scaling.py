@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from minga.config.model import ModelConfig
@@ -601,7 +601,7 @@ def best_within(
     _check("memory", limit_bytes)
     options, sooner = [], []
     for model in _that_fit(models() if candidates is None else tuple(candidates), memory_of, limit_bytes):
-        tokens = _tokens_in(limit_seconds, lambda tokens, model=model: seconds_of(model, tokens))  # type: ignore[misc]
+        tokens = _tokens_in(limit_seconds, partial(seconds_of, model))
         if tokens < 1:
             continue
         option = _option(model, tokens, law, unique, memory_of)

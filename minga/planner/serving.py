@@ -549,58 +549,6 @@ def _per_million(hourly: Estimate, rate: Estimate) -> Estimate:
     return Estimate(*(price / (3600 * tokens) * 1e6 for price, tokens in ends))
 
 
-# ---------------------------------------------------------------------------------------------- a published day
-
-
-R1_PRICES = {"hit": 0.14, "miss": 0.55, "output": 2.19}  # USD per million tokens of DeepSeek-R1's API, February 2025
-
-
-@dataclass(frozen=True)
-class ServingDay:
-    """A day of a service, as its operator counts it."""
-
-    prefill_nodes: float
-    decode_nodes: float
-    cost: float
-    revenue: float  # if every token were billed
-
-    @property
-    def nodes(self) -> float:
-        return self.prefill_nodes + self.decode_nodes
-
-    @property
-    def margin(self) -> float:
-        return self.revenue / self.cost - 1
-
-
-def serving_day(
-    *,
-    input_tokens: float = 608e9,
-    cached_tokens: float = 342e9,
-    output_tokens: float = 168e9,
-    prefill_per_node: float = 73.7e3,
-    decode_per_node: float = 14.8e3,
-    devices_per_node: int = 8,
-    price: float = 2.0,
-    prices: Mapping[str, float] = R1_PRICES,
-) -> ServingDay:
-    """Nodes, cost and theoretical revenue of a day, from its tokens and the tokens/s of a node.
-
-    The defaults are what DeepSeek publishes of 27 February 2025 (open-infra-index, day 6), which gives 226.75 nodes, $87,072,
-    $562,027 and 545 % as results. It says itself that it earns far less: V3 is cheaper, web and app are free, nights discounted.
-    price: of a device-hour. prices: per million tokens, of prompts found in the cache ("hit"), of others ("miss"), of output.
-    """
-    day = 86_400
-    prefill, decode = input_tokens / day / prefill_per_node, output_tokens / day / decode_per_node
-    billed = (("hit", cached_tokens), ("miss", input_tokens - cached_tokens), ("output", output_tokens))
-    return ServingDay(
-        prefill_nodes=prefill,
-        decode_nodes=decode,
-        cost=(prefill + decode) * devices_per_node * 24 * price,
-        revenue=sum(prices[kind] * tokens for kind, tokens in billed) / 1e6,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- what cannot be
 
 

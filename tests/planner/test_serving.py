@@ -17,7 +17,7 @@ from minga.errors import UserError
 from minga.planner.counts import count_parameters, parameters_read, speculation_limit
 from minga.planner.estimate import Estimate
 from minga.planner.memory import WEIGHT_BYTES
-from minga.planner.serving import Serving, serve_estimate, serving_day
+from minga.planner.serving import Serving, serve_estimate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plan_serving
@@ -35,7 +35,7 @@ def serve(model: Any = None, machine: Machine = ONE, **changes: Any) -> Serving:
 
 def test_deepseeks_day() -> None:
     """open-infra-index, day 6: 226.75 nodes, $87,072, $562,027, 545 %, each from the other figures within 1 %."""
-    day = serving_day()
+    day = plan_serving.serving_day()
     assert day.nodes == pytest.approx(226.75, rel=0.01)
     assert day.cost == pytest.approx(87_072, rel=0.01)
     assert day.revenue == pytest.approx(562_027, rel=0.01)
